@@ -1,0 +1,45 @@
+"""FLUX.2-klein as plain ONNX: export the graphs, make pictures with them, no torch.
+
+    import fluxonnx
+
+    with fluxonnx.load("model") as flux:
+        flux.generate("a cat on a windowsill", width=512, height=512, seed=42).save("cat.png")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fluxonnx.errors import Cancelled, CheckpointError, ExportError, FluxonnxError, ImageError, UsageError
+
+if TYPE_CHECKING:
+    from fluxonnx.api import load
+    from fluxonnx.runtime.pipeline import Flux
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cancelled",
+    "CheckpointError",
+    "ExportError",
+    "Flux",
+    "FluxonnxError",
+    "ImageError",
+    "UsageError",
+    "__version__",
+    "load",
+]
+
+# Imported on first use: onnx and onnxruntime take longer to load than most commands take to run.
+_LAZY = {
+    "Flux": "fluxonnx.runtime.pipeline",
+    "load": "fluxonnx.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)

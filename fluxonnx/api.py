@@ -1,0 +1,100 @@
+"""Where exporter and runtime meet: find a model, export it if need be, open it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fluxonnx import __version__
+from fluxonnx.checkpoint import Checkpoint
+from fluxonnx.errors import CheckpointError
+from fluxonnx.files import replacing
+from fluxonnx.manifest import COMPONENTS, DEFAULT_FLAVOUR, DEFAULT_PRECISION, build_name, is_current, read_manifest
+
+if TYPE_CHECKING:
+    from fluxonnx.runtime.pipeline import Flux
+
+SHIPPED_MODEL = "tiny-random"
+
+
+def find_model(path: str | Path | None = None) -> Path:
+    """Return the model directory to use: `path`, else $FLUXONNX_MODEL, else ./model, else the one in the box.
+
+    The one in the box is copied to the user's cache, because graphs are written beside the weights.
+
+    Raises:
+        CheckpointError: The package was installed without its model.
+    """
+    chosen = path or os.environ.get("FLUXONNX_MODEL")
+    if chosen:
+        return Path(chosen)
+    if Path("model").is_dir():
+        return Path("model")
+    package = Path(__file__).parent
+    shipped = next((p for p in (package / "models", package.parent / "models") if (p / SHIPPED_MODEL).is_dir()), None)
+    if shipped is None:
+        raise CheckpointError("no model: pass a directory with -d, or set FLUXONNX_MODEL (see models/README.md)")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    copy = caches / "fluxonnx" / __version__ / SHIPPED_MODEL
+    if not copy.is_dir():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(copy) as temporary:
+            shutil.copytree(shipped / SHIPPED_MODEL, temporary)
+    return copy
+
+
+def is_shipped(model: Path) -> bool:
+    """Whether `model` is the one in the box, whose weights are random."""
+    return model.name == SHIPPED_MODEL
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    precision: str = DEFAULT_PRECISION,
+    flavour: str = DEFAULT_FLAVOUR,
+    threads: int | None = None,
+    on_export: Callable[[Path], None] | None = None,
+) -> Flux:
+    """Open a model, exporting its graphs first where they are missing or out of date.
+
+    Args:
+        path: A model directory in the Hugging Face layout of FLUX.2-klein; by default $FLUXONNX_MODEL, else ./model,
+            else the small model in the box.
+        precision: "bf16" (weights as the checkpoint has them) or "fp32".
+        flavour: "ort" or "portable".
+        threads: Threads per operator; None for one per core.
+        on_export: Called with the directory if graphs have to be exported.
+
+    Raises:
+        CheckpointError: The directory is incomplete, corrupt or of another kind.
+        ExportError: The graphs can't be written.
+    """
+    from fluxonnx.runtime.pipeline import Flux
+    from fluxonnx.runtime.session import SessionOptions
+
+    checkpoint = Checkpoint(find_model(path))
+    name = build_name(precision, flavour)
+    if not _is_exported(checkpoint.root, name):
+        from fluxonnx.export import export
+
+        if on_export:
+            on_export(checkpoint.root)
+        # A stale build is our own derived file: replacing it loses nothing.
+        stale = name in (getattr(read_manifest(checkpoint.root), "builds", None) or {})
+        export(checkpoint.root, precision=precision, flavour=flavour, force=stale)
+    manifest = read_manifest(checkpoint.root)
+    assert manifest is not None
+    return Flux(checkpoint, manifest, manifest.builds[name], SessionOptions(threads))
+
+
+def _is_exported(root: Path, name: str) -> bool:
+    manifest = read_manifest(root)
+    build = manifest.builds.get(name) if manifest else None
+    return build is not None and all(
+        component in build.components and is_current(root, build.components[component], __version__)
+        for component in COMPONENTS
+    )

@@ -1,0 +1,281 @@
+"""Which graphs are written, where to, and in an order that never leaves half of one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnx
+
+from fluxonnx import __version__
+from fluxonnx.checkpoint import Checkpoint, Tensor, fingerprint, read_header
+from fluxonnx.errors import CheckpointError, ExportError, UsageError
+from fluxonnx.export import conditioning, text_encoder, transformer, vae, weights
+from fluxonnx.export.graph import Graph, GraphBuilder, Target
+from fluxonnx.export.precision import PRECISIONS
+from fluxonnx.export.text_encoder import TextEncoderConfig
+from fluxonnx.export.transformer import TransformerConfig
+from fluxonnx.export.vae import VaeConfig
+from fluxonnx.files import explain, replacing
+from fluxonnx.manifest import (
+    COMPONENTS,
+    FILE_NAME,
+    Build,
+    Component,
+    Manifest,
+    build_name,
+    graph_file,
+    is_current,
+    read_manifest,
+)
+
+# Opset 23 has RMSNormalization; 17 is the oldest with LayerNormalization and all that the other runtimes load.
+FLAVOURS = {"ort": 23, "portable": 17}
+OPSETS = {"ort": range(17, 24), "portable": range(17, 22)}
+
+# progress(what, bytes done, bytes in all)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What exporting one component did; `seconds` is None for one that was up to date already."""
+
+    component: str
+    graph: str
+    nodes: int
+    parameters: int
+    bytes_written: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The configs of all components, checked against each other."""
+
+    text_encoder: TextEncoderConfig
+    transformer: TransformerConfig
+    vae: VaeConfig
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, out_layers: tuple[int, ...] | None) -> Sizes:
+        sizes = cls(
+            TextEncoderConfig.read(checkpoint.config("text_encoder"), out_layers),
+            TransformerConfig.read(checkpoint.config("transformer")),
+            VaeConfig.read(checkpoint.config("vae")),
+        )
+        text_dim = len(sizes.text_encoder.out_layers) * sizes.text_encoder.hidden
+        if sizes.transformer.text_dim != text_dim:
+            raise CheckpointError(
+                f'{checkpoint.root}: transformer "joint_attention_dim" is {sizes.transformer.text_dim}, but the text '
+                f"encoder gives {text_dim}: the folders come from different models"
+            )
+        if sizes.transformer.in_channels != sizes.vae.patch_channels:
+            raise CheckpointError(
+                f'{checkpoint.root}: transformer "in_channels" is {sizes.transformer.in_channels}, but the VAE gives '
+                f"{sizes.vae.patch_channels}: the folders come from different models"
+            )
+        return sizes
+
+
+def export(
+    directory: str | Path,
+    output: str | Path | None = None,
+    *,
+    precision: str = "bf16",
+    flavour: str = "ort",
+    components: Sequence[str] | None = None,
+    opset: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> list[Report]:
+    """Export a checkpoint's graphs.
+
+    Args:
+        directory: A model directory in the Hugging Face layout of FLUX.2-klein.
+        output: A folder for a self-contained copy (weights, configs, tokenizer, graphs); by default the graphs are
+            written beside the checkpoint's folders and point into its files.
+        precision: "bf16" leaves the weights in the checkpoint's files as they are; "fp32" converts them.
+        flavour: "ort" for onnxruntime, with its fused operators; "portable" for any runtime.
+        components: Which graphs, by the names of the files; all by default.
+        opset: The ai.onnx opset; by default 23 for ort and 17 for portable.
+        force: Overwrite graphs that exist and differ.
+        progress: Called with what is being written, bytes done and bytes in all.
+
+    Returns:
+        A report per component, in the order of their export.
+
+    Raises:
+        UsageError: An argument has an impossible value.
+        CheckpointError: The checkpoint is incomplete, corrupt or of another kind.
+        ExportError: The files can't be written, or exist and `force` is not given.
+    """
+    target = make_target(precision, flavour, opset)
+    names = select(components)
+    say = progress or (lambda what, done, total: None)
+    try:
+        checkpoint = Checkpoint(directory)
+        if output is not None:
+            checkpoint = weights.copy_model(checkpoint, Path(output), say)
+        return [*_export_components(checkpoint, target, names, force, say)]
+    except OSError as error:
+        raise ExportError(explain(error, error.filename2 or error.filename or directory)) from error
+
+
+def make_target(precision: str, flavour: str, opset: int | None) -> Target:
+    """Check what is asked for.
+
+    Raises:
+        UsageError: An unknown precision or flavour, or an opset that the flavour can't have.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r} is unknown: choose one of {', '.join(PRECISIONS)}")
+    if flavour not in FLAVOURS:
+        raise UsageError(f"flavour {flavour!r} is unknown: choose one of {', '.join(FLAVOURS)}")
+    allowed = OPSETS[flavour]
+    opset = FLAVOURS[flavour] if opset is None else opset
+    if opset not in allowed:
+        raise UsageError(f"opset {opset} is out of range: {flavour} graphs can be {allowed[0]} to {allowed[-1]}")
+    return Target(PRECISIONS[precision], flavour, opset)
+
+
+def select(components: Sequence[str] | None) -> list[str]:
+    """Return the components to export, in order.
+
+    Raises:
+        UsageError: One of them does not exist.
+    """
+    for name in components or ():
+        if name not in COMPONENTS:
+            raise UsageError(f"component {name!r} is unknown: choose from {', '.join(COMPONENTS)}")
+    return [name for name in COMPONENTS if not components or name in components]
+
+
+def build_graph(component: str, sizes: Sizes, target: Target, tensors: dict[str, Tensor], metadata: dict) -> Graph:
+    """Build one component's graph and check that it uses every tensor of the checkpoint it should.
+
+    Raises:
+        CheckpointError: A tensor is missing, left over, or of the wrong shape.
+    """
+    g = GraphBuilder(component, target, tensors)
+    unused: tuple[str, ...] = ("",)
+    if component == "conditioning":
+        conditioning.build(g, sizes.transformer)
+    elif component == "transformer":
+        transformer.build(g, sizes.transformer)
+        unused = transformer.UNUSED
+    elif component == "text_encoder":
+        text_encoder.build(g, sizes.text_encoder)
+        unused = sizes.text_encoder.unused
+    elif component == "vae_encoder":
+        vae.build_encoder(g, sizes.vae)
+        unused = vae.UNUSED_BY_ENCODER
+    else:
+        vae.build_decoder(g, sizes.vae)
+        unused = vae.UNUSED_BY_DECODER
+    left_over = [name for name in tensors if name not in g.used and not name.startswith(unused)]
+    if left_over:
+        more = f" and {len(left_over) - 1} more" if len(left_over) > 1 else ""
+        raise CheckpointError(
+            f"{component}: tensor {left_over[0]} {list(tensors[left_over[0]].shape)}{more} is not part of the model "
+            "that config.json describes: config.json and weights do not belong together"
+        )
+    doc = f"{component} of {metadata['model']}, exported by fluxonnx {__version__}"
+    return g.finish(doc, metadata)
+
+
+def _export_components(
+    checkpoint: Checkpoint, target: Target, names: list[str], force: bool, say: Progress
+) -> Sequence[Report]:
+    root = checkpoint.root
+    manifest = _manifest(root, force)
+    out_layers = tuple(manifest.text_encoder_out_layers) if manifest.text_encoder_out_layers else None
+    sizes = Sizes.read(checkpoint, out_layers)
+    manifest.text_encoder_out_layers = list(sizes.text_encoder.out_layers)
+    manifest.architecture = asdict(sizes)
+    precision, flavour = target.precision.name, target.flavour
+    name = build_name(precision, flavour)
+    build = manifest.builds.get(name)
+    if build is None or build.opset != target.opset:
+        # Graphs of another opset are never mixed into one build.
+        build = manifest.builds[name] = Build(precision, flavour, target.opset)
+
+    reports = []
+    for component in names:
+        file = graph_file(component, precision, flavour)
+        known = build.components.get(component)
+        if known is not None and not force and is_current(root, known, __version__):
+            reports.append(Report(component, file, known.nodes, known.parameters, 0, None))
+            continue
+        if not force:
+            _refuse_foreign(root / file, _metadata(checkpoint, component, target, sizes))
+        start = time.perf_counter()
+        build.components[component] = done = _export_component(checkpoint, component, sizes, target, say)
+        manifest.save(root)
+        seconds = time.perf_counter() - start
+        reports.append(Report(component, file, done.nodes, done.parameters, done.bytes_written, seconds))
+    return reports
+
+
+def _manifest(root: Path, force: bool) -> Manifest:
+    try:
+        return read_manifest(root) or Manifest()
+    except CheckpointError:
+        if not force:
+            raise
+        return Manifest()
+
+
+def _refuse_foreign(path: Path, metadata: dict[str, str]) -> None:
+    """Refuse to overwrite a graph, except ours of the same settings: left by a killed export or an older version."""
+    if not path.exists():
+        return
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception:  # whatever it is, it is not ours
+        raise ExportError(f"{path} exists and is not a graph: move it away, or overwrite it with --force") from None
+    found = {prop.key: prop.value for prop in model.metadata_props}
+    if {**found, "version": ""} != {**metadata, "version": ""}:
+        raise ExportError(
+            f"{path} exists and was made from another checkpoint or with other settings: overwrite it with --force"
+        )
+
+
+def _export_component(
+    checkpoint: Checkpoint, component: str, sizes: Sizes, target: Target, say: Progress
+) -> Component:
+    root, folder = checkpoint.root, COMPONENTS[component]
+    say(component, 0, 0)
+    tensors = {} if component == "conditioning" else checkpoint.tensors(folder)
+    graph = build_graph(component, sizes, target, tensors, _metadata(checkpoint, component, target, sizes))
+    sources = sorted({weight.source.file for weight in graph.weights})
+    stored = weights.place(graph, root, component, folder, target.precision.name, lambda a, b: say(component, a, b))
+    file = graph_file(component, target.precision.name, target.flavour)
+    with replacing(root / file) as temporary:
+        onnx.save(graph.model, temporary)
+        onnx.checker.check_model(str(temporary), full_check=True)
+    return Component(
+        graph=file,
+        exporter_version=__version__,
+        sources={path.relative_to(root).as_posix(): fingerprint(path) for path in sources},
+        weights=[stored.name] if stored else [],
+        nodes=len(graph.model.graph.node),
+        parameters=graph.parameters,
+        bytes_written=(root / file).stat().st_size + (stored.bytes_written if stored else 0),
+    )
+
+
+def _metadata(checkpoint: Checkpoint, component: str, target: Target, sizes: Sizes) -> dict[str, str]:
+    return {
+        "producer": "fluxonnx",
+        "version": __version__,
+        "model": checkpoint.name,
+        "component": component,
+        "precision": target.precision.name,
+        "flavour": target.flavour,
+        "architecture": json.dumps(asdict(getattr(sizes, COMPONENTS[component]))),
+    }

@@ -1,0 +1,298 @@
+"""The vocabulary the models speak, lowered to ONNX operators here and nowhere else.
+
+Values are float32 tensors unless a shape comment says otherwise. The `ort` flavour uses onnxruntime's fused operators
+where they win; the `portable` flavour only ai.onnx ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from onnx import TensorProto
+
+from fluxonnx.export.graph import MICROSOFT, GraphBuilder
+
+
+def add(g: GraphBuilder, a: str, b: str) -> str:
+    """Return a + b, broadcast."""
+    return g.op("Add", a, b)
+
+
+def mul(g: GraphBuilder, a: str, b: str) -> str:
+    """Return a * b, broadcast."""
+    return g.op("Mul", a, b)
+
+
+def silu(g: GraphBuilder, x: str) -> str:
+    """Return x * sigmoid(x)."""
+    if g.target.fused:
+        return g.op("QuickGelu", x, domain=MICROSOFT, alpha=1.0, like=x)
+    return g.op("Mul", x, g.op("Sigmoid", x))
+
+
+def reshape(g: GraphBuilder, x: str, shape: Sequence[int]) -> str:
+    """Reshape; 0 keeps a dimension, -1 is whatever is left."""
+    return g.op("Reshape", x, g.constant(shape, np.int64))
+
+
+def split(g: GraphBuilder, x: str, sizes: Sequence[int], axis: int = -1) -> list[str]:
+    """Split along `axis` into parts of the given sizes."""
+    return g.op("Split", x, g.constant(sizes, np.int64), axis=axis, outputs=len(sizes))
+
+
+def concat(g: GraphBuilder, *values: str, axis: int) -> str:
+    """Concatenate along `axis`."""
+    shape = g.shape(values[0])
+    sizes = [g.shape(value)[axis] for value in values]
+    shape[axis] = sum(sizes) if all(isinstance(n, int) for n in sizes) else " + ".join(str(n) for n in sizes)  # type: ignore[arg-type]
+    return g.op("Concat", *values, axis=axis, shape=shape)
+
+
+def rows_from(g: GraphBuilder, x: str, start: str | int, end: str | int, symbol: str, axis: int = 1) -> str:
+    """Return x[start:end] along `axis`; bounds are numbers or int64 [1] values, `symbol` names the new size."""
+    bounds = [g.constant([bound], np.int64) if isinstance(bound, int) else bound for bound in (start, end)]
+    shape = g.shape(x)
+    shape[axis] = symbol
+    return g.op("Slice", x, *bounds, g.constant([axis], np.int64), shape=shape)
+
+
+def size_of(g: GraphBuilder, x: str, axis: int) -> str:
+    """Return the size of one dimension as int64 [1]."""
+    return g.op("Shape", x, start=axis, end=axis + 1)
+
+
+def linear(g: GraphBuilder, x: str, name: str, n_in: int, n_out: int, bias: bool = False) -> str:
+    """Apply the checkpoint's linear layer `name` to the last dimension of `x`."""
+    with g.scope(name):
+        tensor = g.tensor("weight", (n_out, n_in))
+        bias_value = g.weight("bias", n_out) if bias else None
+        if len(g.shape(x)) == 2:
+            return g.target.precision.linear(g, x, tensor, bias_value)
+        rows = g.op("Reshape", x, g.constant([-1, n_in], np.int64))
+        product = g.target.precision.linear(g, rows, tensor, bias_value)
+        back = g.op("Concat", g.leading_shape(x), g.constant([n_out], np.int64), axis=0)
+        return g.op("Reshape", product, back, shape=[*g.shape(x)[:-1], n_out])
+
+
+def embedding(g: GraphBuilder, ids: str, name: str, entries: int, dim: int) -> str:
+    """Look up the rows of the checkpoint's embedding `name` by int64 `ids`."""
+    with g.scope(name):
+        return g.target.precision.embedding(g, ids, g.tensor("weight", (entries, dim)))
+
+
+def rms_norm(g: GraphBuilder, x: str, name: str, dim: int, eps: float) -> str:
+    """Divide by the root mean square over the last dimension and scale by the weight `name`."""
+    with g.scope(name):
+        weight = g.weight("weight", dim)
+        if g.target.fused and g.target.opset >= 23:
+            return g.op("RMSNormalization", x, weight, axis=-1, epsilon=eps)
+        square = g.op("Mul", x, x)
+        axes = g.constant([-1], np.int64)
+        if g.target.opset >= 18:
+            mean = g.op("ReduceMean", square, axes, keepdims=1)
+        else:
+            mean = g.op("ReduceMean", square, axes=[-1], keepdims=1)
+        rms = g.op("Sqrt", g.op("Add", mean, g.constant(eps)))
+        return g.op("Mul", g.op("Div", x, rms), weight)
+
+
+def layer_norm(g: GraphBuilder, x: str, dim: int, eps: float) -> str:
+    """Normalise the last dimension to zero mean and unit variance, without a learned scale."""
+    return g.op("LayerNormalization", x, g.constant(np.ones(dim)), axis=-1, epsilon=eps)
+
+
+def modulate(g: GraphBuilder, x: str, scale: str, shift: str) -> str:
+    """Return (1 + scale) * x + shift; scale and shift are [batch, 1, dim]."""
+    return add(g, mul(g, add(g, scale, g.constant(1.0)), x), shift)
+
+
+def split_heads(g: GraphBuilder, x: str, head_dim: int) -> str:
+    """[batch, seq, heads * head_dim] -> [batch, seq, heads, head_dim]."""
+    return reshape(g, x, [0, 0, -1, head_dim])
+
+
+def merge_heads(g: GraphBuilder, x: str) -> str:
+    """[batch, seq, heads, head_dim] -> [batch, seq, heads * head_dim]."""
+    return reshape(g, x, [0, 0, -1])
+
+
+def rope_table(g: GraphBuilder, cos: str, sin: str) -> tuple[str, str]:
+    """Prepare interleaved cos and sin [seq, head_dim], each value twice in a row, for `rope_interleaved`."""
+    if not g.target.fused:
+        # [seq, 1, head_dim]: broadcasts over [batch, seq, heads, head_dim]
+        axis = g.constant([1], np.int64)
+        return g.op("Unsqueeze", cos, axis), g.op("Unsqueeze", sin, axis)
+    start, end, axes, steps = (g.constant([n], np.int64) for n in (0, np.iinfo(np.int64).max, 1, 2))
+    return g.op("Slice", cos, start, end, axes, steps), g.op("Slice", sin, start, end, axes, steps)
+
+
+def rope_interleaved(g: GraphBuilder, x: str, table: tuple[str, str], heads: int, head_dim: int) -> str:
+    """Rotate the pairs (0, 1), (2, 3), ... of each head: [batch, seq, heads, head_dim] -> same, heads merged.
+
+    Source: apply_rotary_emb with use_real_unbind_dim=-1, diffusers embeddings.py.
+    """
+    cos, sin = table
+    if g.target.fused:
+        return _rotary_embedding(g, merge_heads(g, x), cos, sin, heads, interleaved=1)
+    pairs = g.op("Reshape", x, g.constant([0, 0, heads, head_dim // 2, 2], np.int64))
+    real, imaginary = split(g, pairs, [1, 1])
+    rotated = reshape(g, g.op("Concat", g.op("Neg", imaginary), real, axis=-1), [0, 0, heads, head_dim])
+    return merge_heads(g, add(g, mul(g, x, cos), mul(g, rotated, sin)))
+
+
+def rope_halves(g: GraphBuilder, x: str, cos: np.ndarray, sin: np.ndarray, heads: int, head_dim: int) -> str:
+    """Rotate the pairs (i, i + head_dim/2) of each head by its position: shapes as `rope_interleaved`.
+
+    Args:
+        g: The graph.
+        x: [batch, seq, heads, head_dim].
+        cos: Table [positions, head_dim / 2]; a constant, since a bf16 runtime would ruin a computed one.
+        sin: Likewise.
+        heads: Number of heads.
+        head_dim: Size of a head.
+
+    Source: apply_rotary_pos_emb, transformers modeling_qwen3.py.
+    """
+    if g.target.fused:
+        return _rotary_embedding(g, merge_heads(g, x), g.constant(cos), g.constant(sin), heads, interleaved=0)
+    # [positions, 1, head_dim], cut to [seq, 1, head_dim]
+    tables = [g.constant(np.concatenate([table, table], axis=-1)[:, None, :]) for table in (cos, sin)]
+    end = size_of(g, x, 1)
+    symbol = str(g.shape(x)[1])
+    cos_rows, sin_rows = (rows_from(g, table, 0, end, symbol, axis=0) for table in tables)
+    first, second = split(g, x, [head_dim // 2, head_dim // 2])
+    rotated = g.op("Concat", g.op("Neg", second), first, axis=-1)
+    return merge_heads(g, add(g, mul(g, x, cos_rows), mul(g, rotated, sin_rows)))
+
+
+def _rotary_embedding(g: GraphBuilder, x: str, cos: str, sin: str, heads: int, interleaved: int) -> str:
+    first_position = g.constant([0], np.int64)
+    return g.op(
+        "RotaryEmbedding",
+        x,
+        first_position,
+        cos,
+        sin,
+        domain=MICROSOFT,
+        like=x,
+        num_heads=heads,
+        rotary_embedding_dim=0,
+        interleaved=interleaved,
+    )
+
+
+def repeat_heads(g: GraphBuilder, x: str, kv_heads: int, times: int, head_dim: int) -> str:
+    """Repeat each key or value head: [batch, seq, kv_heads * head_dim] -> [batch, seq, kv_heads * times * head_dim]."""
+    if times == 1:
+        return x
+    grouped = reshape(g, x, [0, 0, kv_heads, 1, head_dim])
+    repeated = g.op("Expand", grouped, g.constant([1, 1, 1, times, 1], np.int64))
+    return reshape(g, repeated, [0, 0, kv_heads * times * head_dim])
+
+
+def attention(g: GraphBuilder, q: str, k: str, v: str, heads: int, head_dim: int, bias: str = "") -> str:
+    """Scaled dot-product attention over [batch, seq, heads * head_dim]; `bias` [batch, 1, seq, seq] is added to scores."""
+    scale = 1.0 / math.sqrt(head_dim)
+    if g.target.fused:
+        optional = ["", "", bias] if bias else []
+        return g.op(
+            "MultiHeadAttention", q, k, v, *optional, domain=MICROSOFT, like=q, num_heads=heads, scale=scale
+        )
+
+    def by_head(x: str, perm: list[int]) -> str:
+        return g.op("Transpose", split_heads(g, x, head_dim), perm=perm)
+
+    scores = g.op("MatMul", mul(g, by_head(q, [0, 2, 1, 3]), g.constant(scale)), by_head(k, [0, 2, 3, 1]))
+    if bias:
+        scores = add(g, scores, bias)
+    mixed = g.op("MatMul", g.op("Softmax", scores, axis=-1), by_head(v, [0, 2, 1, 3]))
+    return merge_heads(g, g.op("Transpose", mixed, perm=[0, 2, 1, 3]))
+
+
+def causal_padding_bias(g: GraphBuilder, attention_mask: str, max_positions: int) -> str:
+    """Return what to add to attention scores so that a token sees only real tokens up to itself.
+
+    Args:
+        g: The graph.
+        attention_mask: int64 [batch, seq], 1 for real tokens, 0 for padding.
+        max_positions: The longest sequence.
+
+    Returns:
+        float32 [batch, 1, seq, seq]: 0 where attention is allowed, the lowest float32 elsewhere.
+    """
+    symbol = str(g.shape(attention_mask)[1])
+    positions = rows_from(
+        g, g.constant(np.arange(max_positions), np.int64), 0, size_of(g, attention_mask, 1), symbol, axis=0
+    )
+    column = g.op("Unsqueeze", positions, g.constant([1], np.int64))
+    causal = g.op("LessOrEqual", positions, column)  # [seq, seq]
+    real = g.op("Cast", attention_mask, to=TensorProto.BOOL)
+    real = g.op("Unsqueeze", real, g.constant([1, 2], np.int64))  # [batch, 1, 1, seq]
+    allowed = g.op("And", causal, real)
+    return g.op("Where", allowed, g.constant(0.0), g.constant(np.finfo(np.float32).min))
+
+
+def swiglu(g: GraphBuilder, x: str, dim: int) -> str:
+    """[..., 2 * dim] -> [..., dim]: silu of the first half times the second."""
+    gate, value = split(g, x, [dim, dim])
+    return mul(g, silu(g, gate), value)
+
+
+def conv(g: GraphBuilder, x: str, name: str, n_in: int, n_out: int, kernel: int = 3, stride: int = 1) -> str:
+    """Convolve [batch, n_in, height, width] with the checkpoint's `name`, which has a bias.
+
+    Padded to keep the size; with stride 2 padded only right and below, as diffusers' Downsample2D does.
+    """
+    with g.scope(name):
+        weight, bias = g.weight("weight", n_out, n_in, kernel, kernel), g.weight("bias", n_out)
+        pad = kernel // 2
+        pads = [0, 0, 1, 1] if stride == 2 else [pad] * 4
+        return g.op("Conv", x, weight, bias, kernel_shape=[kernel] * 2, strides=[stride] * 2, pads=pads)
+
+
+def group_norm(g: GraphBuilder, x: str, name: str, channels: int, groups: int, eps: float) -> str:
+    """Normalise [batch, channels, height, width] over each group of channels, then scale and shift each channel."""
+    with g.scope(name):
+        per_channel = g.constant([-1, 1, 1], np.int64)
+        weight = g.op("Reshape", g.weight("weight", channels), per_channel)
+        bias = g.op("Reshape", g.weight("bias", channels), per_channel)
+        grouped = reshape(g, x, [0, groups, -1])
+        normal = g.op(
+            "InstanceNormalization", grouped, g.constant(np.ones(groups)), g.constant(np.zeros(groups)), epsilon=eps
+        )
+        whole = g.op("Reshape", normal, g.op("Shape", x), shape=g.shape(x))
+        return add(g, mul(g, whole, weight), bias)
+
+
+def upsample(g: GraphBuilder, x: str) -> str:
+    """Double height and width by repeating pixels."""
+    scales = g.constant([1, 1, 2, 2])
+    attributes = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    return g.op("Resize", x, "", scales, **attributes)
+
+
+def patchify(g: GraphBuilder, x: str, channels: int) -> str:
+    """[batch, channels, 2 * h, 2 * w] -> [batch, 4 * channels, h, w] (_patchify_latents, pipeline_flux2_klein.py)."""
+    # Sizes are computed as a vector because two dimensions are unknown at once.
+    grid = g.op("Div", g.op("Shape", x, start=2), g.constant([2, 2], np.int64))
+    height, width = split(g, grid, [1, 1], axis=0)
+    two = g.constant([2], np.int64)
+    head = g.op("Concat", size_of(g, x, 0), g.constant([channels], np.int64), height, two, width, two, axis=0)
+    pixels = g.op("Reshape", x, head, shape=["batch", channels, None, 2, None, 2])
+    moved = g.op("Transpose", pixels, perm=[0, 1, 3, 5, 2, 4])
+    tail = g.op("Concat", size_of(g, x, 0), g.constant([4 * channels], np.int64), height, width, axis=0)
+    return g.op("Reshape", moved, tail, shape=["batch", 4 * channels, None, None])
+
+
+def unpatchify(g: GraphBuilder, x: str, channels: int) -> str:
+    """[batch, 4 * channels, h, w] -> [batch, channels, 2 * h, 2 * w], the inverse of `patchify`."""
+    height, width = size_of(g, x, 2), size_of(g, x, 3)
+    batch, two = size_of(g, x, 0), g.constant([2], np.int64)
+    head = g.op("Concat", batch, g.constant([channels, 2, 2], np.int64), height, width, axis=0)
+    patches = g.op("Reshape", x, head, shape=["batch", channels, 2, 2, None, None])
+    moved = g.op("Transpose", patches, perm=[0, 1, 4, 2, 5, 3])
+    doubled = g.op("Mul", g.op("Concat", height, width, axis=0), two)
+    tail = g.op("Concat", batch, g.constant([channels], np.int64), doubled, axis=0)
+    return g.op("Reshape", moved, tail, shape=["batch", channels, None, None])

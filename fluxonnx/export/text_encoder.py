@@ -1,0 +1,161 @@
+"""Qwen3 as a text encoder: three hidden states from the middle of the stack, side by side.
+
+Source: transformers, models/qwen3/modeling_qwen3.py, and _get_qwen3_prompt_embeds of diffusers'
+pipeline_flux2_klein.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import TensorProto
+
+from fluxonnx.checkpoint import Config
+from fluxonnx.errors import CheckpointError
+from fluxonnx.export import ops
+from fluxonnx.export.graph import GraphBuilder
+
+# Prompts are cut and padded to this (tokenizer_max_length, pipeline_flux2_klein.py), so the rope table ends here.
+MAX_POSITIONS = 512
+
+# hidden_states_layers of _get_qwen3_prompt_embeds
+OUT_LAYERS = (9, 18, 27)
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """The sizes of a text encoder, from its config.json."""
+
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    rope_theta: float
+    eps: float
+    bias: bool
+    out_layers: tuple[int, ...]
+
+    @classmethod
+    def read(cls, config: Config, out_layers: tuple[int, ...] | None = None) -> TextEncoderConfig:
+        """Read and check the config.
+
+        Args:
+            config: text_encoder/config.json.
+            out_layers: Which hidden states to return, 0 being the embeddings; by default the 9th, 18th and 27th, or
+                those at a quarter, a half and three quarters of a smaller stack.
+
+        Raises:
+            CheckpointError: A value is missing, malformed, or asks for something this model family does not have.
+        """
+        config.expect("hidden_act", "silu")
+        config.expect("use_sliding_window", False)
+        config.expect("rope_scaling", None)
+        rope = Config(config.path, config.values.get("rope_parameters") or {})
+        rope.expect("rope_type", "default")
+        heads, kv_heads = config.integer("num_attention_heads"), config.integer("num_key_value_heads")
+        if heads % kv_heads:
+            raise CheckpointError(
+                f'{config.path}: "num_attention_heads" {heads} is not a multiple of "num_key_value_heads" {kv_heads}'
+            )
+        layers, hidden = config.integer("num_hidden_layers"), config.integer("hidden_size")
+        if out_layers is None:
+            out_layers = OUT_LAYERS if layers >= max(OUT_LAYERS) else tuple(layers * i // 4 for i in (1, 2, 3))
+        if not all(0 <= layer <= layers for layer in out_layers):
+            raise CheckpointError(
+                f"{config.path}: hidden states {list(out_layers)} are asked for, but the model has {layers} layers"
+            )
+        return cls(
+            vocab=config.integer("vocab_size"),
+            hidden=hidden,
+            layers=layers,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=config.integer("head_dim", hidden // heads),
+            intermediate=config.integer("intermediate_size"),
+            rope_theta=rope.number("rope_theta", config.number("rope_theta", 1_000_000)),
+            eps=config.number("rms_norm_eps", 1e-6),
+            bias=config.flag("attention_bias", False),
+            out_layers=out_layers,
+        )
+
+    @property
+    def needs_final_norm(self) -> bool:
+        """Whether the last hidden state is asked for: transformers returns that one normalised."""
+        return self.layers in self.out_layers
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Name prefixes of the tensors that prompt_embeds do not depend on."""
+        rest = tuple(f"model.layers.{i}." for i in range(max(self.out_layers), self.layers))
+        return (*rest, "lm_head.weight", *(() if self.needs_final_norm else ("model.norm.weight",)))
+
+
+def build(g: GraphBuilder, c: TextEncoderConfig) -> None:
+    """Add the text encoder to `g`.
+
+    Inputs: input_ids, attention_mask int64 [batch, text_seq].
+    Output: prompt_embeds f32 [batch, text_seq, 3 * hidden].
+    """
+    input_ids = g.input("input_ids", TensorProto.INT64, ["batch", "text_seq"], "tokens, padded on the right")
+    attention_mask = g.input("attention_mask", TensorProto.INT64, ["batch", "text_seq"], "1 for tokens, 0 for padding")
+    with g.scope("model"):
+        states = hidden_states(g, c, input_ids, attention_mask)
+    embeds = ops.concat(g, *(states[layer] for layer in c.out_layers), axis=-1)
+    width = len(c.out_layers) * c.hidden
+    layers = ", ".join(map(str, c.out_layers))
+    g.output("prompt_embeds", embeds, ["batch", "text_seq", width], f"hidden states {layers}, side by side")
+
+
+def hidden_states(g: GraphBuilder, c: TextEncoderConfig, input_ids: str, attention_mask: str) -> list[str]:
+    """Return the embeddings and the output of each layer up to the last one needed: f32 [batch, seq, hidden] each."""
+    rope = rope_tables(c)
+    bias = ops.causal_padding_bias(g, attention_mask, MAX_POSITIONS)
+    x = ops.embedding(g, input_ids, "embed_tokens", c.vocab, c.hidden)
+    states = [x]
+    for i in range(max(c.out_layers)):
+        with g.scope("layers", i):
+            x = decoder_layer(g, c, x, bias, rope)
+        states.append(x)
+    if c.needs_final_norm:
+        states[-1] = ops.rms_norm(g, x, "norm", c.hidden, c.eps)
+    return states
+
+
+def rope_tables(c: TextEncoderConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Return cos and sin f32 [positions, head_dim / 2], rounded as Qwen3RotaryEmbedding does."""
+    exponent = np.arange(0, c.head_dim, 2, dtype=np.float32) / np.float32(c.head_dim)
+    frequency = np.float32(1) / np.float32(c.rope_theta) ** exponent
+    angles = np.arange(MAX_POSITIONS, dtype=np.float32)[:, None] * frequency
+    return np.cos(angles), np.sin(angles)
+
+
+def decoder_layer(g: GraphBuilder, c: TextEncoderConfig, x: str, bias: str, rope: tuple) -> str:
+    """[batch, seq, hidden] -> same."""
+    x = ops.add(g, x, self_attention(g, c, ops.rms_norm(g, x, "input_layernorm", c.hidden, c.eps), bias, rope))
+    return ops.add(g, x, mlp(g, c, ops.rms_norm(g, x, "post_attention_layernorm", c.hidden, c.eps)))
+
+
+def self_attention(g: GraphBuilder, c: TextEncoderConfig, x: str, bias: str, rope: tuple) -> str:
+    """Grouped-query attention over [batch, seq, hidden]."""
+    with g.scope("self_attn"):
+        q_dim, kv_dim = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        q = ops.split_heads(g, ops.linear(g, x, "q_proj", c.hidden, q_dim, c.bias), c.head_dim)
+        k = ops.split_heads(g, ops.linear(g, x, "k_proj", c.hidden, kv_dim, c.bias), c.head_dim)
+        v = ops.linear(g, x, "v_proj", c.hidden, kv_dim, c.bias)
+        q = ops.rope_halves(g, ops.rms_norm(g, q, "q_norm", c.head_dim, c.eps), *rope, c.heads, c.head_dim)
+        k = ops.rope_halves(g, ops.rms_norm(g, k, "k_norm", c.head_dim, c.eps), *rope, c.kv_heads, c.head_dim)
+        k, v = (ops.repeat_heads(g, t, c.kv_heads, c.heads // c.kv_heads, c.head_dim) for t in (k, v))
+        mixed = ops.attention(g, q, k, v, c.heads, c.head_dim, bias)
+        return ops.linear(g, mixed, "o_proj", q_dim, c.hidden, c.bias)
+
+
+def mlp(g: GraphBuilder, c: TextEncoderConfig, x: str) -> str:
+    """[batch, seq, hidden] -> same."""
+    with g.scope("mlp"):
+        gate = ops.silu(g, ops.linear(g, x, "gate_proj", c.hidden, c.intermediate))
+        up = ops.linear(g, x, "up_proj", c.hidden, c.intermediate)
+        return ops.linear(g, ops.mul(g, gate, up), "down_proj", c.intermediate, c.hidden)

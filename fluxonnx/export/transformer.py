@@ -1,0 +1,254 @@
+"""Flux2Transformer2DModel: joint text and image blocks, then single-stream ones.
+
+Source: diffusers, models/transformers/transformer_flux2.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import TensorProto
+
+from fluxonnx.checkpoint import Config
+from fluxonnx.errors import CheckpointError
+from fluxonnx.export import ops
+from fluxonnx.export.graph import GraphBuilder
+
+UNUSED: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The sizes of a transformer, from its config.json."""
+
+    in_channels: int
+    out_channels: int
+    double_layers: int
+    single_layers: int
+    heads: int
+    head_dim: int
+    text_dim: int
+    timestep_channels: int
+    mlp_dim: int
+    axes_dims: tuple[int, ...]
+    rope_theta: float
+    eps: float
+
+    @property
+    def dim(self) -> int:
+        """Width of the residual stream."""
+        return self.heads * self.head_dim
+
+    @classmethod
+    def read(cls, config: Config) -> TransformerConfig:
+        """Read and check the config.
+
+        Raises:
+            CheckpointError: A value is missing, malformed, or asks for something this model family does not have.
+        """
+        config.expect("guidance_embeds", False, missing_ok=False)  # true is FLUX.2-dev: another graph contract
+        config.expect("patch_size", 1)
+        heads, head_dim = config.integer("num_attention_heads"), config.integer("attention_head_dim")
+        in_channels = config.integer("in_channels")
+        axes = config.integers("axes_dims_rope", (32, 32, 32, 32))
+        if len(axes) != 4 or sum(axes) != head_dim or any(axis % 2 for axis in axes):
+            raise CheckpointError(
+                f'{config.path}: "axes_dims_rope" is {list(axes)}, expected four even sizes that add up to '
+                f'"attention_head_dim" {head_dim}'
+            )
+        return cls(
+            in_channels=in_channels,
+            out_channels=config.integer("out_channels", in_channels),
+            double_layers=config.integer("num_layers"),
+            single_layers=config.integer("num_single_layers"),
+            heads=heads,
+            head_dim=head_dim,
+            text_dim=config.integer("joint_attention_dim"),
+            timestep_channels=config.integer("timestep_guidance_channels", 256),
+            mlp_dim=int(heads * head_dim * config.number("mlp_ratio", 3.0)),
+            axes_dims=axes,
+            rope_theta=config.number("rope_theta", 2000),
+            eps=config.number("eps", 1e-6),
+        )
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What AdaLN does to one sublayer: (1 + scale) * norm(x) + shift going in, times gate coming out."""
+
+    shift: str
+    scale: str
+    gate: str
+
+
+def build(g: GraphBuilder, c: TransformerConfig) -> None:
+    """Add the transformer to `g`.
+
+    Inputs: hidden_states f32 [batch, image_seq, in_channels]; encoder_hidden_states f32 [batch, text_seq, 3 * hidden];
+    timestep_proj f32 [batch, features]; rotary_cos, rotary_sin f32 [text_seq + image_seq, head_dim].
+    Output: velocity f32 [batch, image_seq, out_channels].
+    """
+    image = g.input(
+        "hidden_states",
+        TensorProto.FLOAT,
+        ["batch", "image_seq", c.in_channels],
+        "noisy latent tokens, then the tokens of reference images",
+    )
+    text = g.input(
+        "encoder_hidden_states", TensorProto.FLOAT, ["batch", "text_seq", c.text_dim], "prompt_embeds of text_encoder"
+    )
+    timestep = g.input(
+        "timestep_proj", TensorProto.FLOAT, ["batch", c.timestep_channels], "timestep features of conditioning"
+    )
+    cos, sin = (
+        g.input(name, TensorProto.FLOAT, ["text_seq + image_seq", c.head_dim], f"{name} of conditioning")
+        for name in ("rotary_cos", "rotary_sin")
+    )
+    velocity = transformer(g, c, image, text, timestep, ops.rope_table(g, cos, sin))
+    g.output(
+        "velocity",
+        velocity,
+        ["batch", "image_seq", c.out_channels],
+        "noise minus picture, for every token of hidden_states; keep the noisy ones",
+    )
+
+
+def transformer(g: GraphBuilder, c: TransformerConfig, image: str, text: str, timestep: str, rope: tuple) -> str:
+    """Return the velocity [batch, image_seq, out_channels]."""
+    temb = ops.silu(g, timestep_embedding(g, c, timestep))
+    image_mods = modulation(g, c, "double_stream_modulation_img", temb, sets=2)
+    text_mods = modulation(g, c, "double_stream_modulation_txt", temb, sets=2)
+    (single_mod,) = modulation(g, c, "single_stream_modulation", temb, sets=1)
+
+    text_seq = ops.size_of(g, text, 1)
+    image = ops.linear(g, image, "x_embedder", c.in_channels, c.dim)
+    text = ops.linear(g, text, "context_embedder", c.text_dim, c.dim)
+    for i in range(c.double_layers):
+        with g.scope("transformer_blocks", i):
+            image, text = double_block(g, c, image, text, image_mods, text_mods, rope, text_seq)
+
+    tokens = ops.concat(g, text, image, axis=1)
+    for i in range(c.single_layers):
+        with g.scope("single_transformer_blocks", i):
+            tokens = single_block(g, c, tokens, single_mod, rope)
+
+    image = ops.rows_from(g, tokens, text_seq, np.iinfo(np.int64).max, "image_seq")
+    with g.scope("norm_out"):
+        # scale comes first here, unlike in the modulations (AdaLayerNormContinuous, diffusers normalization.py)
+        scale, shift = ops.split(g, per_token(g, ops.linear(g, temb, "linear", c.dim, 2 * c.dim)), [c.dim] * 2)
+        image = ops.modulate(g, ops.layer_norm(g, image, c.dim, c.eps), scale, shift)
+    return ops.linear(g, image, "proj_out", c.dim, c.out_channels)
+
+
+def timestep_embedding(g: GraphBuilder, c: TransformerConfig, timestep: str) -> str:
+    """[batch, features] -> [batch, dim]."""
+    with g.scope("time_guidance_embed"), g.scope("timestep_embedder"):
+        hidden = ops.silu(g, ops.linear(g, timestep, "linear_1", c.timestep_channels, c.dim))
+        return ops.linear(g, hidden, "linear_2", c.dim, c.dim)
+
+
+def per_token(g: GraphBuilder, x: str) -> str:
+    """[batch, n] -> [batch, 1, n], to broadcast over tokens."""
+    return g.op("Unsqueeze", x, g.constant([1], np.int64))
+
+
+def modulation(g: GraphBuilder, c: TransformerConfig, name: str, temb: str, sets: int) -> list[Modulation]:
+    """Return the modulations of one stream, shared by all its blocks; `temb` [batch, dim] has been through silu."""
+    with g.scope(name):
+        parts = ops.split(g, per_token(g, ops.linear(g, temb, "linear", c.dim, 3 * sets * c.dim)), [c.dim] * 3 * sets)
+    return [Modulation(*parts[3 * i : 3 * i + 3]) for i in range(sets)]
+
+
+def modulated_norm(g: GraphBuilder, c: TransformerConfig, x: str, mod: Modulation, name: str) -> str:
+    """Return (1 + scale) * layer_norm(x) + shift."""
+    with g.scope(name):
+        return ops.modulate(g, ops.layer_norm(g, x, c.dim, c.eps), mod.scale, mod.shift)
+
+
+def double_block(
+    g: GraphBuilder,
+    c: TransformerConfig,
+    image: str,
+    text: str,
+    image_mods: list[Modulation],
+    text_mods: list[Modulation],
+    rope: tuple[str, str],
+    text_seq: str,
+) -> tuple[str, str]:
+    """Attend jointly, then a feed-forward for each stream: image and text [batch, seq, dim]."""
+    image_in = modulated_norm(g, c, image, image_mods[0], "norm1")
+    text_in = modulated_norm(g, c, text, text_mods[0], "norm1_context")
+    image_out, text_out = joint_attention(g, c, image_in, text_in, rope, text_seq)
+    image = gated_add(g, image, image_mods[0], image_out)
+    text = gated_add(g, text, text_mods[0], text_out)
+
+    image_out = feed_forward(g, c, modulated_norm(g, c, image, image_mods[1], "norm2"), "ff")
+    text_out = feed_forward(g, c, modulated_norm(g, c, text, text_mods[1], "norm2_context"), "ff_context")
+    return gated_add(g, image, image_mods[1], image_out), gated_add(g, text, text_mods[1], text_out)
+
+
+def gated_add(g: GraphBuilder, x: str, mod: Modulation, update: str) -> str:
+    """Return x + gate * update."""
+    return ops.add(g, x, ops.mul(g, mod.gate, update))
+
+
+def joint_attention(
+    g: GraphBuilder, c: TransformerConfig, image: str, text: str, rope: tuple[str, str], text_seq: str
+) -> tuple[str, str]:
+    """Let all text and image tokens attend to each other; each stream has its own projections."""
+    with g.scope("attn"):
+        q, k, v = (
+            ops.concat(
+                g,
+                projected(g, c, text, f"add_{kind}_proj", text_norm),
+                projected(g, c, image, f"to_{kind}", image_norm),
+                axis=1,
+            )
+            for kind, text_norm, image_norm in (
+                ("q", "norm_added_q", "norm_q"),
+                ("k", "norm_added_k", "norm_k"),
+                ("v", None, None),
+            )
+        )
+        mixed = attend(g, c, q, k, v, rope)
+        text_out = ops.rows_from(g, mixed, 0, text_seq, "text_seq")
+        image_out = ops.rows_from(g, mixed, text_seq, np.iinfo(np.int64).max, "image_seq")
+        return (
+            ops.linear(g, image_out, "to_out.0", c.dim, c.dim),
+            ops.linear(g, text_out, "to_add_out", c.dim, c.dim),
+        )
+
+
+def projected(g: GraphBuilder, c: TransformerConfig, x: str, name: str, norm: str | None) -> str:
+    """[batch, seq, dim] -> [batch, seq, heads, head_dim], normalised per head."""
+    heads = ops.split_heads(g, ops.linear(g, x, name, c.dim, c.dim), c.head_dim)
+    return ops.rms_norm(g, heads, norm, c.head_dim, c.eps) if norm else heads
+
+
+def attend(g: GraphBuilder, c: TransformerConfig, q: str, k: str, v: str, rope: tuple[str, str]) -> str:
+    """[batch, seq, heads, head_dim] each -> [batch, seq, dim]."""
+    q = ops.rope_interleaved(g, q, rope, c.heads, c.head_dim)
+    k = ops.rope_interleaved(g, k, rope, c.heads, c.head_dim)
+    return ops.attention(g, q, k, ops.merge_heads(g, v), c.heads, c.head_dim)
+
+
+def feed_forward(g: GraphBuilder, c: TransformerConfig, x: str, name: str) -> str:
+    """[batch, seq, dim] -> same."""
+    with g.scope(name):
+        hidden = ops.swiglu(g, ops.linear(g, x, "linear_in", c.dim, 2 * c.mlp_dim), c.mlp_dim)
+        return ops.linear(g, hidden, "linear_out", c.mlp_dim, c.dim)
+
+
+def single_block(g: GraphBuilder, c: TransformerConfig, x: str, mod: Modulation, rope: tuple[str, str]) -> str:
+    """Attention and feed-forward side by side, sharing one projection in and one out: x [batch, seq, dim]."""
+    normal = modulated_norm(g, c, x, mod, "norm")
+    with g.scope("attn"):
+        joined = ops.linear(g, normal, "to_qkv_mlp_proj", c.dim, 3 * c.dim + 2 * c.mlp_dim)
+        q, k, v, mlp = ops.split(g, joined, [c.dim, c.dim, c.dim, 2 * c.mlp_dim])
+        q = ops.rms_norm(g, ops.split_heads(g, q, c.head_dim), "norm_q", c.head_dim, c.eps)
+        k = ops.rms_norm(g, ops.split_heads(g, k, c.head_dim), "norm_k", c.head_dim, c.eps)
+        mixed = attend(g, c, q, k, ops.split_heads(g, v, c.head_dim), rope)
+        both = ops.concat(g, mixed, ops.swiglu(g, mlp, c.mlp_dim), axis=-1)
+        update = ops.linear(g, both, "to_out", c.dim + c.mlp_dim, c.dim)
+    return gated_add(g, x, mod, update)

@@ -1,0 +1,199 @@
+"""AutoencoderKLFlux2: pictures to normalised latents and back.
+
+Source: diffusers, models/autoencoders/autoencoder_kl_flux2.py and vae.py; the patchifying and normalising around it
+are those of pipeline_flux2_klein.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import TensorProto
+
+from fluxonnx.checkpoint import Config
+from fluxonnx.errors import CheckpointError
+from fluxonnx.export import ops
+from fluxonnx.export.graph import GraphBuilder
+
+# Encoder and Decoder of diffusers' vae.py fix this for every norm.
+EPS = 1e-6
+
+UNUSED_BY_ENCODER = ("decoder.", "post_quant_conv.", "bn.num_batches_tracked")
+UNUSED_BY_DECODER = ("encoder.", "quant_conv.", "bn.num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """The sizes of an autoencoder, from its config.json."""
+
+    in_channels: int
+    out_channels: int
+    latent_channels: int
+    encoder_channels: tuple[int, ...]
+    decoder_channels: tuple[int, ...]
+    layers_per_block: int
+    groups: int
+    quant_conv: bool
+    post_quant_conv: bool
+    mid_attention: bool
+    batch_norm_eps: float
+
+    @property
+    def patch_channels(self) -> int:
+        """Channels of a latent token: 2x2 patches of latent_channels."""
+        return 4 * self.latent_channels
+
+    @property
+    def scale_factor(self) -> int:
+        """Pixels along each side of a latent token."""
+        return 2 ** len(self.encoder_channels)
+
+    @classmethod
+    def read(cls, config: Config) -> VaeConfig:
+        """Read and check the config.
+
+        Raises:
+            CheckpointError: A value is missing, malformed, or asks for something this model family does not have.
+        """
+        config.expect("act_fn", "silu")
+        config.expect("patch_size", [2, 2])
+        encoder_channels = config.integers("block_out_channels")
+        decoder_channels = config.integers("decoder_block_out_channels", encoder_channels)
+        groups = config.integer("norm_num_groups", 32)
+        for channels in (*encoder_channels, *decoder_channels):
+            if channels % groups:
+                raise CheckpointError(f'{config.path}: {channels} channels do not divide into "norm_num_groups" {groups}')
+        if len(encoder_channels) != len(decoder_channels):
+            raise CheckpointError(f"{config.path}: encoder and decoder have different numbers of blocks")
+        return cls(
+            in_channels=config.integer("in_channels", 3),
+            out_channels=config.integer("out_channels", 3),
+            latent_channels=config.integer("latent_channels", 32),
+            encoder_channels=encoder_channels,
+            decoder_channels=decoder_channels,
+            layers_per_block=config.integer("layers_per_block", 2),
+            groups=groups,
+            quant_conv=config.flag("use_quant_conv", True),
+            post_quant_conv=config.flag("use_post_quant_conv", True),
+            mid_attention=config.flag("mid_block_add_attention", True),
+            batch_norm_eps=config.number("batch_norm_eps", 1e-4),
+        )
+
+
+def build_encoder(g: GraphBuilder, c: VaeConfig) -> None:
+    """Add the encoder to `g`: sample f32 [batch, 3, height, width] -> latents f32 [batch, 128, height/16, width/16]."""
+    x = g.input(
+        "sample",
+        TensorProto.FLOAT,
+        ["batch", c.in_channels, "height", "width"],
+        f"RGB in [-1, 1]; height and width multiples of {c.scale_factor}",
+    )
+    with g.scope("encoder"):
+        x = encoder(g, c, x)
+    moments = 2 * c.latent_channels
+    if c.quant_conv:
+        x = ops.conv(g, x, "quant_conv", moments, moments, kernel=1)
+    mode, _log_variance = ops.split(g, x, [c.latent_channels] * 2, axis=1)
+    mean, std = batch_norm_statistics(g, c)
+    patches = ops.patchify(g, mode, c.latent_channels)
+    latents = g.op("Div", g.op("Sub", patches, mean), std)
+    shape = ["batch", c.patch_channels, f"height/{c.scale_factor}", f"width/{c.scale_factor}"]
+    g.output("latents", latents, shape, "mode of the posterior, in 2x2 patches, normalised")
+
+
+def build_decoder(g: GraphBuilder, c: VaeConfig) -> None:
+    """Add the decoder to `g`: latents f32 [batch, 128, height/16, width/16] -> sample f32 [batch, 3, height, width]."""
+    x = g.input(
+        "latents",
+        TensorProto.FLOAT,
+        ["batch", c.patch_channels, f"height/{c.scale_factor}", f"width/{c.scale_factor}"],
+        "normalised latents in 2x2 patches",
+    )
+    mean, std = batch_norm_statistics(g, c)
+    x = ops.unpatchify(g, ops.add(g, ops.mul(g, x, std), mean), c.latent_channels)
+    if c.post_quant_conv:
+        x = ops.conv(g, x, "post_quant_conv", c.latent_channels, c.latent_channels, kernel=1)
+    with g.scope("decoder"):
+        x = decoder(g, c, x)
+    g.output("sample", x, ["batch", c.out_channels, "height", "width"], "RGB, in [-1, 1] but for overshoot: clip it")
+
+
+def batch_norm_statistics(g: GraphBuilder, c: VaeConfig) -> tuple[str, str]:
+    """Return the mean and standard deviation of each patch channel, f32 [channels, 1, 1]."""
+    with g.scope("bn"):
+        per_channel = g.constant([-1, 1, 1], np.int64)
+        mean, variance = g.weight("running_mean", c.patch_channels), g.weight("running_var", c.patch_channels)
+        std = g.op("Sqrt", g.op("Add", variance, g.constant(c.batch_norm_eps)))
+        return g.op("Reshape", mean, per_channel), g.op("Reshape", std, per_channel)
+
+
+def encoder(g: GraphBuilder, c: VaeConfig, x: str) -> str:
+    """[batch, 3, h, w] -> [batch, 2 * latent_channels, h/8, w/8]."""
+    channels = c.encoder_channels[0]
+    x = ops.conv(g, x, "conv_in", c.in_channels, channels)
+    for i, width in enumerate(c.encoder_channels):
+        with g.scope("down_blocks", i):
+            for j in range(c.layers_per_block):
+                with g.scope("resnets", j):
+                    x = resnet(g, c, x, channels, width)
+                channels = width
+            if i < len(c.encoder_channels) - 1:
+                with g.scope("downsamplers.0"):
+                    x = ops.conv(g, x, "conv", width, width, stride=2)
+    x = mid_block(g, c, x, channels)
+    return head(g, c, x, channels, 2 * c.latent_channels)
+
+
+def decoder(g: GraphBuilder, c: VaeConfig, x: str) -> str:
+    """[batch, latent_channels, h, w] -> [batch, 3, 8 * h, 8 * w]."""
+    channels = c.decoder_channels[-1]
+    x = ops.conv(g, x, "conv_in", c.latent_channels, channels)
+    x = mid_block(g, c, x, channels)
+    for i, width in enumerate(reversed(c.decoder_channels)):
+        with g.scope("up_blocks", i):
+            for j in range(c.layers_per_block + 1):
+                with g.scope("resnets", j):
+                    x = resnet(g, c, x, channels, width)
+                channels = width
+            if i < len(c.decoder_channels) - 1:
+                with g.scope("upsamplers.0"):
+                    x = ops.conv(g, ops.upsample(g, x), "conv", width, width)
+    return head(g, c, x, channels, c.out_channels)
+
+
+def head(g: GraphBuilder, c: VaeConfig, x: str, channels: int, n_out: int) -> str:
+    """Norm, silu, convolution: the end of encoder and decoder."""
+    x = ops.silu(g, ops.group_norm(g, x, "conv_norm_out", channels, c.groups, EPS))
+    return ops.conv(g, x, "conv_out", channels, n_out)
+
+
+def resnet(g: GraphBuilder, c: VaeConfig, x: str, n_in: int, n_out: int) -> str:
+    """Two convolutions around a shortcut: [batch, n_in, h, w] -> [batch, n_out, h, w]."""
+    hidden = ops.silu(g, ops.group_norm(g, x, "norm1", n_in, c.groups, EPS))
+    hidden = ops.conv(g, hidden, "conv1", n_in, n_out)
+    hidden = ops.silu(g, ops.group_norm(g, hidden, "norm2", n_out, c.groups, EPS))
+    hidden = ops.conv(g, hidden, "conv2", n_out, n_out)
+    shortcut = x if n_in == n_out else ops.conv(g, x, "conv_shortcut", n_in, n_out, kernel=1)
+    return ops.add(g, shortcut, hidden)
+
+
+def mid_block(g: GraphBuilder, c: VaeConfig, x: str, channels: int) -> str:
+    """[batch, channels, h, w] -> same."""
+    with g.scope("mid_block"):
+        with g.scope("resnets.0"):
+            x = resnet(g, c, x, channels, channels)
+        if c.mid_attention:
+            with g.scope("attentions.0"):
+                x = ops.add(g, x, spatial_attention(g, c, x, channels))
+        with g.scope("resnets.1"):
+            return resnet(g, c, x, channels, channels)
+
+
+def spatial_attention(g: GraphBuilder, c: VaeConfig, x: str, channels: int) -> str:
+    """Every pixel of [batch, channels, h, w] attends to all others, in one head."""
+    normal = ops.group_norm(g, x, "group_norm", channels, c.groups, EPS)
+    pixels = g.op("Transpose", ops.reshape(g, normal, [0, 0, -1]), perm=[0, 2, 1])  # [batch, h * w, channels]
+    q, k, v = (ops.linear(g, pixels, name, channels, channels, bias=True) for name in ("to_q", "to_k", "to_v"))
+    mixed = ops.linear(g, ops.attention(g, q, k, v, 1, channels), "to_out.0", channels, channels, bias=True)
+    return g.op("Reshape", g.op("Transpose", mixed, perm=[0, 2, 1]), g.op("Shape", x), shape=g.shape(x))

@@ -1,0 +1,54 @@
+"""Progress on a terminal; silent anywhere else."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Progress:
+    """Bars for the phases of a command, one at a time, drawn by tqdm once there is something to draw."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        """Draw nothing if `quiet` or if standard error is not a terminal."""
+        self._shown = not quiet and sys.stderr.isatty()
+        self._bar: Any = None
+        self._what = ""
+
+    def _update(self, what: str, done: int, total: int, **format: Any) -> None:
+        if not self._shown:
+            return
+        if what != self._what or self._bar is None:
+            from tqdm import tqdm
+
+            self.close()
+            self._bar, self._what = tqdm(total=total, desc=what, leave=False, file=sys.stderr, **format), what
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def step(self, step: int, steps: int, sigma: float, latents: np.ndarray) -> None:
+        """Show a denoising step; has the signature of a pipeline callback."""
+        self._update("denoising", step, steps, unit="step")
+
+    def bytes(self, what: str, done: int, total: int) -> None:
+        """Show how much of a file is written; has the signature of the exporter's `progress`."""
+        if total:
+            self._update(what, done, total, unit="B", unit_scale=True)
+
+    def close(self) -> None:
+        """Wipe the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

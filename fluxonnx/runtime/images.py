@@ -1,0 +1,202 @@
+"""Pixels in and out: files of any kind to RGB, RGB to what the VAE wants, and back."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from fluxonnx.errors import FluxonnxError, ImageError, UsageError
+from fluxonnx.files import explain, replacing
+from fluxonnx.runtime import metadata
+
+# The limits and the area cap of Flux2ImageProcessor, diffusers pipelines/flux2/image_processor.py.
+MIN_REFERENCE_SIDE = 64
+MAX_REFERENCE_RATIO = 8
+MAX_REFERENCE_AREA = 1024 * 1024
+
+FORMATS: dict[str, dict[str, Any]] = {
+    ".png": {"format": "PNG"},
+    ".jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+    ".jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+    ".webp": {"format": "WEBP", "lossless": True},
+    ".ppm": {"format": "PPM"},
+}
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Read a picture as a person sees it: upright, sRGB, 8 bits, on white where it is transparent.
+
+    Of an animation the first frame is taken, with a warning.
+
+    Raises:
+        ImageError: The file is missing, not an image, damaged, or absurdly large.
+    """
+    try:
+        # Pillow only warns about pictures of more than 89 million pixels; none is ever meant.
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if getattr(image, "n_frames", 1) > 1:
+                    _warn_animated(path)
+                return as_rgb(image)
+    except FileNotFoundError:
+        raise ImageError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise ImageError(f"{path} is a folder, not an image") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{path} is not an image that Pillow can read: convert it to PNG or JPEG") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ImageError(f"{path} has too many pixels: scale it down first") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ImageError(f"{path} can't be read, it seems damaged: {error}") from None
+
+
+def _warn_animated(path: str | Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn(f"{path} is animated: only its first frame is used", stacklevel=4)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Convert any picture to RGB the way a viewer shows it; see `load_image`."""
+    profile = image.info.get("icc_profile")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bits(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image).convert("RGB")
+    if profile and image.mode in ("RGB", "CMYK"):
+        image = _to_srgb(image, profile)
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit gray (and float in [0, 1]) to 8 bits; Pillow's own conversion would clip it."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        scaled = np.clip(values, 0, 1) * 255
+    elif values.max(initial=0) > 255:
+        scaled = np.clip(values, 0, 65535) / 257
+    else:
+        scaled = np.clip(values, 0, 255)
+    return Image.fromarray(np.rint(scaled).astype(np.uint8), "L")
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return image  # a damaged profile: viewers ignore it, too
+    return converted if converted is not None else image
+
+
+def fit_reference(image: Image.Image, multiple: int = 16) -> Image.Image:
+    """Scale and crop a reference picture as diffusers' klein pipeline does.
+
+    The area is capped at 1024 * 1024, sides are floored to multiples of `multiple`, and what is too much is cropped
+    evenly.
+
+    Raises:
+        UsageError: A side is under 64 pixels, or one is more than 8 times the other.
+    """
+    width, height = image.size
+    if min(width, height) < MIN_REFERENCE_SIDE:
+        raise UsageError(f"a reference image is {width}x{height}: both sides must be at least {MIN_REFERENCE_SIDE}")
+    if max(width, height) > MAX_REFERENCE_RATIO * min(width, height):
+        raise UsageError(f"a reference image is {width}x{height}: one side may be {MAX_REFERENCE_RATIO} times the other")
+    if width * height > MAX_REFERENCE_AREA:
+        scale = math.sqrt(MAX_REFERENCE_AREA / (width * height))
+        width, height = int(width * scale), int(height * scale)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    return crop_center(image, width // multiple * multiple, height // multiple * multiple)
+
+
+def crop_center(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Cut `width` x `height` out of the middle."""
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def fill(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Scale and crop so that the picture covers exactly `width` x `height`."""
+    if image.size == (width, height):
+        return image
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def image_to_sample(image: Image.Image) -> np.ndarray:
+    """RGB -> float32 [1, 3, height, width] in [-1, 1] (VaeImageProcessor.preprocess, diffusers image_processor.py)."""
+    pixels = np.asarray(image, np.float32) / np.float32(255)
+    return np.ascontiguousarray((pixels * 2 - 1).transpose(2, 0, 1)[None])
+
+
+def sample_to_image(sample: np.ndarray) -> Image.Image:
+    """float32 [3, height, width], about in [-1, 1] -> RGB (VaeImageProcessor.postprocess, diffusers).
+
+    Raises:
+        FluxonnxError: The sample is not finite.
+    """
+    if not np.isfinite(sample).all():
+        raise FluxonnxError("the model produced NaNs or infinities instead of a picture: its weights may be damaged")
+    pixels = np.clip(sample * np.float32(0.5) + np.float32(0.5), 0, 1).transpose(1, 2, 0)
+    return Image.fromarray(np.round(pixels * 255).astype(np.uint8), "RGB")
+
+
+def check_output_path(path: Path) -> None:
+    """Find out before a long run whether `path` can be written.
+
+    Raises:
+        UsageError: Its suffix is unknown, its folder does not exist, or it is a folder.
+        ImageError: There is no permission.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise UsageError(f"{path} can't be written: the name must end in one of {', '.join(FORMATS)}")
+    if not path.parent.is_dir():
+        raise UsageError(f"folder {path.parent} does not exist: create it, or choose another -o")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: choose a file name for -o")
+    try:
+        with replacing(path.with_name(f"{path.name}.probe")) as temporary:
+            temporary.touch()
+            raise InterruptedError  # probed enough: nothing is to be left behind
+    except InterruptedError:
+        pass
+    except OSError as error:
+        raise ImageError(explain(error, path)) from None
+
+
+def save_image(image: Image.Image, path: str | Path, parameters: Mapping[str, Any] | None = None) -> None:
+    """Write a picture, whole or not at all, in the format its suffix names.
+
+    JPEG is written at quality 95 without chroma subsampling, WebP losslessly.
+
+    Args:
+        image: RGB.
+        path: .png, .jpg, .jpeg, .webp or .ppm.
+        parameters: What made the picture; goes into PNG text chunks, or into EXIF for JPEG and WebP.
+
+    Raises:
+        UsageError: The suffix is unknown or the folder does not exist.
+        ImageError: The file can't be written.
+    """
+    path = Path(path)
+    check_output_path(path)
+    options = FORMATS[path.suffix.lower()]
+    extra = metadata.embed(options["format"], parameters) if parameters else {}
+    try:
+        with replacing(path) as temporary:
+            clean = image.copy()
+            clean.info = {}
+            clean.save(temporary, **options, **extra)
+    except OSError as error:
+        raise ImageError(explain(error, path)) from None

@@ -1,0 +1,152 @@
+"""Noise that equals torch's to the last bit, so that a seed means the same picture here as in diffusers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fluxonnx.errors import UsageError
+
+F = np.float32
+
+# Coefficients of the Cephes library in single precision, which torch's vector code uses (avx_mathfun.h).
+LOG_COEFFICIENTS = (
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
+LOG_Q1, LOG_Q2 = F(-2.12194440e-4), F(0.693359375)
+COS_COEFFICIENTS = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
+SIN_COEFFICIENTS = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
+# minus pi/4 in three parts, so that multiples of it can be subtracted without loss
+QUARTER_PI = (F(-0.78515625), F(-2.4187564849853515625e-4), F(-3.77489497744594108e-8))
+
+
+def randn(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Draw standard normal values.
+
+    Equal bit for bit to `torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))` in float32, on
+    x86-64 machines with AVX2. The sources are ATen's CPUGeneratorImpl.cpp, DistributionTemplates.h (normal_fill) and
+    avx_mathfun.h.
+
+    Args:
+        seed: From 0 to 2**64 - 1; torch's generator uses the lower 32 bits.
+        shape: Any shape.
+
+    Returns:
+        float32 of `shape`.
+
+    Raises:
+        UsageError: The seed is out of range.
+    """
+    if not 0 <= seed < 2**64:
+        raise UsageError(f"seed {seed} is out of range: it must be from 0 to 2**64 - 1 ({2**64 - 1})")
+    size = math.prod(shape)
+    # RandomState seeds by init_genrand, as torch does; the Generator API would hash the seed first.
+    bits = np.random.RandomState(seed & 0xFFFFFFFF)
+    values = _normal_fill(bits, size) if size >= 16 else _scalar_normals(bits, size)
+    return values.reshape(shape)
+
+
+def _random(bits: np.random.RandomState, size: int) -> np.ndarray:
+    """Return raw 32-bit outputs of the Mersenne twister, as uint64."""
+    return bits.randint(0, 2**32, size, np.uint32).astype(np.uint64)
+
+
+def _scalar_normals(bits: np.random.RandomState, size: int) -> np.ndarray:
+    """Fewer than 16 values: Box-Muller in double precision, two values for each pair of 53-bit uniforms."""
+    values: list[float] = []
+    while len(values) < size:
+        words = _random(bits, 4)
+        u1, u2 = (((words[i] << np.uint64(32)) | words[i + 1]) & np.uint64(2**53 - 1) for i in (0, 2))
+        radius = math.sqrt(-2.0 * math.log1p(-float(u2) * 2.0**-53))
+        theta = 2.0 * math.pi * (float(u1) * 2.0**-53)
+        values += [radius * math.cos(theta), radius * math.sin(theta)]
+    return np.array(values[:size], np.float32)
+
+
+def _normal_fill(bits: np.random.RandomState, size: int) -> np.ndarray:
+    """Sixteen or more: single-precision Box-Muller over blocks of 8 + 8 values; a ragged end is drawn anew."""
+    whole = size // 16 * 16
+    uniform = _uniform(bits, size)
+    values = np.empty(size, np.float32)
+    values[:whole] = _box_muller(uniform[:whole].reshape(-1, 2, 8)).reshape(-1)
+    if whole < size:
+        values[-16:] = _box_muller(_uniform(bits, 16).reshape(1, 2, 8)).reshape(-1)
+    return values
+
+
+def _uniform(bits: np.random.RandomState, size: int) -> np.ndarray:
+    """float32 [size] in [0, 1): 24 bits each."""
+    return (_random(bits, size) & np.uint64(0xFFFFFF)).astype(np.float32) * F(2.0**-24)
+
+
+def _box_muller(uniform: np.ndarray) -> np.ndarray:
+    """float32 [blocks, 2, 8] uniform -> same, normal."""
+    radius = np.sqrt(F(-2) * _log(F(1) - uniform[:, 0]))
+    sine, cosine = _sincos(F(2 * math.pi) * uniform[:, 1])
+    # Adding the mean, 0, turns a negative zero into a positive one.
+    return np.stack([radius * cosine, radius * sine], axis=1) + F(0)
+
+
+def _fma(a: np.ndarray, b: np.ndarray | np.float32, c: np.ndarray | np.float32) -> np.ndarray:
+    """Return a * b + c rounded once to float32.
+
+    The product of two float32 is exact in float64. The sum is rounded to odd before it is rounded to float32, since
+    rounding to nearest twice can end on the wrong side of a tie (Boldo and Melquiond, "Emulation of FMA and correctly
+    rounded sums: proved algorithms using rounding to odd", 2008).
+    """
+    product = np.multiply(a, b, dtype=np.float64)
+    addend = np.asarray(c, np.float64)
+    total = product + addend
+    # TwoSum: total + error == product + addend exactly
+    virtual = total - product
+    error = (product - (total - virtual)) + (addend - virtual)
+    even = (total.view(np.int64) & 1) == 0
+    odd = np.where(even & (error != 0), np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total)
+    return odd.astype(np.float32)
+
+
+def _polynomial(x: np.ndarray, coefficients: tuple[float, ...]) -> np.ndarray:
+    value = np.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        value = _fma(value, x, F(coefficient))
+    return value
+
+
+def _log(x: np.ndarray) -> np.ndarray:
+    """Natural logarithm of float32 in (0, 1] (log256_ps)."""
+    mantissa, exponent = np.frexp(x)  # mantissa in [0.5, 1)
+    small = mantissa < F(0.707106781186547524)
+    e = (exponent - small).astype(np.float32)
+    # The order of these two additions matters for rounding: 2 * mantissa - 1 is formed as (mantissa - 1) + mantissa.
+    m = (mantissa - F(1)) + np.where(small, mantissa, F(0))
+    z = m * m
+    y = _polynomial(m, LOG_COEFFICIENTS) * m
+    # The compiler contracted this product into the addition, not the other one.
+    y = _fma(y, z, e * LOG_Q1) - z * F(0.5)
+    return _fma(e, LOG_Q2, m + y)
+
+
+def _sincos(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sine and cosine of float32 in [0, 2 pi] (sincos256_ps)."""
+    octant = ((x * F(1.27323954473516)).astype(np.int32) + 1) & ~1
+    y = octant.astype(np.float32)
+    for part in QUARTER_PI:
+        x = _fma(y, part, x)
+    z = x * x
+    cosine = _polynomial(z, COS_COEFFICIENTS) * z
+    cosine = _fma(cosine, z, -z * F(0.5)) + F(1)
+    sine = _polynomial(z, SIN_COEFFICIENTS) * z
+    sine = _fma(sine, x, x)
+    swapped = (octant & 2) != 0
+    sin_sign = np.where(octant & 4, F(-1), F(1))
+    cos_sign = np.where((octant - 2) & 4, F(1), F(-1))
+    return sin_sign * np.where(swapped, cosine, sine), cos_sign * np.where(swapped, sine, cosine)

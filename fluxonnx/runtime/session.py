@@ -1,0 +1,78 @@
+"""Open, run and release a graph in onnxruntime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from fluxonnx.errors import FluxonnxError
+
+# ConstantFolding would turn the casts of these graphs' bf16 weights into 16 GB of float32. The VAE is small, and its
+# convolutions are only laid out for the CPU's caches when their weights are constants.
+STREAMED = ("text_encoder", "transformer")
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """How graphs are run.
+
+    Attributes:
+        threads: Threads per operator; None for one per core.
+    """
+
+    threads: int | None = None
+
+
+class Session:
+    """One graph, loaded: a context manager, since its memory is worth giving back early."""
+
+    def __init__(self, path: Path, component: str, options: SessionOptions) -> None:
+        """Load the graph at `path`.
+
+        Raises:
+            FluxonnxError: onnxruntime can't load it.
+        """
+        import onnxruntime  # slow to import, and needed only to run
+
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = 3
+        if options.threads is not None:
+            settings.intra_op_num_threads = options.threads
+        disabled = ["ConstantFolding"] if component in STREAMED else None
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(path), settings, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+            )
+        except Exception as error:  # onnxruntime raises many types, all meaning this
+            raise FluxonnxError(f"{path} can't be loaded: {_first_line(error)}; export again with --force") from error
+        self._path = path
+
+    def run(self, **inputs: np.ndarray) -> list[np.ndarray]:
+        """Run the graph.
+
+        Raises:
+            FluxonnxError: It failed, most often for want of memory.
+        """
+        try:
+            return self._session.run(None, inputs)
+        except Exception as error:
+            raise FluxonnxError(f"{self._path.name} failed: {_first_line(error)}") from error
+
+    def close(self) -> None:
+        """Give the graph's memory back."""
+        del self._session
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,98 @@
+"""A prompt as the text encoder wants it: chat template, tokens, padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer as HubTokenizer
+
+from fluxonnx.checkpoint import read_json
+from fluxonnx.errors import CheckpointError, UsageError
+
+# What Qwen3's chat template makes of one user message with enable_thinking=False.
+TEMPLATE_HEAD = "<|im_start|>user\n"
+TEMPLATE_TAIL = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+MAX_LENGTH = 512
+DEFAULT_PAD_TOKEN = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised prompt.
+
+    Attributes:
+        input_ids: int64 [1, length], padded on the right.
+        attention_mask: int64 [1, length], 1 for tokens, 0 for padding.
+        cut: The end of the prompt that did not fit; empty if all did.
+    """
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    cut: str
+
+
+class Tokenizer:
+    """The tokenizer of a model directory."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load tokenizer.json.
+
+        Raises:
+            CheckpointError: It is missing, corrupt, or lacks a token of the chat template.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing: the model directory is not complete, download it again")
+        try:
+            self._tokenizer = HubTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise CheckpointError(f"{path} is not a tokenizer ({error}): download it again") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        pad_token = _pad_token(folder)
+        for token in ("<|im_start|>", "<|im_end|>", pad_token):
+            if self._tokenizer.token_to_id(token) is None:
+                raise CheckpointError(f"{path} has no token {token}: it is not the tokenizer of this model")
+        self._pad_id = self._tokenizer.token_to_id(pad_token)
+
+    def encode(self, prompt: str, max_length: int = MAX_LENGTH) -> Tokens:
+        """Tokenise a prompt in the chat template, padded or cut to `max_length`.
+
+        Source: _get_qwen3_prompt_embeds, diffusers pipeline_flux2_klein.py; cutting takes the template's tail first,
+        then the prompt's.
+
+        Raises:
+            UsageError: `max_length` is not a multiple of 8 from 8 to 512, or the prompt is not valid text.
+        """
+        if not 8 <= max_length <= MAX_LENGTH or max_length % 8:
+            raise UsageError(f"max_sequence_length is {max_length}, but must be a multiple of 8 from 8 to {MAX_LENGTH}")
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UsageError("the prompt is not valid text: it holds half of a surrogate pair") from None
+        text = TEMPLATE_HEAD + prompt + TEMPLATE_TAIL
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids = encoding.ids[:max_length]
+        input_ids = np.full((1, max_length), self._pad_id, np.int64)
+        input_ids[0, : len(ids)] = ids
+        attention_mask = np.zeros((1, max_length), np.int64)
+        attention_mask[0, : len(ids)] = 1
+        return Tokens(input_ids, attention_mask, self._cut(prompt, len(encoding.ids), encoding, max_length))
+
+    def _cut(self, prompt: str, length: int, encoding: object, max_length: int) -> str:
+        if length <= max_length:
+            return ""
+        # Offsets count characters of the normalised text; the two differ only for prompts that are not in NFC.
+        start = encoding.offsets[max_length][0] - len(TEMPLATE_HEAD)  # type: ignore[attr-defined]
+        return prompt[max(start, 0) :]
+
+
+def _pad_token(folder: Path) -> str:
+    config = folder / "tokenizer_config.json"
+    token = read_json(config).get("pad_token") if config.is_file() else None
+    if isinstance(token, dict):  # an AddedToken, as older versions of transformers save it
+        token = token.get("content")
+    return token or DEFAULT_PAD_TOKEN
