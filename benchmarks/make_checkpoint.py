@@ -1,6 +1,6 @@
 """Write a random checkpoint in the layout of FLUX.2-klein, of any size: tiny ones for tests, 16 GB for benchmarks.
 
-    python benchmarks/make_checkpoint.py --architecture 4b OUT
+python benchmarks/make_checkpoint.py --architecture 4b OUT
 """
 
 from __future__ import annotations

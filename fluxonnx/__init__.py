@@ -1,9 +1,9 @@
 """FLUX.2-klein as plain ONNX: export the graphs, make pictures with them, no torch.
 
-    import fluxonnx
+import fluxonnx
 
-    with fluxonnx.load("model") as flux:
-        flux.generate("a cat on a windowsill", width=512, height=512, seed=42).save("cat.png")
+with fluxonnx.load("model") as flux:
+    flux.generate("a cat on a windowsill", width=512, height=512, seed=42).save("cat.png")
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ asked: a tensor is a place in a file.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -130,7 +131,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     tensors = [_header_entry(path, name, entry, 8 + length, size) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
-    for before, after in zip(tensors, tensors[1:], strict=False):
+    for before, after in itertools.pairwise(tensors):
         if before.offset + before.nbytes > after.offset:
             raise CheckpointError(f"{path}: the bytes of {before.name} and {after.name} overlap: download it again")
     return {tensor.name: tensor for tensor in tensors}

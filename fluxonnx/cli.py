@@ -13,6 +13,7 @@ from fluxonnx import __version__
 from fluxonnx.errors import FluxonnxError, UsageError
 from fluxonnx.progress import Progress
 
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for a failure, 2 for wrong usage, 130 when interrupted."""
     parser = build_parser()
@@ -45,7 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: argparse._SubParsersAction, name: str, run: Callable, help: str, example: str) -> argparse.ArgumentParser:
+def _command(
+    commands: argparse._SubParsersAction, name: str, run: Callable, help: str, example: str
+) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
         help=help,
@@ -105,7 +108,10 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("-d", "--dir", required=True, metavar="DIR", help="model directory, Hugging Face layout")
     parser.add_argument(
-        "-o", "--output", metavar="DIR", help="make a self-contained copy here instead of writing into the model directory"
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="make a self-contained copy here instead of writing into the model directory",
     )
     parser.add_argument(
         "--precision",
@@ -148,7 +154,7 @@ def generate(arguments: argparse.Namespace) -> None:
     model = api.find_model(arguments.dir)
     if api.is_shipped(model) and not arguments.quiet:
         print(
-            f"fluxonnx: using the tiny model in the box, whose weights are random: it draws noise. "
+            "fluxonnx: using the tiny model in the box, whose weights are random: it draws noise. "
             "Pass -d DIR for FLUX.2-klein (see models/README.md)",
             file=sys.stderr,
         )
@@ -172,8 +178,8 @@ def generate(arguments: argparse.Namespace) -> None:
             callback=bar.step,
         )
     start = time.perf_counter()
-    save_image(image, arguments.output, image.info)
-    phases = {"open model": loaded, **flux.timings, "save": time.perf_counter() - start}
+    save_image(image, arguments.output, dict(image.info))
+    phases = {"open model": loaded, **flux.phases.seconds, "save": time.perf_counter() - start}
     if arguments.verbose:
         for name, seconds in phases.items():
             say(f"{name:<18}{seconds:8.2f} s")

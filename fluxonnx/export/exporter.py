@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 import onnx
 
 from fluxonnx import __version__
-from fluxonnx.checkpoint import Checkpoint, Tensor, fingerprint, read_header
+from fluxonnx.checkpoint import Checkpoint, Tensor, fingerprint
 from fluxonnx.errors import CheckpointError, ExportError, UsageError
 from fluxonnx.export import conditioning, text_encoder, transformer, vae, weights
 from fluxonnx.export.graph import Graph, GraphBuilder, Target
@@ -23,7 +22,6 @@ from fluxonnx.export.vae import VaeConfig
 from fluxonnx.files import explain, replacing
 from fluxonnx.manifest import (
     COMPONENTS,
-    FILE_NAME,
     Build,
     Component,
     Manifest,
@@ -63,6 +61,7 @@ class Sizes:
 
     @classmethod
     def read(cls, checkpoint: Checkpoint, out_layers: tuple[int, ...] | None) -> Sizes:
+        """Read the configs; raises CheckpointError if one is wrong or they do not fit together."""
         sizes = cls(
             TextEncoderConfig.read(checkpoint.config("text_encoder"), out_layers),
             TransformerConfig.read(checkpoint.config("transformer")),
@@ -245,9 +244,7 @@ def _refuse_foreign(path: Path, metadata: dict[str, str]) -> None:
         )
 
 
-def _export_component(
-    checkpoint: Checkpoint, component: str, sizes: Sizes, target: Target, say: Progress
-) -> Component:
+def _export_component(checkpoint: Checkpoint, component: str, sizes: Sizes, target: Target, say: Progress) -> Component:
     root, folder = checkpoint.root, COMPONENTS[component]
     say(component, 0, 0)
     tensors = {} if component == "conditioning" else checkpoint.tensors(folder)

@@ -64,10 +64,12 @@ class StoredWeight:
 
     @property
     def in_place(self) -> bool:
+        """Whether the bytes stay where they are."""
         return self.dtype == self.source.dtype
 
     @property
     def nbytes(self) -> int:
+        """How many bytes are stored."""
         return math.prod(self.source.shape) * helper.tensor_dtype_to_np_dtype(ONNX_DTYPES[self.dtype]).itemsize
 
 
@@ -183,10 +185,7 @@ class GraphBuilder:
         name = self._unique(op_type)
         names = [output or name] if outputs == 1 else [f"{name}.{i}" for i in range(outputs)]
         node = helper.make_node(op_type, list(inputs), names, name=name, domain=domain, **attributes)
-        if like is not None:
-            inferred = dict.fromkeys(names, self._types[like])
-        else:
-            inferred = self._infer(node)
+        inferred = dict.fromkeys(names, self._types[like]) if like is not None else self._infer(node)
         for value in names:
             self._types[value] = inferred[value]
             if shape is not None:

@@ -193,13 +193,11 @@ def repeat_heads(g: GraphBuilder, x: str, kv_heads: int, times: int, head_dim: i
 
 
 def attention(g: GraphBuilder, q: str, k: str, v: str, heads: int, head_dim: int, bias: str = "") -> str:
-    """Scaled dot-product attention over [batch, seq, heads * head_dim]; `bias` [batch, 1, seq, seq] is added to scores."""
+    """Attend over [batch, seq, heads * head_dim]; `bias` [batch, 1, seq, seq] is added to the scaled scores."""
     scale = 1.0 / math.sqrt(head_dim)
     if g.target.fused:
         optional = ["", "", bias] if bias else []
-        return g.op(
-            "MultiHeadAttention", q, k, v, *optional, domain=MICROSOFT, like=q, num_heads=heads, scale=scale
-        )
+        return g.op("MultiHeadAttention", q, k, v, *optional, domain=MICROSOFT, like=q, num_heads=heads, scale=scale)
 
     def by_head(x: str, perm: list[int]) -> str:
         return g.op("Transpose", split_heads(g, x, head_dim), perm=perm)
@@ -269,8 +267,15 @@ def group_norm(g: GraphBuilder, x: str, name: str, channels: int, groups: int, e
 def upsample(g: GraphBuilder, x: str) -> str:
     """Double height and width by repeating pixels."""
     scales = g.constant([1, 1, 2, 2])
-    attributes = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-    return g.op("Resize", x, "", scales, **attributes)
+    return g.op(
+        "Resize",
+        x,
+        "",
+        scales,
+        mode="nearest",
+        coordinate_transformation_mode="asymmetric",
+        nearest_mode="floor",
+    )
 
 
 def patchify(g: GraphBuilder, x: str, channels: int) -> str:

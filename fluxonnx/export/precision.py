@@ -54,6 +54,7 @@ class Float32(Precision):
     name = "fp32"
 
     def stored_dtype(self, tensor: Tensor) -> str:
+        """Return F32, whatever the checkpoint has."""
         return "F32"
 
 

@@ -23,6 +23,10 @@ MAX_POSITIONS = 512
 OUT_LAYERS = (9, 18, 27)
 
 
+# cos and sin, f32 [positions, head_dim / 2]
+RopeTable = tuple[np.ndarray, np.ndarray]
+
+
 @dataclass(frozen=True)
 class TextEncoderConfig:
     """The sizes of a text encoder, from its config.json."""
@@ -125,21 +129,21 @@ def hidden_states(g: GraphBuilder, c: TextEncoderConfig, input_ids: str, attenti
     return states
 
 
-def rope_tables(c: TextEncoderConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Return cos and sin f32 [positions, head_dim / 2], rounded as Qwen3RotaryEmbedding does."""
+def rope_tables(c: TextEncoderConfig) -> RopeTable:
+    """Return the angles' cos and sin, rounded as Qwen3RotaryEmbedding does."""
     exponent = np.arange(0, c.head_dim, 2, dtype=np.float32) / np.float32(c.head_dim)
     frequency = np.float32(1) / np.float32(c.rope_theta) ** exponent
     angles = np.arange(MAX_POSITIONS, dtype=np.float32)[:, None] * frequency
     return np.cos(angles), np.sin(angles)
 
 
-def decoder_layer(g: GraphBuilder, c: TextEncoderConfig, x: str, bias: str, rope: tuple) -> str:
+def decoder_layer(g: GraphBuilder, c: TextEncoderConfig, x: str, bias: str, rope: RopeTable) -> str:
     """[batch, seq, hidden] -> same."""
     x = ops.add(g, x, self_attention(g, c, ops.rms_norm(g, x, "input_layernorm", c.hidden, c.eps), bias, rope))
     return ops.add(g, x, mlp(g, c, ops.rms_norm(g, x, "post_attention_layernorm", c.hidden, c.eps)))
 
 
-def self_attention(g: GraphBuilder, c: TextEncoderConfig, x: str, bias: str, rope: tuple) -> str:
+def self_attention(g: GraphBuilder, c: TextEncoderConfig, x: str, bias: str, rope: RopeTable) -> str:
     """Grouped-query attention over [batch, seq, hidden]."""
     with g.scope("self_attn"):
         q_dim, kv_dim = c.heads * c.head_dim, c.kv_heads * c.head_dim

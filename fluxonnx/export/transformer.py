@@ -114,7 +114,9 @@ def build(g: GraphBuilder, c: TransformerConfig) -> None:
     )
 
 
-def transformer(g: GraphBuilder, c: TransformerConfig, image: str, text: str, timestep: str, rope: tuple) -> str:
+def transformer(
+    g: GraphBuilder, c: TransformerConfig, image: str, text: str, timestep: str, rope: tuple[str, str]
+) -> str:
     """Return the velocity [batch, image_seq, out_channels]."""
     temb = ops.silu(g, timestep_embedding(g, c, timestep))
     image_mods = modulation(g, c, "double_stream_modulation_img", temb, sets=2)

@@ -63,7 +63,9 @@ class VaeConfig:
         groups = config.integer("norm_num_groups", 32)
         for channels in (*encoder_channels, *decoder_channels):
             if channels % groups:
-                raise CheckpointError(f'{config.path}: {channels} channels do not divide into "norm_num_groups" {groups}')
+                raise CheckpointError(
+                    f'{config.path}: {channels} channels do not divide into "norm_num_groups" {groups}'
+                )
         if len(encoder_channels) != len(decoder_channels):
             raise CheckpointError(f"{config.path}: encoder and decoder have different numbers of blocks")
         return cls(
@@ -98,7 +100,7 @@ def build_encoder(g: GraphBuilder, c: VaeConfig) -> None:
     mean, std = batch_norm_statistics(g, c)
     patches = ops.patchify(g, mode, c.latent_channels)
     latents = g.op("Div", g.op("Sub", patches, mean), std)
-    shape = ["batch", c.patch_channels, f"height/{c.scale_factor}", f"width/{c.scale_factor}"]
+    shape: list[int | str] = ["batch", c.patch_channels, f"height/{c.scale_factor}", f"width/{c.scale_factor}"]
     g.output("latents", latents, shape, "mode of the posterior, in 2x2 patches, normalised")
 
 

@@ -113,7 +113,9 @@ def fit_reference(image: Image.Image, multiple: int = 16) -> Image.Image:
     if min(width, height) < MIN_REFERENCE_SIDE:
         raise UsageError(f"a reference image is {width}x{height}: both sides must be at least {MIN_REFERENCE_SIDE}")
     if max(width, height) > MAX_REFERENCE_RATIO * min(width, height):
-        raise UsageError(f"a reference image is {width}x{height}: one side may be {MAX_REFERENCE_RATIO} times the other")
+        raise UsageError(
+            f"a reference image is {width}x{height}: one side may be {MAX_REFERENCE_RATIO} times the other"
+        )
     if width * height > MAX_REFERENCE_AREA:
         scale = math.sqrt(MAX_REFERENCE_AREA / (width * height))
         width, height = int(width * scale), int(height * scale)
@@ -175,7 +177,7 @@ def check_output_path(path: Path) -> None:
         raise ImageError(explain(error, path)) from None
 
 
-def save_image(image: Image.Image, path: str | Path, parameters: Mapping[str, Any] | None = None) -> None:
+def save_image(image: Image.Image, path: str | Path, parameters: Mapping[Any, Any] | None = None) -> None:
     """Write a picture, whole or not at all, in the format its suffix names.
 
     JPEG is written at quality 95 without chroma subsampling, WebP losslessly.

@@ -16,7 +16,7 @@ KEY = "fluxonnx"
 ASCII_PREFIX = b"ASCII\0\0\0"
 
 
-def embed(format: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+def embed(format: str, parameters: Mapping[Any, Any]) -> dict[str, Any]:
     """Return the options for Pillow's save that put `parameters` into a PNG, JPEG or WEBP; none for other formats."""
     text = json.dumps(dict(parameters), sort_keys=True)
     if format == "PNG":
@@ -35,7 +35,7 @@ def embed(format: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def readable(parameters: Mapping[str, Any]) -> str:
+def readable(parameters: Mapping[Any, Any]) -> str:
     """Return the parameters in the form that gallery programs show (that of AUTOMATIC1111's web UI)."""
     size = f"{parameters.get('width')}x{parameters.get('height')}"
     facts = {

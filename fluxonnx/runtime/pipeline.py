@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import secrets
-import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from types import TracebackType
 
 import numpy as np
@@ -21,6 +18,7 @@ from fluxonnx.manifest import Build, Manifest
 from fluxonnx.runtime.images import sample_to_image
 from fluxonnx.runtime.models import Models, grid_ids, pack, unpack
 from fluxonnx.runtime.noise import randn
+from fluxonnx.runtime.phases import Phases
 from fluxonnx.runtime.sampler import sample
 from fluxonnx.runtime.schedule import flow_sigmas
 from fluxonnx.runtime.session import SessionOptions
@@ -51,8 +49,8 @@ class Flux:
         self.name = checkpoint.name
         self.is_distilled = checkpoint.is_distilled
         self.text_encoder_out_layers = tuple(manifest.text_encoder_out_layers or ())
-        #: Seconds spent in each phase of the last run.
-        self.timings: dict[str, float] = {}
+        #: The phases of the last run and the seconds they took.
+        self.phases = Phases()
         self._models = Models(checkpoint.root, build, options or SessionOptions())
         self._tokenizer = Tokenizer(checkpoint.root / "tokenizer")
         self._channels = manifest.architecture["transformer"]["in_channels"]
@@ -99,18 +97,18 @@ class Flux:
             raise UsageError(f"steps is {steps}, but must be from 1 to 1000")
         seed = random_seed() if seed is None else seed
 
-        self.timings = {}
+        self.phases = Phases()
         rows, columns = height // self._multiple, width // self._multiple
         latents = pack(randn(seed, (1, self._channels, rows, columns)))
         embeds = self._prompt_embeds(prompt, max_sequence_length)
-        with self._phase("load transformer"), self._models.transformer() as transformer:
+        with self.phases("load transformer"), self._models.transformer() as transformer:
             velocity = transformer.velocity(embeds, grid_ids(rows, columns))
-            with self._phase("denoise"):
+            with self.phases("denoise"):
                 for step in sample(velocity, latents, flow_sigmas(rows * columns, steps)):
                     latents = step.latents
                     if callback and callback(step.index, step.steps, step.sigma, latents) is False:
                         raise Cancelled(f"stopped by the callback after step {step.index} of {step.steps}")
-        with self._phase("decode"):
+        with self.phases("decode"):
             sample_ = self._models.decode_latents(unpack(latents, rows, columns))
         image = sample_to_image(sample_[0])
         image.info.update(
@@ -142,21 +140,13 @@ class Flux:
                 warnings.warn(
                     f"the prompt is longer than {max_length} tokens; this was cut: {tokens.cut!r}", stacklevel=3
                 )
-            with self._phase("encode prompt"):
+            with self.phases("encode prompt"):
                 self._prompts[key] = self._models.prompt_embeds(tokens.input_ids, tokens.attention_mask)
                 self._models.release_text_encoder()
         self._prompts.move_to_end(key)
         while len(self._prompts) > PROMPTS_REMEMBERED:
             self._prompts.popitem(last=False)
         return self._prompts[key]
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
 
     def release_text_encoder(self) -> None:
         """Give the text encoder's memory back (about 8 GB of mapped weights); a new prompt loads it again."""

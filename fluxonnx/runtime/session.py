@@ -8,7 +8,7 @@ from types import TracebackType
 
 import numpy as np
 
-from fluxonnx.errors import FluxonnxError
+from fluxonnx.errors import FluxonnxError, UsageError
 
 # ConstantFolding would turn the casts of these graphs' bf16 weights into 16 GB of float32. The VAE is small, and its
 # convolutions are only laid out for the CPU's caches when their weights are constants.
@@ -39,7 +39,12 @@ class Session:
 
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3
+        # A pattern lays all temporaries of a run into one block: with weights cast on the fly that is 0.7 GB more for
+        # the 4B transformer (measured: 1.90 against 1.23 GB), and no faster.
+        settings.enable_mem_pattern = False
         if options.threads is not None:
+            if options.threads < 1:
+                raise UsageError(f"threads is {options.threads}, but must be at least 1")
             settings.intra_op_num_threads = options.threads
         disabled = ["ConstantFolding"] if component in STREAMED else None
         try:

@@ -52,8 +52,8 @@ def graphs() -> dict[str, np.ndarray]:
     import torch
     from diffusers import Flux2KleinPipeline
 
-    from fluxonnx.export.text_encoder import TextEncoderConfig
     from fluxonnx.checkpoint import Checkpoint
+    from fluxonnx.export.text_encoder import TextEncoderConfig
 
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = make_checkpoint(Path(folder) / "model", ARCHITECTURES[ARCHITECTURE])

@@ -98,7 +98,9 @@ def test_transformer_and_conditioning(run, pipe, height, width, text_seq):
     )[0]
 
     projected, cos, sin = run("conditioning", timestep=timestep, txt_ids=txt_ids[0], img_ids=img_ids[0])
-    assert relative_error(projected, transformer.time_guidance_embed.time_proj(timestep * 1000).numpy()) < GRAPH_TOLERANCE
+    assert (
+        relative_error(projected, transformer.time_guidance_embed.time_proj(timestep * 1000).numpy()) < GRAPH_TOLERANCE
+    )
     expected_cos, expected_sin = transformer.pos_embed(torch.cat([txt_ids[0], img_ids[0]]))
     assert relative_error(cos, expected_cos.numpy()) < GRAPH_TOLERANCE
     assert relative_error(sin, expected_sin.numpy()) < GRAPH_TOLERANCE

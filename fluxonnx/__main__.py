@@ -1,0 +1,7 @@
+"""`python -m fluxonnx`."""
+
+import sys
+
+from fluxonnx.cli import main
+
+sys.exit(main())

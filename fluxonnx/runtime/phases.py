@@ -1,0 +1,39 @@
+"""Which phase of a run is under way, and how long each took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Phases:
+    """A stopwatch with named laps; time spent in an inner phase does not count for the outer one.
+
+    Attributes:
+        seconds: Per phase, in the order in which they began.
+        current: The innermost phase under way, or "" - for a memory sampler in another thread, say.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.current = ""
+        self._since = time.perf_counter()
+
+    def _switch(self, name: str) -> str:
+        now = time.perf_counter()
+        if self.current:
+            self.seconds[self.current] += now - self._since
+        previous, self.current, self._since = self.current, name, now
+        self.seconds.setdefault(name, 0.0)
+        return previous
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time a block."""
+        outer = self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+            self.seconds.pop("", None)
