@@ -57,6 +57,7 @@ def load(
     precision: str = DEFAULT_PRECISION,
     flavour: str = DEFAULT_FLAVOUR,
     threads: int | None = None,
+    cache_dir: str | Path | None = None,
     on_export: Callable[[Path], None] | None = None,
 ) -> Flux:
     """Open a model, exporting its graphs first where they are missing or out of date.
@@ -67,6 +68,7 @@ def load(
         precision: "bf16" (weights as the checkpoint has them) or "fp32".
         flavour: "ort" or "portable".
         threads: Threads per operator; None for one per core.
+        cache_dir: A folder for prompt embeddings, so that a known prompt never loads the text encoder.
         on_export: Called with the directory if graphs have to be exported.
 
     Raises:
@@ -88,7 +90,8 @@ def load(
         export(checkpoint.root, precision=precision, flavour=flavour, force=stale)
     manifest = read_manifest(checkpoint.root)
     assert manifest is not None
-    return Flux(checkpoint, manifest, manifest.builds[name], SessionOptions(threads))
+    cache = Path(cache_dir) if cache_dir else None
+    return Flux(checkpoint, manifest, manifest.builds[name], SessionOptions(threads), cache)
 
 
 def _is_exported(root: Path, name: str) -> bool:

@@ -1,89 +1,162 @@
-"""The command line: parse and call, one function per command."""
+"""The command line: parse, and call `commands`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fluxonnx import __version__
+from fluxonnx import __version__, commands
 from fluxonnx.errors import FluxonnxError, UsageError
-from fluxonnx.progress import Progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for a failure, 2 for wrong usage, 130 when interrupted."""
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
-    warnings.showwarning = lambda message, *_: print(f"fluxonnx: warning: {message}", file=sys.stderr)
+    arguments = build_parser().parse_args(argv)
+    quiet = getattr(arguments, "quiet", False)
+    warnings.showwarning = lambda message, *_: None if quiet else _complain(f"warning: {message}")
+    warnings.simplefilter("always", UserWarning)
     try:
         arguments.run(arguments)
     except UsageError as error:
-        print(f"fluxonnx: {error}", file=sys.stderr)
+        _complain(str(error))
         return 2
     except FluxonnxError as error:
-        print(f"fluxonnx: {error}", file=sys.stderr)
+        _complain(str(error))
         return 1
     except KeyboardInterrupt:
-        print("fluxonnx: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return 130
     except MemoryError:
-        print("fluxonnx: out of memory: choose a smaller size", file=sys.stderr)
+        _complain("out of memory: choose a smaller size")
         return 1
     return 0
+
+
+def _complain(text: str) -> None:
+    print(f"fluxonnx: {text}", file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the commands and their flags."""
     parser = argparse.ArgumentParser(prog="fluxonnx", description="FLUX.2-klein as plain ONNX, without torch.")
     parser.add_argument("--version", action="version", version=f"fluxonnx {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_generate(commands)
-    _add_export(commands)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_generate(subparsers)
+    _add_export(subparsers)
+    _add_info(subparsers)
     return parser
 
 
 def _command(
-    commands: argparse._SubParsersAction, name: str, run: Callable, help: str, example: str
+    subparsers: argparse._SubParsersAction, name: str, run: Callable[..., None], help: str, *examples: str
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
+    lines = "\n".join(f"  {example}" for example in examples)
+    parser = subparsers.add_parser(
         name,
         help=help,
         description=help[0].upper() + help[1:] + ".",
-        epilog=f"example:\n  {example}",
+        epilog=f"example{'s' if len(examples) > 1 else ''}:\n{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     return parser
 
 
-def _add_generate(commands: argparse._SubParsersAction) -> None:
+def _add_generate(subparsers: argparse._SubParsersAction) -> None:
     parser = _command(
-        commands,
+        subparsers,
         "generate",
-        generate,
-        "make a picture from a prompt",
+        commands.generate,
+        "make pictures from prompts and pictures",
         'fluxonnx generate -d model -p "a cat on a windowsill" -o cat.png -W 512 -H 512 -S 42',
+        'fluxonnx generate -d model -p "make it snow" -i photo.png -o snow.png          # edit: looks at the photo',
+        'fluxonnx generate -d model -p "oil painting" -i photo.png -t 0.7 -o oil.png    # paints over the photo',
     )
-    parser.add_argument("-p", "--prompt", required=True, help="what to draw")
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path("out.png"), help=".png, .jpg, .webp or .ppm (default: %(default)s)"
+    prompts = parser.add_argument_group("prompt (one of -p, --prompt-file, --from)")
+    prompts.add_argument("-p", "--prompt", metavar="TEXT", help="what to draw")
+    prompts.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help='a prompt a line, or JSON objects such as {"prompt": "a cat", "seed": 7, "width": 512}',
+    )
+    prompts.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="PICTURE",
+        help="make a fluxonnx picture again, from the parameters in it; other flags override them",
+    )
+    prompts.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from (base models)")
+    prompts.add_argument(
+        "--max-sequence-length",
+        type=int,
+        metavar="N",
+        help="tokens a prompt is padded or cut to, a multiple of 8 up to 512 (the default)",
+    )
+    prompts.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="keep encoded prompts here: a known one skips the text encoder"
     )
 
     picture = parser.add_argument_group("picture")
-    picture.add_argument("-W", "--width", type=int, default=256, metavar="PX", help="default: %(default)s")
-    picture.add_argument("-H", "--height", type=int, default=256, metavar="PX", help="default: %(default)s")
-    picture.add_argument("-s", "--steps", type=int, metavar="N", help="denoising steps (default: 4)")
-    picture.add_argument("-S", "--seed", type=int, metavar="N", help="default: a random one, which is printed")
     picture.add_argument(
-        "--max-sequence-length",
-        type=int,
-        default=512,
-        metavar="N",
-        help="tokens a prompt is padded or cut to, a multiple of 8 up to %(default)s (the default)",
+        "-o", "--output", type=Path, metavar="FILE", help=".png, .jpg, .webp or .ppm (default: out.png)"
+    )
+    picture.add_argument("-W", "--width", type=int, metavar="PX", help="default: the input picture's, else 256")
+    picture.add_argument("-H", "--height", type=int, metavar="PX", help="likewise; both are multiples of 16")
+    picture.add_argument(
+        "-S", "--seed", type=int, nargs="+", metavar="N", help="several make several pictures (default: random)"
+    )
+    picture.add_argument(
+        "-n", "--count", type=int, metavar="N", help="make N pictures, of seeds S, S+1, ..., in numbered files"
+    )
+
+    inputs = parser.add_argument_group(
+        "input pictures",
+        "-i alone edits: the model looks at the picture and draws a new one. -i with -t paints over it.",
+    )
+    inputs.add_argument(
+        "-i",
+        "--input",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="the picture to edit or paint over",
+    )
+    inputs.add_argument(
+        "-t",
+        "--strength",
+        type=float,
+        nargs="?",
+        const=0.75,
+        metavar="X",
+        help="paint over the input: 0 keeps it, 1 keeps only its size, 0.7 changes the style (-t alone: 0.75)",
+    )
+    inputs.add_argument(
+        "-r",
+        "--reference",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="a picture to look at; up to 10, and together with -i and -t",
+    )
+
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("-s", "--steps", type=int, metavar="N", help="default: 4, or 50 with a base model")
+    sampling.add_argument(
+        "-g", "--guidance", type=float, metavar="X", help="guidance scale, 1 turns it off (base models; default: 4)"
+    )
+    sampling.add_argument("--sampler", metavar="NAME", help="euler (default), heun or dpmpp-2m")
+    sampling.add_argument("--schedule", metavar="NAME", help="flow (default), linear, power or custom")
+    sampling.add_argument("--sigmas", type=float, nargs="+", metavar="X", help="the custom schedule, falling from 1")
+    sampling.add_argument("--power-alpha", type=float, metavar="X", help="of the power schedule (default: 2)")
+    sampling.add_argument(
+        "--noise", metavar="KIND", help="torch (default), or size-independent: a seed looks alike at all sizes"
     )
 
     model = parser.add_argument_group("model")
@@ -93,16 +166,16 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         metavar="DIR",
         help="model directory (default: $FLUXONNX_MODEL, else ./model, else a tiny one in the box, which draws noise)",
     )
-    model.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="default: %(default)s")
+    model.add_argument("--precision", metavar="NAME", help="bf16 (default) or fp32")
     model.add_argument("--threads", type=int, metavar="N", help="default: one per core")
     _add_verbosity(parser)
 
 
-def _add_export(commands: argparse._SubParsersAction) -> None:
+def _add_export(subparsers: argparse._SubParsersAction) -> None:
     parser = _command(
-        commands,
+        subparsers,
         "export",
-        export,
+        commands.export,
         "write a checkpoint's ONNX graphs",
         "fluxonnx export -d model --flavour portable -o graphs",
     )
@@ -115,14 +188,14 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--precision",
-        choices=("bf16", "fp32"),
         default="bf16",
+        metavar="NAME",
         help="bf16: weights stay in the checkpoint's files as they are; fp32: converted (default: %(default)s)",
     )
     parser.add_argument(
         "--flavour",
-        choices=("ort", "portable"),
         default="ort",
+        metavar="NAME",
         help="ort: onnxruntime's fused operators; portable: any ONNX runtime (default: %(default)s)",
     )
     parser.add_argument(
@@ -136,77 +209,12 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     _add_verbosity(parser)
 
 
+def _add_info(subparsers: argparse._SubParsersAction) -> None:
+    parser = _command(subparsers, "info", commands.info, "print what made a picture", "fluxonnx info cat.png")
+    parser.add_argument("picture", type=Path, metavar="PICTURE", help="a picture that fluxonnx made")
+
+
 def _add_verbosity(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("-v", "--verbose", action="store_true", help="print the seconds each phase takes")
     group.add_argument("-q", "--quiet", action="store_true", help="print errors only")
-
-
-def generate(arguments: argparse.Namespace) -> None:
-    """Make a picture and save it."""
-    from fluxonnx import api
-    from fluxonnx.runtime.images import check_output_path, save_image
-    from fluxonnx.runtime.pipeline import random_seed
-
-    say = _speaker(arguments)
-    check_output_path(arguments.output)
-    start = time.perf_counter()
-    model = api.find_model(arguments.dir)
-    if api.is_shipped(model) and not arguments.quiet:
-        print(
-            "fluxonnx: using the tiny model in the box, whose weights are random: it draws noise. "
-            "Pass -d DIR for FLUX.2-klein (see models/README.md)",
-            file=sys.stderr,
-        )
-    flux = api.load(
-        model,
-        precision=arguments.precision,
-        threads=arguments.threads,
-        on_export=lambda root: say(f"Exporting {root} ..."),
-    )
-    loaded = time.perf_counter() - start
-    seed = random_seed() if arguments.seed is None else arguments.seed
-    say(f"Seed: {seed}")
-    with flux, Progress(arguments.quiet) as bar:
-        image = flux.generate(
-            arguments.prompt,
-            arguments.width,
-            arguments.height,
-            steps=arguments.steps,
-            seed=seed,
-            max_sequence_length=arguments.max_sequence_length,
-            callback=bar.step,
-        )
-    start = time.perf_counter()
-    save_image(image, arguments.output, dict(image.info))
-    phases = {"open model": loaded, **flux.phases.seconds, "save": time.perf_counter() - start}
-    if arguments.verbose:
-        for name, seconds in phases.items():
-            say(f"{name:<18}{seconds:8.2f} s")
-    say(f"{arguments.output} {image.width}x{image.height} ({sum(phases.values()):.1f} s)")
-
-
-def export(arguments: argparse.Namespace) -> None:
-    """Export graphs and print a table of what was written."""
-    from fluxonnx.export import export as run
-
-    say = _speaker(arguments)
-    with Progress(arguments.quiet) as bar:
-        reports = run(
-            arguments.dir,
-            arguments.output,
-            precision=arguments.precision,
-            flavour=arguments.flavour,
-            components=arguments.component,
-            opset=arguments.opset,
-            force=arguments.force,
-            progress=bar.bytes,
-        )
-    say(f"{'graph':<32}{'nodes':>7}{'parameters':>16}{'bytes written':>16}{'seconds':>9}")
-    for report in reports:
-        seconds = f"{report.seconds:9.2f}" if report.seconds is not None else " up to date"
-        say(f"{report.graph:<32}{report.nodes:>7}{report.parameters:>16,}{report.bytes_written:>16,}{seconds}")
-
-
-def _speaker(arguments: argparse.Namespace) -> Callable[[str], None]:
-    return (lambda text: None) if arguments.quiet else (lambda text: print(text, file=sys.stderr, flush=True))

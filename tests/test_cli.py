@@ -173,7 +173,7 @@ def test_usage_errors_exit_with_2(model, fails, tmp_path, monkeypatch, arguments
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["generate"], ["generate", "-p", "x", "-W", "wide"], ["paint"], ["export"], ["generate", "-q", "-v"]],
+    [[], ["generate", "-p", "x", "-W", "wide"], ["paint"], ["export"], ["generate", "-q", "-v"]],
 )
 def test_parser_errors_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as error:
@@ -228,7 +228,7 @@ def test_help_fits_a_screen_and_shows_an_example(capsys):
         with pytest.raises(SystemExit):
             build_parser().parse_args([command, "--help"])
         text = capsys.readouterr().out
-        assert f"example:\n  fluxonnx {command} " in text
+        assert f":\n  fluxonnx {command} " in text
         assert max(map(len, text.splitlines())) <= 120
 
 

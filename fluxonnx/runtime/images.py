@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import warnings
@@ -84,7 +85,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if image.mode == "F":
         scaled = np.clip(values, 0, 1) * 255
-    elif values.max(initial=0) > 255:
+    elif image.mode.startswith("I;16") or values.max(initial=0) > 255:
         scaled = np.clip(values, 0, 65535) / 257
     else:
         scaled = np.clip(values, 0, 255)
@@ -121,6 +122,11 @@ def fit_reference(image: Image.Image, multiple: int = 16) -> Image.Image:
         width, height = int(width * scale), int(height * scale)
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     return crop_center(image, width // multiple * multiple, height // multiple * multiple)
+
+
+def digest(image: Image.Image) -> str:
+    """Return a short hash of a picture's size and pixels."""
+    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:16]
 
 
 def crop_center(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -81,7 +81,9 @@ class Transformer:
         txt_ids = text_ids(prompt_embeds.shape[1])
 
         def velocity(latents: np.ndarray, sigma: np.float32) -> np.ndarray:
-            time = np.full(len(latents), timestep(sigma), np.float32)
+            # One row for the whole batch, broadcast in the graph: matrix-vector products round otherwise than
+            # matrix-matrix ones, and a picture out of a batch has to be what it is alone.
+            time = np.full(1, timestep(sigma), np.float32)
             timestep_proj, cos, sin = self._conditioning.run(timestep=time, txt_ids=txt_ids, img_ids=img_ids)
             return self._transformer.run(
                 hidden_states=latents,

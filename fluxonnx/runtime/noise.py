@@ -46,13 +46,41 @@ def randn(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     Raises:
         UsageError: The seed is out of range.
     """
-    if not 0 <= seed < 2**64:
-        raise UsageError(f"seed {seed} is out of range: it must be from 0 to 2**64 - 1 ({2**64 - 1})")
+    check_seed(seed)
     size = math.prod(shape)
     # RandomState seeds by init_genrand, as torch does; the Generator API would hash the seed first.
     bits = np.random.RandomState(seed & 0xFFFFFFFF)
     values = _normal_fill(bits, size) if size >= 16 else _scalar_normals(bits, size)
     return values.reshape(shape)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what torch's generator can't be seeded with.
+
+    Raises:
+        UsageError: The seed is out of range.
+    """
+    if not 0 <= seed < 2**64:
+        raise UsageError(f"seed {seed} is out of range: it must be from 0 to 2**64 - 1 ({2**64 - 1})")
+
+
+def size_independent_randn(seed: int, shape: tuple[int, ...], side: int) -> np.ndarray:
+    """Draw noise that looks alike at all sizes, so that a seed keeps its composition.
+
+    Noise for the largest picture is drawn and every so many-th value of it taken (flux_init_noise, antirez/flux2.c).
+
+    Args:
+        seed: As for `randn`.
+        shape: (batch, channels, rows, columns).
+        side: Rows and columns of the largest picture.
+
+    Returns:
+        float32 of `shape`.
+    """
+    batch, channels, rows, columns = shape
+    large = randn(seed, (batch, channels, side, side))
+    y, x = (np.arange(n) * side // n for n in (rows, columns))
+    return np.ascontiguousarray(large[:, :, y[:, None], x])
 
 
 def _random(bits: np.random.RandomState, size: int) -> np.ndarray:

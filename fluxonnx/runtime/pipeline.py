@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import secrets
-import warnings
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,23 +16,22 @@ from fluxonnx import __version__
 from fluxonnx.checkpoint import Checkpoint
 from fluxonnx.errors import Cancelled, UsageError
 from fluxonnx.manifest import Build, Manifest
-from fluxonnx.runtime.images import sample_to_image
-from fluxonnx.runtime.models import Models, grid_ids, pack, unpack
-from fluxonnx.runtime.noise import randn
+from fluxonnx.runtime.images import crop_center, fill, image_to_sample, sample_to_image
+from fluxonnx.runtime.models import Models, Transformer, grid_ids, pack, unpack
+from fluxonnx.runtime.noise import check_seed, randn, size_independent_randn
 from fluxonnx.runtime.phases import Phases
-from fluxonnx.runtime.sampler import sample
-from fluxonnx.runtime.schedule import flow_sigmas
+from fluxonnx.runtime.prompts import PromptCache, Prompts
+from fluxonnx.runtime.request import MAX_SIDE, Request, resolve
+from fluxonnx.runtime.sampler import Velocity, sample
+from fluxonnx.runtime.schedule import make_sigmas, start_step
 from fluxonnx.runtime.session import SessionOptions
 from fluxonnx.runtime.text import Tokenizer
 
 # callback(step, steps, sigma, latents f32 [batch, image_seq, channels]); returning False stops the run
 Callback = Callable[[int, int, float, np.ndarray], object]
 
-# The sides that the model can draw (FLUX_VAE_MAX_DIM of antirez/flux2.c; diffusers' limits are the same).
-MIN_SIDE, MAX_SIDE = 64, 1792
-
-DISTILLED_STEPS = 4
-PROMPTS_REMEMBERED = 8
+# Between the T coordinates of pictures (_prepare_image_ids, pipeline_flux2_klein.py).
+REFERENCE_T = 10
 
 
 def random_seed() -> int:
@@ -43,30 +43,45 @@ class Flux:
     """A model ready to make pictures; a context manager. Get one from `fluxonnx.load`."""
 
     def __init__(
-        self, checkpoint: Checkpoint, manifest: Manifest, build: Build, options: SessionOptions | None = None
+        self,
+        checkpoint: Checkpoint,
+        manifest: Manifest,
+        build: Build,
+        options: SessionOptions | None = None,
+        cache_dir: Path | None = None,
     ) -> None:
-        """Open a build of a checkpoint; no graph is loaded until a picture needs it."""
+        """Open a build of a checkpoint; no graph is loaded until a picture needs it.
+
+        Args:
+            checkpoint: The model directory.
+            manifest: Its manifest.
+            build: One of the manifest's builds.
+            options: How graphs are run.
+            cache_dir: A folder for prompt embeddings, so that a known prompt never loads the text encoder.
+        """
         self.name = checkpoint.name
         self.is_distilled = checkpoint.is_distilled
         self.text_encoder_out_layers = tuple(manifest.text_encoder_out_layers or ())
         #: The phases of the last run and the seconds they took.
         self.phases = Phases()
         self._models = Models(checkpoint.root, build, options or SessionOptions())
-        self._tokenizer = Tokenizer(checkpoint.root / "tokenizer")
+        cache = PromptCache(cache_dir, build.components["text_encoder"]) if cache_dir else None
+        self._prompts = Prompts(Tokenizer(checkpoint.root / "tokenizer"), self._models, cache)
+        self._build = build
         self._channels = manifest.architecture["transformer"]["in_channels"]
+        self._width = manifest.architecture["transformer"]["mlp_dim"]
         self._multiple = 2 ** len(manifest.architecture["vae"]["decoder_channels"])
-        self._prompts: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
 
     def generate(
         self,
         prompt: str,
-        width: int = 256,
-        height: int = 256,
-        *,
+        width: int | None = None,
+        height: int | None = None,
         steps: int | None = None,
         seed: int | None = None,
-        max_sequence_length: int = 512,
+        *,
         callback: Callback | None = None,
+        **options: Any,
     ) -> Image.Image:
         """Make a picture of `prompt`.
 
@@ -74,12 +89,12 @@ class Flux:
 
         Args:
             prompt: What to draw. Past `max_sequence_length` tokens it is cut, with a warning that shows what was cut.
-            width: In pixels, a multiple of 16 from 64 to 1792.
+            width: In pixels, a multiple of 16 from 64 to 1792; by default 256.
             height: Likewise.
-            steps: Denoising steps; by default 4.
+            steps: Denoising steps; by default 4, or 50 with a base model.
             seed: From 0 to 2**64 - 1; by default a random one, to be found in the picture's `info`.
-            max_sequence_length: To how many tokens the prompt is padded or cut: a multiple of 8 up to 512.
             callback: Called after each step with (step, steps, sigma, latents); returning False stops the run.
+            **options: Any other field of `Request`.
 
         Returns:
             An RGB picture whose `info` holds the parameters that made it.
@@ -89,73 +104,167 @@ class Flux:
             Cancelled: The callback returned False.
             FluxonnxError: A graph could not be loaded or run.
         """
-        self._check_size(width, height)
-        if not prompt.strip():
-            raise UsageError("the prompt is empty: say what to draw")
-        steps = DISTILLED_STEPS if steps is None else steps
-        if not 1 <= steps <= 1000:
-            raise UsageError(f"steps is {steps}, but must be from 1 to 1000")
-        seed = random_seed() if seed is None else seed
+        request = Request(prompt=prompt, width=width, height=height, steps=steps, **options)
+        return self.run(request, [random_seed() if seed is None else seed], callback)[0]
 
+    def img2img(
+        self, prompt: str, image: Image.Image, strength: float = 0.75, seed: int | None = None, **options: Any
+    ) -> Image.Image:
+        """Paint `prompt` over `image`: noise it up to a point of the schedule, then denoise it.
+
+        At strength 0 the input comes back unchanged; at 1 only its size is kept; 0.7 is a good start for a change of
+        style. `schedule.start_step` tells which steps run.
+
+        Args:
+            prompt: What to draw.
+            image: The picture to start from; the output has its size, floored to multiples of 16.
+            strength: From 0 to 1.
+            seed: As for `generate`.
+            **options: `callback`, and any other field of `Request`.
+
+        Raises:
+            UsageError: As `generate`, and for a strength out of range.
+        """
+        return self.generate(prompt, seed=seed, image=image, strength=strength, **options)
+
+    def edit(self, prompt: str, images: Sequence[Image.Image], seed: int | None = None, **options: Any) -> Image.Image:
+        """Draw `prompt` while looking at `images`: in-context conditioning, as diffusers' klein pipeline does it.
+
+        Args:
+            prompt: What to draw, or what to change.
+            images: Up to 10 pictures; the output has the first one's size unless `width` and `height` say otherwise.
+            seed: As for `generate`.
+            **options: `callback`, and any other field of `Request`.
+
+        Raises:
+            UsageError: As `generate`, and for a picture too small or too narrow, none, or more than 10.
+        """
+        if not images:
+            raise UsageError("there is no image to edit: pass at least one")
+        return self.generate(prompt, seed=seed, references=tuple(images), **options)
+
+    def run(self, request: Request, seeds: Sequence[int], callback: Callback | None = None) -> list[Image.Image]:
+        """Make one picture per seed, as many at once as memory allows.
+
+        Raises:
+            UsageError: A value of the request or a seed is out of its range.
+            Cancelled: The callback returned False.
+            FluxonnxError: A graph could not be loaded or run.
+        """
+        for seed in seeds:
+            check_seed(seed)
+        request = resolve(request, self.is_distilled, self._multiple)
         self.phases = Phases()
-        rows, columns = height // self._multiple, width // self._multiple
-        latents = pack(randn(seed, (1, self._channels, rows, columns)))
-        embeds = self._prompt_embeds(prompt, max_sequence_length)
+        if request.image is not None and request.strength == 0:
+            return [self._sign(self._start_image(request), request, seed) for seed in seeds]
+        with self.phases("encode prompt"):
+            prompts = [request.prompt, request.negative_prompt] if request.guided else [request.prompt]
+            embeds = self._prompts.encode(prompts, request.max_sequence_length)
+        images = []
+        with self.phases("encode image"):
+            start = self._encode(self._start_image(request)) if request.image and request.strength < 1 else None
+            references = [self._encode(reference) for reference in request.references]
+        for group in _groups(seeds, self._at_once(request, references)):
+            latents = self._denoise(request, group, embeds, start, references, callback)
+            with self.phases("decode"):
+                samples = self._models.decode_latents(latents)
+            images += [
+                self._sign(sample_to_image(sample), request, seed) for sample, seed in zip(samples, group, strict=True)
+            ]
+        return images
+
+    def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int = 512) -> None:
+        """Encode prompts ahead, so that a run of many pictures loads the text encoder once."""
+        with self.phases("encode prompt"):
+            self._prompts.encode(prompts, max_sequence_length)
+
+    def _denoise(
+        self,
+        request: Request,
+        seeds: Sequence[int],
+        embeds: list[np.ndarray],
+        start: np.ndarray | None,
+        references: list[np.ndarray],
+        callback: Callback | None,
+    ) -> np.ndarray:
+        """Return clean latents f32 [len(seeds), channels, rows, columns]."""
+        rows, columns = self._grid(request)
+        noise = pack(np.concatenate([self._draw(request, seed, rows, columns) for seed in seeds]))
+        sigmas = make_sigmas(request.schedule, rows * columns, request.steps or 0, request.power_alpha, request.sigmas)
+        latents = noise
+        if request.image is not None:
+            sigmas = sigmas[start_step(len(sigmas) - 1, request.strength) :]
+        if start is not None:
+            latents = sigmas[0] * noise + (1 - sigmas[0]) * pack(start)
         with self.phases("load transformer"), self._models.transformer() as transformer:
-            velocity = transformer.velocity(embeds, grid_ids(rows, columns))
+            velocity = _velocity(transformer, request, embeds, (rows, columns), references, len(seeds))
             with self.phases("denoise"):
-                for step in sample(velocity, latents, flow_sigmas(rows * columns, steps)):
+                for step in sample(velocity, latents, sigmas, request.sampler):
                     latents = step.latents
                     if callback and callback(step.index, step.steps, step.sigma, latents) is False:
                         raise Cancelled(f"stopped by the callback after step {step.index} of {step.steps}")
-        with self.phases("decode"):
-            sample_ = self._models.decode_latents(unpack(latents, rows, columns))
-        image = sample_to_image(sample_[0])
-        image.info.update(
-            prompt=prompt,
-            seed=seed,
-            steps=steps,
-            width=width,
-            height=height,
-            model=self.name,
-            version=__version__,
-        )
+        return unpack(latents, rows, columns)
+
+    def _draw(self, request: Request, seed: int, rows: int, columns: int) -> np.ndarray:
+        shape = (1, self._channels, rows, columns)
+        if request.noise == "size-independent":
+            return size_independent_randn(seed, shape, MAX_SIDE // self._multiple)
+        return randn(seed, shape)
+
+    def _grid(self, request: Request) -> tuple[int, int]:
+        """Return the rows and columns of latent tokens."""
+        assert request.width is not None
+        assert request.height is not None
+        return request.height // self._multiple, request.width // self._multiple
+
+    def _encode(self, image: Image.Image) -> np.ndarray:
+        return self._models.encode_image(image_to_sample(image))
+
+    def _start_image(self, request: Request) -> Image.Image:
+        """Return the picture that image-to-image starts from, at the size of the output.
+
+        A rim of less than a token is cropped, so that what is left keeps its pixels; other sizes are scaled to fill.
+        """
+        image, width, height = request.image, request.width, request.height
+        assert image is not None
+        assert width is not None
+        assert height is not None
+        if 0 <= image.width - width < self._multiple and 0 <= image.height - height < self._multiple:
+            return crop_center(image, width, height)
+        return fill(image, width, height)
+
+    def _at_once(self, request: Request, references: list[np.ndarray]) -> int:
+        """Guess how many pictures fit into memory at once: the widest activation is [tokens, 2 * mlp + 3 * dim]."""
+        rows, columns = self._grid(request)
+        tokens = request.max_sequence_length + rows * columns + sum(reference[0, 0].size for reference in references)
+        each = tokens * self._width * 4 * 12  # bytes; about 12 buffers of the feed-forward's width live at once
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 32
+        return max(1, min(8, free // 2 // each))
+
+    def _sign(self, image: Image.Image, request: Request, seed: int) -> Image.Image:
+        """Write into the picture's `info` what it takes to make it again."""
+        info: dict[Any, Any] = {
+            **request.parameters(),
+            "seed": seed,
+            "model": self.name,
+            "precision": self._build.precision,
+            "flavour": self._build.flavour,
+            "version": __version__,
+        }
+        image.info = info
         return image
 
-    def _check_size(self, width: int, height: int) -> None:
-        for name, side in (("width", width), ("height", height)):
-            if not MIN_SIDE <= side <= MAX_SIDE or side % self._multiple:
-                nearest = min(max(round(side / self._multiple) * self._multiple, MIN_SIDE), MAX_SIDE)
-                raise UsageError(
-                    f"{name} {side} can't be drawn: sides are multiples of {self._multiple} from {MIN_SIDE} to "
-                    f"{MAX_SIDE}, the nearest is {nearest}"
-                )
-
-    def _prompt_embeds(self, prompt: str, max_length: int) -> np.ndarray:
-        """Encode a prompt to f32 [1, max_length, 3 * hidden], or remember it."""
-        key = (prompt, max_length)
-        if key not in self._prompts:
-            tokens = self._tokenizer.encode(prompt, max_length)
-            if tokens.cut:
-                warnings.warn(
-                    f"the prompt is longer than {max_length} tokens; this was cut: {tokens.cut!r}", stacklevel=3
-                )
-            with self.phases("encode prompt"):
-                self._prompts[key] = self._models.prompt_embeds(tokens.input_ids, tokens.attention_mask)
-                self._models.release_text_encoder()
-        self._prompts.move_to_end(key)
-        while len(self._prompts) > PROMPTS_REMEMBERED:
-            self._prompts.popitem(last=False)
-        return self._prompts[key]
-
     def release_text_encoder(self) -> None:
-        """Give the text encoder's memory back (about 8 GB of mapped weights); a new prompt loads it again."""
+        """Give the text encoder's memory back (about 8 GB of mapped weights); a new prompt loads it again.
+
+        This happens by itself once the prompts of a run are encoded.
+        """
         self._models.release_text_encoder()
 
     def close(self) -> None:
-        """Give all memory back; the object can't be used any more."""
+        """Give all memory back; a new run loads what it needs again."""
         self._models.release_text_encoder()
-        self._prompts.clear()
+        self._prompts.forget()
 
     def __enter__(self) -> Flux:
         return self
@@ -164,3 +273,33 @@ class Flux:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _velocity(
+    transformer: Transformer,
+    request: Request,
+    embeds: list[np.ndarray],
+    grid: tuple[int, int],
+    references: list[np.ndarray],
+    batch: int,
+) -> Velocity:
+    """Return what the sampler walks along: the transformer, with references and guidance around it."""
+    grids = [(*grid, 0)] + [(*reference.shape[2:], REFERENCE_T * (i + 1)) for i, reference in enumerate(references)]
+    img_ids = np.concatenate([grid_ids(rows, columns, t) for rows, columns, t in grids])
+    reference_tokens = [np.repeat(pack(reference), batch, axis=0) for reference in references]
+    passes = [transformer.velocity(np.repeat(embed, batch, axis=0), img_ids) for embed in embeds]
+
+    def velocity(latents: np.ndarray, sigma: np.float32) -> np.ndarray:
+        tokens = np.concatenate([latents, *reference_tokens], axis=1) if reference_tokens else latents
+        found = [run(tokens, sigma)[:, : latents.shape[1]] for run in passes]
+        if not request.guided:
+            return found[0]
+        conditional, unconditional = found
+        return unconditional + np.float32(request.guidance_scale) * (conditional - unconditional)
+
+    return velocity
+
+
+def _groups(seeds: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for i in range(0, len(seeds), size):
+        yield seeds[i : i + size]

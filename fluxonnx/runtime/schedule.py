@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
+
+from fluxonnx.errors import UsageError
+
+SCHEDULES = ("flow", "linear", "power", "custom")
 
 
 def empirical_mu(image_seq: int, steps: int) -> float:
@@ -21,7 +27,7 @@ def empirical_mu(image_seq: int, steps: int) -> float:
 
 
 def flow_sigmas(image_seq: int, steps: int) -> np.ndarray:
-    """Return the default schedule: evenly spaced sigmas under an exponential time shift.
+    """Return the schedule the model was made for: evenly spaced sigmas under an exponential time shift.
 
     Source: FlowMatchEulerDiscreteScheduler.set_timesteps with use_dynamic_shifting, diffusers.
 
@@ -32,11 +38,57 @@ def flow_sigmas(image_seq: int, steps: int) -> np.ndarray:
     Returns:
         float32 [steps + 1], falling from 1 to 0.
     """
-    mu = empirical_mu(image_seq, steps)
+    shift = math.exp(empirical_mu(image_seq, steps))
     # float32 before the shift, as set_timesteps does, so that every sigma is the reference's to the last bit
     sigmas = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
-    shifted = math.exp(mu) / (math.exp(mu) + (1 / sigmas - 1) ** 1.0)
-    return np.append(shifted, 0.0).astype(np.float32)
+    return np.append(shift / (shift + (1 / sigmas - 1)), 0.0).astype(np.float32)
+
+
+def power_sigmas(steps: int, alpha: float) -> np.ndarray:
+    """Return 1 - (i / steps)**alpha: alpha 1 is linear, more spends more steps at high noise.
+
+    Source: flux_linear_schedule and flux_power_schedule, antirez/flux2.c flux_sample.c.
+
+    Returns:
+        float32 [steps + 1], falling from 1 to 0.
+    """
+    return (1.0 - np.linspace(0.0, 1.0, steps + 1) ** alpha).astype(np.float32)
+
+
+def custom_sigmas(sigmas: Sequence[float]) -> np.ndarray:
+    """Return the sigmas as they are, without any shift, and 0 behind them if they do not end there.
+
+    Raises:
+        UsageError: They do not fall strictly, or leave [0, 1].
+    """
+    values = list(sigmas)
+    if not values or not all(0 <= sigma <= 1 for sigma in values) or values[0] == 0:
+        raise UsageError(f"sigmas {values} can't be a schedule: they must be from 0 to 1, the first above 0")
+    if any(after >= before for before, after in pairwise(values)):
+        raise UsageError(f"sigmas {values} can't be a schedule: each must be lower than the one before")
+    return np.array(values if values[-1] == 0 else [*values, 0.0], np.float32)
+
+
+def make_sigmas(
+    schedule: str, image_seq: int, steps: int, power_alpha: float, sigmas: Sequence[float] | None
+) -> np.ndarray:
+    """Return a schedule by its name, one of `SCHEDULES`: float32 [steps + 1]."""
+    if schedule == "custom":
+        return custom_sigmas(sigmas or ())
+    if schedule == "flow":
+        return flow_sigmas(image_seq, steps)
+    return power_sigmas(steps, power_alpha if schedule == "power" else 1.0)
+
+
+def start_step(steps: int, strength: float) -> int:
+    """Return how many steps of a schedule image-to-image leaves out at its start.
+
+    steps * strength of them run, rounded up: at 4 steps, strength 0.75 and 0.7 run the last three, 0.5 the last two,
+    anything up to 0.25 the last one.
+
+    Source: get_timesteps, diffusers pipeline_flux2_klein_inpaint.py.
+    """
+    return int(max(steps - min(steps * strength, steps), 0))
 
 
 def timestep(sigma: float | np.float32) -> np.float32:

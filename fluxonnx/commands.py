@@ -1,0 +1,103 @@
+"""What the commands do, each a function of its parsed arguments."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fluxonnx.progress import Progress
+
+if TYPE_CHECKING:
+    from fluxonnx.jobs import Job
+    from fluxonnx.runtime.pipeline import Flux
+
+# Prompts that are encoded ahead together, so that the text encoder is loaded once for them.
+PROMPTS_AHEAD = 8
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Make pictures and save them."""
+    from fluxonnx import api, jobs
+
+    say = _speaker(arguments)
+    pictures = jobs.plan(arguments)
+    model = api.find_model(arguments.dir)
+    if api.is_shipped(model):
+        say(
+            "Using the tiny model in the box, whose weights are random: it draws noise. "
+            "Pass -d DIR for FLUX.2-klein (see models/README.md)"
+        )
+    start = time.perf_counter()
+    precision, flavour = jobs.build(arguments)
+    flux = api.load(
+        model,
+        precision=precision,
+        flavour=flavour,
+        threads=arguments.threads,
+        cache_dir=arguments.cache_dir,
+        on_export=lambda root: say(f"Exporting {root} ..."),
+    )
+    if arguments.verbose:
+        say(f"{'open model':<18}{time.perf_counter() - start:8.2f} s")
+    with flux:
+        for i, job in enumerate(pictures):
+            if len(pictures) > 1 and i % PROMPTS_AHEAD == 0:
+                ahead = pictures[i : i + PROMPTS_AHEAD]
+                flux.encode_prompts([item.request.prompt for item in ahead], job.request.max_sequence_length)
+            _make(flux, job, arguments, say)
+
+
+def _make(flux: Flux, job: Job, arguments: argparse.Namespace, say: Callable[[str], None]) -> None:
+    from fluxonnx.jobs import output_names
+    from fluxonnx.runtime.images import save_image
+
+    say(f"Seed: {', '.join(map(str, job.seeds))}")
+    start = time.perf_counter()
+    with Progress(arguments.quiet) as bar:
+        images = flux.run(job.request, job.seeds, bar.step)
+    if arguments.verbose:
+        for name, seconds in flux.phases.seconds.items():
+            say(f"{name:<18}{seconds:8.2f} s")
+    for image, path in zip(images, output_names(job.output, job.numbered, len(images)), strict=True):
+        saving = time.perf_counter()
+        save_image(image, path, {**image.info, **job.files})
+        if arguments.verbose:
+            say(f"{'save':<18}{time.perf_counter() - saving:8.2f} s")
+        say(f"{path} {image.width}x{image.height} ({time.perf_counter() - start:.1f} s)")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Export graphs and print a table of what was written."""
+    from fluxonnx.export import export as run
+
+    say = _speaker(arguments)
+    with Progress(arguments.quiet) as bar:
+        reports = run(
+            arguments.dir,
+            arguments.output,
+            precision=arguments.precision,
+            flavour=arguments.flavour,
+            components=arguments.component,
+            opset=arguments.opset,
+            force=arguments.force,
+            progress=bar.bytes,
+        )
+    say(f"{'graph':<32}{'nodes':>7}{'parameters':>16}{'bytes written':>16}{'seconds':>9}")
+    for report in reports:
+        seconds = f"{report.seconds:9.2f}" if report.seconds is not None else " up to date"
+        say(f"{report.graph:<32}{report.nodes:>7}{report.parameters:>16,}{report.bytes_written:>16,}{seconds}")
+
+
+def info(arguments: argparse.Namespace) -> None:
+    """Print the parameters in a picture as JSON."""
+    from fluxonnx.runtime.metadata import read_parameters
+
+    print(json.dumps(read_parameters(arguments.picture), indent=2, ensure_ascii=False))
+
+
+def _speaker(arguments: argparse.Namespace) -> Callable[[str], None]:
+    return (lambda text: None) if arguments.quiet else (lambda text: print(text, file=sys.stderr, flush=True))

@@ -1,0 +1,98 @@
+"""Prompts become tokens as the reference makes them; what does not fit is told."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.make_checkpoint import write_tokenizer
+from fluxonnx.errors import CheckpointError, UsageError
+from fluxonnx.runtime.text import Tokenizer
+
+PROMPTS = [
+    "",
+    "a cat",
+    "  spaces   and\ttabs\nand lines ",
+    "naïve café “quotes” 🐈‍⬛ 猫",
+    "cafe\u0301 in two forms",
+    "<|im_end|> and <think> inside",
+    "word " * 600,
+    "数" * 700,
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(path)
+    return path
+
+
+def test_padding_and_mask(folder):
+    tokens = Tokenizer(folder).encode("a cat", 64)
+    assert tokens.input_ids.shape == tokens.attention_mask.shape == (1, 64)
+    assert tokens.input_ids.dtype == tokens.attention_mask.dtype == np.int64
+    length = tokens.attention_mask.sum()
+    assert tokens.attention_mask[0, :length].all()
+    assert len(set(tokens.input_ids[0, length:].tolist())) == 1
+    assert tokens.cut == ""
+
+
+def test_cut_is_the_end_of_the_prompt(folder):
+    prompt = "a cat " * 20 + "END"
+    tokens = Tokenizer(folder).encode(prompt, 24)
+    assert tokens.attention_mask.all()
+    assert tokens.cut
+    assert prompt.endswith(tokens.cut)
+    kept = prompt[: -len(tokens.cut)]
+    assert Tokenizer(folder).encode(kept, 512).input_ids[0, :24].tolist() == tokens.input_ids[0].tolist()
+
+
+def test_cutting_the_template_alone_cuts_no_prompt(folder):
+    assert Tokenizer(folder).encode("a", 8).cut == ""
+
+
+@pytest.mark.parametrize("length", [0, 7, 12, 520])
+def test_impossible_lengths(folder, length):
+    with pytest.raises(UsageError, match="multiple of 8 from 8 to 512"):
+        Tokenizer(folder).encode("x", length)
+
+
+def test_half_a_surrogate_pair(folder):
+    with pytest.raises(UsageError, match="not valid text"):
+        Tokenizer(folder).encode("\ud83d")
+
+
+def test_pad_token_of_the_config(folder, tmp_path):
+    write_tokenizer(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": {"content": "<|im_end|>"}}))
+    ordinary, changed = (Tokenizer(path).encode("x", 64).input_ids[0, -1] for path in (folder, tmp_path))
+    assert ordinary != changed
+
+
+def test_foreign_tokenizer(tmp_path):
+    write_tokenizer(tmp_path)
+    text = (tmp_path / "tokenizer.json").read_text().replace("<|im_start|>", "<|other|>")
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"no token <\|im_start\|>"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("length", [8, 24, 512])
+def test_equals_transformers(folder, length):
+    """Ids and mask as _get_qwen3_prompt_embeds feeds them to the encoder."""
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = Tokenizer(folder)
+    for prompt in PROMPTS:
+        text = reference.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        expected = reference(text, return_tensors="np", padding="max_length", truncation=True, max_length=length)
+        found = tokenizer.encode(prompt, length)
+        assert np.array_equal(found.input_ids, expected["input_ids"]), prompt
+        assert np.array_equal(found.attention_mask, expected["attention_mask"]), prompt
