@@ -33,6 +33,15 @@ Callback = Callable[[int, int, float, np.ndarray], object]
 # Between the T coordinates of pictures (_prepare_image_ids, pipeline_flux2_klein.py).
 REFERENCE_T = 10
 
+# onnxruntime's matrix product (MLAS sgemm) changes its order of summation when a thread gets this many columns or
+# fewer, and how many it gets depends on the number of rows. Narrow models are drawn one picture at a time, so that a
+# picture out of a batch is bitwise what it is alone.
+BITWISE_COLUMNS = 64
+
+# A single-stream block holds 9 widths of projections, their halves, and copies of the residual stream at once.
+BYTES_PER_TOKEN_AND_WIDTH = 4 * 36
+MOST_AT_ONCE = 8
+
 
 def random_seed() -> int:
     """Draw a seed a person can type again."""
@@ -69,7 +78,8 @@ class Flux:
         self._prompts = Prompts(Tokenizer(checkpoint.root / "tokenizer"), self._models, cache)
         self._build = build
         self._channels = manifest.architecture["transformer"]["in_channels"]
-        self._width = manifest.architecture["transformer"]["mlp_dim"]
+        self._dim = manifest.architecture["transformer"]["heads"] * manifest.architecture["transformer"]["head_dim"]
+        self._threads = options.threads if options else None
         self._multiple = 2 ** len(manifest.architecture["vae"]["decoder_channels"])
 
     def generate(
@@ -234,12 +244,14 @@ class Flux:
         return fill(image, width, height)
 
     def _at_once(self, request: Request, references: list[np.ndarray]) -> int:
-        """Guess how many pictures fit into memory at once: the widest activation is [tokens, 2 * mlp + 3 * dim]."""
+        """Return how many pictures to make in one pass: what fits into memory, by a guess, and stays reproducible."""
+        if self._dim // (self._threads or os.cpu_count() or 1) <= BITWISE_COLUMNS:
+            return 1
         rows, columns = self._grid(request)
         tokens = request.max_sequence_length + rows * columns + sum(reference[0, 0].size for reference in references)
-        each = tokens * self._width * 4 * 12  # bytes; about 12 buffers of the feed-forward's width live at once
+        each = tokens * self._dim * BYTES_PER_TOKEN_AND_WIDTH
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 32
-        return max(1, min(8, free // 2 // each))
+        return max(1, min(MOST_AT_ONCE, free // 2 // each))
 
     def _sign(self, image: Image.Image, request: Request, seed: int) -> Image.Image:
         """Write into the picture's `info` what it takes to make it again."""

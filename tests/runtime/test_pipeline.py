@@ -11,7 +11,7 @@ from PIL import Image
 
 import fluxonnx
 from fluxonnx.errors import Cancelled, UsageError
-from fluxonnx.runtime import models, pipeline
+from fluxonnx.runtime import models
 from fluxonnx.runtime.noise import randn, size_independent_randn
 from fluxonnx.runtime.request import Request, resolve
 from tests.conftest import Case
@@ -166,14 +166,24 @@ def test_references_change_the_picture_and_their_order_counts(flux):
 # Seeds and batches
 
 
+@pytest.mark.parametrize("name", ["odd-heads", "wide"])
 @pytest.mark.parametrize("size", [(64, 64), (96, 160)])
-def test_batch_is_bitwise_what_it_is_alone(flux, monkeypatch, size):
-    """So that a picture out of a batch can be made again from its seed."""
+def test_batch_is_bitwise_what_it_is_alone(checkpoints, monkeypatch, name, size):
+    """So that a picture out of a batch can be made again from its seed; "wide" really runs several in one pass."""
+    rows = []
+    original = models.Session.run
+
+    def count(self, **inputs):
+        rows.extend([len(inputs["hidden_states"])] if "hidden_states" in inputs else [])
+        return original(self, **inputs)
+
+    monkeypatch.setattr(models.Session, "run", count)
     request = Request(prompt="a", width=size[0], height=size[1])
-    together = [image.tobytes() for image in flux.run(request, [1, 2, 3, 4, 5])]
-    assert together == [flux.run(request, [seed])[0].tobytes() for seed in (1, 2, 3, 4, 5)]
-    monkeypatch.setattr(pipeline.Flux, "_at_once", lambda *_: 2)
-    assert together == [image.tobytes() for image in flux.run(request, [1, 2, 3, 4, 5])]
+    with fluxonnx.load(checkpoints.exported(Case(name)), threads=2) as flux:
+        alone = [flux.run(request, [seed])[0].tobytes() for seed in (1, 2, 3)]
+        rows.clear()
+        assert alone == [image.tobytes() for image in flux.run(request, [1, 2, 3])]
+    assert set(rows) == {3 if name == "wide" else 1}
 
 
 def test_size_independent_noise_is_a_subsample():
