@@ -44,6 +44,8 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.verbose:
         say(f"{'open model':<18}{time.perf_counter() - start:8.2f} s")
     with flux:
+        for job in pictures:
+            flux.check(job.request)
         for i, job in enumerate(pictures):
             if len(pictures) > 1 and i % PROMPTS_AHEAD == 0:
                 ahead = pictures[i : i + PROMPTS_AHEAD]

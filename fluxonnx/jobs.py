@@ -114,7 +114,7 @@ def _job(arguments: argparse.Namespace, known: dict[str, Any], numbered: bool) -
     files = _input_files(arguments, known)
     request = Request(**values, **_pictures(files, known))
     seeds = _seeds(arguments, known)
-    output = arguments.output or Path(known.get("output", DEFAULT_OUTPUT))
+    output = Path(known.get("output") or arguments.output or DEFAULT_OUTPUT)
     check_output_path(output)
     return Job(request, seeds, output, (numbered and "output" not in known) or len(seeds) > 1, files)
 

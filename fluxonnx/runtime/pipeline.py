@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -182,6 +183,16 @@ class Flux:
                 self._sign(sample_to_image(sample), request, seed) for sample, seed in zip(samples, group, strict=True)
             ]
         return images
+
+    def check(self, request: Request) -> None:
+        """Refuse what `run` would refuse, without running anything.
+
+        Raises:
+            UsageError: A value of the request is out of its range.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `run` will say it
+            resolve(request, self.is_distilled, self._multiple)
 
     def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int = 512) -> None:
         """Encode prompts ahead, so that a run of many pictures loads the text encoder once."""
