@@ -51,12 +51,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    subparsers: argparse._SubParsersAction, name: str, run: Callable[..., None], help: str, *examples: str
+    subparsers: argparse._SubParsersAction,
+    name: str,
+    run: Callable[..., None],
+    help: str,
+    usage: str,
+    *examples: str,
 ) -> argparse.ArgumentParser:
     lines = "\n".join(f"  {example}" for example in examples)
     parser = subparsers.add_parser(
         name,
         help=help,
+        usage=f"fluxonnx {name} {usage}",
         description=help[0].upper() + help[1:] + ".",
         epilog=f"example{'s' if len(examples) > 1 else ''}:\n{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -71,6 +77,7 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
         "generate",
         commands.generate,
         "make pictures from prompts and pictures",
+        "-p TEXT [-d DIR] [-o FILE] [-i FILE [-t X]] [options]",
         'fluxonnx generate -d model -p "a cat on a windowsill" -o cat.png -W 512 -H 512 -S 42',
         'fluxonnx generate -d model -p "make it snow" -i photo.png -o snow.png          # edit: looks at the photo',
         'fluxonnx generate -d model -p "oil painting" -i photo.png -t 0.7 -o oil.png    # paints over the photo',
@@ -177,6 +184,7 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
         "export",
         commands.export,
         "write a checkpoint's ONNX graphs",
+        "-d DIR [-o DIR] [options]",
         "fluxonnx export -d model --flavour portable -o graphs",
     )
     parser.add_argument("-d", "--dir", required=True, metavar="DIR", help="model directory, Hugging Face layout")
@@ -210,7 +218,9 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _add_info(subparsers: argparse._SubParsersAction) -> None:
-    parser = _command(subparsers, "info", commands.info, "print what made a picture", "fluxonnx info cat.png")
+    parser = _command(
+        subparsers, "info", commands.info, "print what made a picture", "PICTURE", "fluxonnx info cat.png"
+    )
     parser.add_argument("picture", type=Path, metavar="PICTURE", help="a picture that fluxonnx made")
 
 

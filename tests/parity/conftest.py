@@ -9,10 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("diffusers")
-pytest.importorskip("transformers")
-
 # Graphs agree with the reference to this relative L2 error: float32 round-off of another order of summation, through
 # up to thirty layers. An error of meaning (a wrong epsilon, a transposed axis) shows at 1e-3 and above.
 GRAPH_TOLERANCE = 1e-5
@@ -32,6 +28,7 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 @lru_cache(maxsize=4)
 def _reference(path: Path) -> SimpleNamespace:
+    import torch
     from diffusers import Flux2KleinPipeline
 
     pipe = Flux2KleinPipeline.from_pretrained(path, torch_dtype=torch.float32)

@@ -13,6 +13,7 @@ from tests.conftest import Case
 from tests.parity.conftest import GRAPH_TOLERANCE, relative_error
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
 pytestmark = pytest.mark.parity
 
 CASES = [

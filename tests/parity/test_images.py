@@ -9,6 +9,7 @@ from PIL import Image
 from fluxonnx.runtime.images import fit_reference, image_to_sample, sample_to_image
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
 pytestmark = pytest.mark.parity
 
 

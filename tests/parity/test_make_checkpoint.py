@@ -7,6 +7,7 @@ import pytest
 from benchmarks.make_checkpoint import ARCHITECTURES
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
 pytestmark = pytest.mark.parity
 
 

@@ -12,6 +12,7 @@ from tests.conftest import Case
 from tests.parity.conftest import IMAGE_TOLERANCE, LATENTS_TOLERANCE, relative_error
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
 pytestmark = pytest.mark.parity
 
 DISTILLED = Case("odd-heads", "fp32")

@@ -10,6 +10,7 @@ from tests.conftest import Case
 from tests.parity.conftest import IMAGE_TOLERANCE, LATENTS_TOLERANCE, relative_error
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
 pytestmark = pytest.mark.parity
 
 CASES = [Case("odd-heads", "fp32"), Case("one-double-three-single", "bf16", shards=3), Case("deep-text", "bf16")]
