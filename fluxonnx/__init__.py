@@ -15,6 +15,7 @@ from fluxonnx.errors import Cancelled, CheckpointError, ExportError, FluxonnxErr
 if TYPE_CHECKING:
     from fluxonnx.api import load
     from fluxonnx.runtime.pipeline import Flux
+    from fluxonnx.runtime.request import Request
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "Flux",
     "FluxonnxError",
     "ImageError",
+    "Request",
     "UsageError",
     "__version__",
     "load",
@@ -33,6 +35,7 @@ __all__ = [
 # Imported on first use: onnx and onnxruntime take longer to load than most commands take to run.
 _LAZY = {
     "Flux": "fluxonnx.runtime.pipeline",
+    "Request": "fluxonnx.runtime.request",
     "load": "fluxonnx.api",
 }
 

@@ -60,6 +60,7 @@ def _make(flux: Flux, job: Job, arguments: argparse.Namespace, say: Callable[[st
     say(f"Seed: {', '.join(map(str, job.seeds))}")
     start = time.perf_counter()
     with Progress(arguments.quiet) as bar:
+        flux.on_phase = bar.phase
         images = flux.run(job.request, job.seeds, bar.step)
     if arguments.verbose:
         for name, seconds in flux.phases.seconds.items():

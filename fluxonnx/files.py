@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import secrets
 from collections.abc import Iterator
@@ -12,8 +13,12 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; it becomes `path` if the block ends well and is removed if not."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    """Yield a temporary name beside `path`; it becomes `path` if the block ends well and is removed if not.
+
+    What a killed process left under such a name is removed, too: it can be gigabytes.
+    """
+    _sweep(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -22,10 +27,36 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def explain(error: OSError, what: object) -> str:
-    """Say in one line why writing `what` failed and what to do about it."""
+def _sweep(path: Path) -> None:
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.*.tmp"):
+        owner = leftover.name.split(".")[-3]
+        if owner.isdigit() and not _is_alive(int(owner)):
+            with suppress(OSError):
+                leftover.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    if os.name != "posix":
+        return True  # elsewhere signal 0 would not ask but kill
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def explain(error: OSError, what: object, otherwise: str = "choose another with -o") -> str:
+    """Say in one line why writing `what` failed and what to do about it.
+
+    Args:
+        error: Why.
+        what: The file, or a word for it.
+        otherwise: What to do where there is no permission, other than to change it.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left to write {what}: free some and run the same command again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission to write {what}: change the folder's permissions or choose another with -o"
+        return f"no permission to write {what}: change the folder's permissions, or {otherwise}"
     return f"can't write {what}: {error.strerror or error}"

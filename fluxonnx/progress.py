@@ -17,27 +17,34 @@ class Progress:
         """Draw nothing if `quiet` or if standard error is not a terminal."""
         self._shown = not quiet and sys.stderr.isatty()
         self._bar: Any = None
-        self._what = ""
+        self._key: object = None
 
-    def _update(self, what: str, done: int, total: int, **format: Any) -> None:
+    def _draw(self, what: str, done: int, total: int, **format: Any) -> None:
         if not self._shown:
             return
-        if what != self._what or self._bar is None:
+        if self._bar is None or self._key != (what, total):
             from tqdm import tqdm
 
             self.close()
-            self._bar, self._what = tqdm(total=total, desc=what, leave=False, file=sys.stderr, **format), what
-        self._bar.total = total
+            self._key = (what, total)
+            self._bar = tqdm(total=total, desc=what, leave=False, file=sys.stderr, **format)
         self._bar.update(done - self._bar.n)
+
+    def phase(self, name: str) -> None:
+        """Show what is under way, without a measure; has the signature of `Flux.on_phase`."""
+        if name:
+            self._draw(name, 0, 0, bar_format="{desc} ...")
 
     def step(self, step: int, steps: int, sigma: float, latents: np.ndarray) -> None:
         """Show a denoising step; has the signature of a pipeline callback."""
-        self._update("denoising", step, steps, unit="step")
+        self._draw("denoise", step, steps, unit="step")
 
     def bytes(self, what: str, done: int, total: int) -> None:
-        """Show how much of a file is written; has the signature of the exporter's `progress`."""
+        """Show what is being written and how much of it; has the signature of the exporter's `progress`."""
         if total:
-            self._update(what, done, total, unit="B", unit_scale=True)
+            self._draw(what, done, total, unit="B", unit_scale=True)
+        else:
+            self.phase(f"export {what}")
 
     def close(self) -> None:
         """Wipe the bar."""

@@ -122,7 +122,8 @@ def export(
             checkpoint = weights.copy_model(checkpoint, Path(output), say)
         return [*_export_components(checkpoint, target, names, force, say)]
     except OSError as error:
-        raise ExportError(explain(error, error.filename2 or error.filename or directory)) from error
+        place = error.filename2 or error.filename or directory
+        raise ExportError(explain(error, place, "make a copy with fluxonnx export -d DIR -o COPY")) from error
 
 
 def make_target(precision: str, flavour: str, opset: int | None) -> Target:

@@ -148,14 +148,16 @@ def copy_model(checkpoint: Checkpoint, output: Path, say: Callable[[str, int, in
             read_header(file)  # a corrupt file is refused before 16 GB are copied
     output.mkdir(exist_ok=True)
     pending = [file for file in checkpoint.files() if not _same(file, output / file.relative_to(checkpoint.root))]
+    for file in pending:
+        existing = output / file.relative_to(checkpoint.root)
+        if existing.exists():
+            raise ExportError(f"{existing} exists and differs from {file}: choose an empty folder for -o")
     total = sum(file.stat().st_size for file in pending)
     require_space(output, total, "the copy")
     done = 0
     for file in pending:
         target = output / file.relative_to(checkpoint.root)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.suffix == ".safetensors" and target.exists():
-            raise ExportError(f"{target} exists and differs from {file}: choose an empty folder")
         with replacing(target) as temporary:
             shutil.copyfile(file, temporary)
         done += file.stat().st_size

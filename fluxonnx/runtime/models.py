@@ -48,13 +48,13 @@ class Models:
             self._text_encoder.close()
             self._text_encoder = None
 
-    def encode_image(self, sample: np.ndarray) -> np.ndarray:
-        """f32 [batch, 3, height, width] in [-1, 1] -> normalised latents f32 [batch, 128, height/16, width/16]."""
+    def encode_images(self, samples: list[np.ndarray]) -> list[np.ndarray]:
+        """f32 [1, 3, height, width] in [-1, 1] each -> normalised latents f32 [1, 128, height/16, width/16]."""
         with self._open("vae_encoder") as session:
-            return session.run(sample=sample)[0]
+            return [session.run(sample=sample)[0] for sample in samples]
 
     def decode_latents(self, latents: np.ndarray) -> np.ndarray:
-        """Inverse of `encode_image`, one picture at a time to spare memory."""
+        """f32 [batch, 128, rows, columns] -> samples f32 [batch, 3, 16 * rows, 16 * columns], one by one."""
         with self._open("vae_decoder") as session:
             return np.concatenate([session.run(latents=one[None])[0] for one in latents])
 

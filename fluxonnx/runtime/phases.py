@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -15,7 +15,9 @@ class Phases:
         current: The innermost phase under way, or "" - for a memory sampler in another thread, say.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_change: Callable[[str], None] | None = None) -> None:
+        """Start with no phase under way; `on_change` is called with the name of each that begins or goes on."""
+        self._on_change = on_change
         self.seconds: dict[str, float] = {}
         self.current = ""
         self._since = time.perf_counter()
@@ -26,6 +28,8 @@ class Phases:
             self.seconds[self.current] += now - self._since
         previous, self.current, self._since = self.current, name, now
         self.seconds.setdefault(name, 0.0)
+        if self._on_change:
+            self._on_change(name)
         return previous
 
     @contextmanager

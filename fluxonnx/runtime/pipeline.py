@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import warnings
@@ -25,7 +26,7 @@ from fluxonnx.runtime.prompts import PromptCache, Prompts
 from fluxonnx.runtime.request import MAX_SIDE, Request, resolve
 from fluxonnx.runtime.sampler import Velocity, sample
 from fluxonnx.runtime.schedule import make_sigmas, start_step
-from fluxonnx.runtime.session import SessionOptions
+from fluxonnx.runtime.session import SessionOptions, available_memory
 from fluxonnx.runtime.text import Tokenizer
 
 # callback(step, steps, sigma, latents f32 [batch, image_seq, channels]); returning False stops the run
@@ -74,8 +75,10 @@ class Flux:
         self.text_encoder_out_layers = tuple(manifest.text_encoder_out_layers or ())
         #: The phases of the last run and the seconds they took.
         self.phases = Phases()
+        #: Called with the name of each phase of a run as it begins.
+        self.on_phase: Callable[[str], None] | None = None
         self._models = Models(checkpoint.root, build, options or SessionOptions())
-        cache = PromptCache(cache_dir, build.components["text_encoder"]) if cache_dir else None
+        cache = PromptCache(cache_dir, _encoder_identity(manifest, build)) if cache_dir else None
         self._prompts = Prompts(Tokenizer(checkpoint.root / "tokenizer"), self._models, cache)
         self._build = build
         self._channels = manifest.architecture["transformer"]["in_channels"]
@@ -165,16 +168,14 @@ class Flux:
         for seed in seeds:
             check_seed(seed)
         request = resolve(request, self.is_distilled, self._multiple)
-        self.phases = Phases()
+        self.phases = Phases(self.on_phase)
         if request.image is not None and request.strength == 0:
             return [self._sign(self._start_image(request), request, seed) for seed in seeds]
         with self.phases("encode prompt"):
             prompts = [request.prompt, request.negative_prompt] if request.guided else [request.prompt]
             embeds = self._prompts.encode(prompts, request.max_sequence_length)
+        start, references = self._encode_inputs(request)
         images = []
-        with self.phases("encode image"):
-            start = self._encode(self._start_image(request)) if request.image and request.strength < 1 else None
-            references = [self._encode(reference) for reference in request.references]
         for group in _groups(seeds, self._at_once(request, references)):
             latents = self._denoise(request, group, embeds, start, references, callback)
             with self.phases("decode"):
@@ -238,8 +239,15 @@ class Flux:
         assert request.height is not None
         return request.height // self._multiple, request.width // self._multiple
 
-    def _encode(self, image: Image.Image) -> np.ndarray:
-        return self._models.encode_image(image_to_sample(image))
+    def _encode_inputs(self, request: Request) -> tuple[np.ndarray | None, list[np.ndarray]]:
+        """Return the latents to start from, if any, and those of each reference: f32 [1, channels, rows, columns]."""
+        painted_over = [self._start_image(request)] if request.image is not None and request.strength < 1 else []
+        images = [*painted_over, *request.references]
+        if not images:
+            return None, []
+        with self.phases("encode image"):
+            latents = self._models.encode_images([image_to_sample(image) for image in images])
+        return (latents[0], latents[1:]) if painted_over else (None, latents)
 
     def _start_image(self, request: Request) -> Image.Image:
         """Return the picture that image-to-image starts from, at the size of the output.
@@ -261,8 +269,7 @@ class Flux:
         rows, columns = self._grid(request)
         tokens = request.max_sequence_length + rows * columns + sum(reference[0, 0].size for reference in references)
         each = tokens * self._dim * BYTES_PER_TOKEN_AND_WIDTH
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 32
-        return max(1, min(MOST_AT_ONCE, free // 2 // each))
+        return max(1, min(MOST_AT_ONCE, available_memory() // 2 // each))
 
     def _sign(self, image: Image.Image, request: Request, seed: int) -> Image.Image:
         """Write into the picture's `info` what it takes to make it again."""
@@ -296,6 +303,13 @@ class Flux:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _encoder_identity(manifest: Manifest, build: Build) -> str:
+    """Return all that prompt embeddings depend on besides the tokens."""
+    encoder = build.components["text_encoder"]
+    sources = sorted(encoder.sources.items())
+    return json.dumps([encoder.graph, encoder.exporter_version, sources, manifest.text_encoder_out_layers])
 
 
 def _velocity(

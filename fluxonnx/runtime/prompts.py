@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ import numpy as np
 
 from fluxonnx.errors import UsageError
 from fluxonnx.files import explain, replacing
-from fluxonnx.manifest import Component
 from fluxonnx.runtime.models import Models
 from fluxonnx.runtime.text import Tokenizer, Tokens
 
@@ -72,8 +70,8 @@ class PromptCache:
     Any number of processes may use a folder: files appear whole, and two that write the same name write the same.
     """
 
-    def __init__(self, folder: Path, encoder: Component) -> None:
-        """Use `folder`, which is made if missing.
+    def __init__(self, folder: Path, encoder: str) -> None:
+        """Use `folder`, which is made if missing, for the embeddings of the build that `encoder` identifies.
 
         Raises:
             UsageError: It can't be made.
@@ -82,8 +80,7 @@ class PromptCache:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"cache directory {folder} can't be used: {error.strerror}: choose another") from None
-        self._folder = folder
-        self._encoder = json.dumps([encoder.graph, encoder.exporter_version, sorted(encoder.sources.items())])
+        self._folder, self._encoder = folder, encoder
 
     def _path(self, tokens: Tokens) -> Path:
         digest = hashlib.sha256(self._encoder.encode())

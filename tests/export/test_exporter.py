@@ -329,7 +329,11 @@ def test_full_disk_is_foreseen(checkpoints, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("code", "message"),
-    [(errno.ENOSPC, "no space left"), (errno.EACCES, "no permission to write"), (errno.EIO, "can't write")],
+    [
+        (errno.ENOSPC, "no space left"),
+        (errno.EACCES, "no permission to write.*make a copy with"),
+        (errno.EIO, "can't write"),
+    ],
 )
 def test_write_errors(checkpoints, tmp_path, monkeypatch, code, message):
     root = shutil.copytree(checkpoints.get(CASE), tmp_path / "model")
@@ -343,6 +347,24 @@ def test_write_errors(checkpoints, tmp_path, monkeypatch, code, message):
     with pytest.raises(ExportError, match=message):
         export(root)
     assert files(root) == before
+
+
+def test_copy_never_overwrites_another_model(checkpoints, tmp_path):
+    other = shutil.copytree(checkpoints.get(Case("odd-heads")), tmp_path / "other")
+    before = {name: (other / name).read_bytes() for name in files(other)}
+    with pytest.raises(ExportError, match="exists and differs from"):
+        export(checkpoints.get(CASE), other)
+    assert {name: (other / name).read_bytes() for name in files(other)} == before
+
+
+def test_copy_goes_on_where_it_was_stopped(checkpoints, tmp_path):
+    """Files that are there already are not copied again."""
+    export(checkpoints.get(CASE), tmp_path / "copy", components=["conditioning"])
+    (tmp_path / "copy" / "vae" / "config.json").unlink()
+    stamp = (tmp_path / "copy" / "model_index.json").stat().st_mtime_ns
+    export(checkpoints.get(CASE), tmp_path / "copy")
+    assert (tmp_path / "copy" / "vae" / "config.json").exists()
+    assert (tmp_path / "copy" / "model_index.json").stat().st_mtime_ns == stamp
 
 
 def test_output_whose_parent_does_not_exist(checkpoints, tmp_path):
