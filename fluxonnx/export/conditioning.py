@@ -12,6 +12,9 @@ from onnx import TensorProto
 from fluxonnx.export.graph import GraphBuilder
 from fluxonnx.export.transformer import TransformerConfig
 
+# Positions have two digits of this base, so they end below its square.
+POSITION_BASE = 64
+
 
 def build(g: GraphBuilder, config: TransformerConfig) -> None:
     """Add the conditioning graph to `g`.
@@ -20,23 +23,18 @@ def build(g: GraphBuilder, config: TransformerConfig) -> None:
     Outputs: timestep_proj f32 [batch, features]; rotary_cos, rotary_sin f32 [text_seq + image_seq, head_dim].
     """
     timestep = g.input("timestep", TensorProto.FLOAT, ["batch"], "sigma of each picture, in [0, 1]")
-    txt_ids = g.input("txt_ids", TensorProto.INT64, ["text_seq", 4], "(t, h, w, l) of each text token: (0, 0, 0, i)")
+    txt_ids = g.input(
+        "txt_ids", TensorProto.INT64, ["text_seq", 4], "(t, h, w, l) of each text token: (0, 0, 0, i); below 4096"
+    )
     img_ids = g.input(
         "img_ids", TensorProto.INT64, ["image_seq", 4], "(t, h, w, l) of each image token, then each reference token"
     )
     features = config.timestep_channels
     g.output("timestep_proj", timestep_projection(g, timestep, features), ["batch", features], "timestep features")
     with g.scope("pos_embed"):
-        ids = g.op("Concat", txt_ids, img_ids, axis=0)
-        angles = rotary_angles(g, ids, config)
-    for name, function in (("rotary_cos", "Cos"), ("rotary_sin", "Sin")):
-        with g.scope("pos_embed"):
-            # [seq, head_dim / 2] -> [seq, head_dim], every value twice in a row
-            value = g.op("Cast", g.op(function, angles), to=TensorProto.FLOAT)
-            column = g.op("Unsqueeze", value, g.constant([2], np.int64))
-            twice = g.op("Concat", column, column, axis=2)
-            table = g.op("Reshape", twice, g.constant([0, config.head_dim], np.int64))
-        g.output(name, table, ["text_seq + image_seq", config.head_dim], f"{function.lower()} of the rotary angles")
+        tables = rotary_tables(g, g.op("Concat", txt_ids, img_ids, axis=0), config)
+    for name, table in zip(("rotary_cos", "rotary_sin"), tables, strict=True):
+        g.output(name, table, ["text_seq + image_seq", config.head_dim], "rotary embedding of each token")
 
 
 def timestep_projection(g: GraphBuilder, timestep: str, features: int) -> str:
@@ -52,12 +50,37 @@ def timestep_projection(g: GraphBuilder, timestep: str, features: int) -> str:
         return g.op("Concat", g.op("Cos", angles), g.op("Sin", angles), axis=1)
 
 
-def rotary_angles(g: GraphBuilder, ids: str, config: TransformerConfig) -> str:
-    """Int64 [seq, 4] -> float64 [seq, head_dim / 2] (Flux2PosEmbed, diffusers transformer_flux2.py)."""
-    position = g.op("Cast", ids, to=TensorProto.DOUBLE)
-    angles = []
+def rotary_tables(g: GraphBuilder, ids: str, config: TransformerConfig) -> tuple[str, str]:
+    """Int64 [seq, 4] -> cos and sin f32 [seq, head_dim], every value twice in a row.
+
+    The reference multiplies positions and frequencies in float64 (Flux2PosEmbed, diffusers transformer_flux2.py), and
+    few runtimes have cosines of doubles. So positions are split in two digits, whose cosines and sines are constants,
+    and the angle sum is formed from those: exact to float32, with no arithmetic on angles at all.
+    """
+    base = g.constant(POSITION_BASE, np.int64)
+    digits = g.op("Div", ids, base), g.op("Mod", ids, base)
+    cosines, sines = [], []
     for axis, dim in enumerate(config.axes_dims):
         frequency = 1.0 / config.rope_theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
-        column = g.op("Gather", position, g.constant([axis], np.int64), axis=1)
-        angles.append(g.op("Mul", column, g.constant(frequency, np.float64)))
-    return g.op("Concat", *angles, axis=1)
+        (cos_high, sin_high), (cos_low, sin_low) = (
+            _digit(g, g.op("Gather", digit, g.constant(axis, np.int64), axis=1), weight * frequency)
+            for digit, weight in zip(digits, (POSITION_BASE, 1), strict=True)
+        )
+        cosines.append(g.op("Sub", g.op("Mul", cos_high, cos_low), g.op("Mul", sin_high, sin_low)))
+        sines.append(g.op("Add", g.op("Mul", sin_high, cos_low), g.op("Mul", cos_high, sin_low)))
+    cos, sin = (_twice(g, g.op("Concat", *parts, axis=1), config.head_dim) for parts in (cosines, sines))
+    return cos, sin
+
+
+def _digit(g: GraphBuilder, digit: str, frequency: np.ndarray) -> tuple[str, str]:
+    """Look cosine and sine of digit * frequency up: int64 [seq] -> f32 [seq, len(frequency)] each."""
+    angles = np.arange(POSITION_BASE)[:, None] * frequency
+    return g.op("Gather", g.constant(np.cos(angles)), digit, axis=0), g.op(
+        "Gather", g.constant(np.sin(angles)), digit, axis=0
+    )
+
+
+def _twice(g: GraphBuilder, x: str, width: int) -> str:
+    """[seq, width / 2] -> [seq, width], every value twice in a row."""
+    column = g.op("Unsqueeze", x, g.constant([2], np.int64))
+    return g.op("Reshape", g.op("Concat", column, column, axis=2), g.constant([0, width], np.int64))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps
 
 from fluxonnx.errors import FluxonnxError, ImageError, UsageError
 from fluxonnx.files import explain, replacing
@@ -31,38 +31,34 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 
 
+# Files of these kinds may hold more than a person asked for. Others with several frames hold one picture and its
+# preview, depth map (MPO, from phones) or layers (PSD), of which nobody wants to be told.
+SEVERAL_FRAMES = {
+    "GIF": "is animated: only its first frame is used",
+    "PNG": "is animated: only its first frame is used",
+    "WEBP": "is animated: only its first frame is used",
+    "AVIF": "is animated: only its first frame is used",
+    "TIFF": "has several pages: only the first is used",
+}
+
+
 def load_image(path: str | Path) -> Image.Image:
     """Read a picture as a person sees it: upright, sRGB, 8 bits, on white where it is transparent.
 
     Of an animation the first frame is taken, with a warning.
 
+    Returns:
+        An RGB picture.
+
     Raises:
         ImageError: The file is missing, not an image, damaged, or absurdly large.
     """
-    try:
-        # Pillow only warns about pictures of more than 89 million pixels; none is ever meant.
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                if getattr(image, "n_frames", 1) > 1:
-                    _warn_animated(path)
-                return as_rgb(image)
-    except FileNotFoundError:
-        raise ImageError(f"{path} does not exist") from None
-    except IsADirectoryError:
-        raise ImageError(f"{path} is a folder, not an image") from None
-    except UnidentifiedImageError:
-        raise ImageError(f"{path} is not an image that Pillow can read: convert it to PNG or JPEG") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageError(f"{path} has too many pixels: scale it down first") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ImageError(f"{path} can't be read, it seems damaged: {error}") from None
-
-
-def _warn_animated(path: str | Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.warn(f"{path} is animated: only its first frame is used", stacklevel=4)
+    with metadata.opened(path) as image:
+        notice = SEVERAL_FRAMES.get(image.format or "") if getattr(image, "n_frames", 1) > 1 else None
+        picture = as_rgb(image)
+    if notice:
+        warnings.warn(f"{path} {notice}", stacklevel=2)
+    return picture
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -71,11 +67,14 @@ def as_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
+    if image.has_transparency_data:
+        # La, with alpha multiplied in, converts to LA only
+        image = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image).convert("RGB")
-    if profile and image.mode in ("RGB", "CMYK"):
+    if image.mode == "P":
+        image = image.convert("RGB")
+    if profile and image.mode in ("L", "RGB", "CMYK"):
         image = _to_srgb(image, profile)
     return image.convert("RGB")
 
@@ -84,20 +83,25 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """Scale 16-bit gray (and float in [0, 1]) to 8 bits; Pillow's own conversion would clip it."""
     values = np.asarray(image)
     if image.mode == "F":
-        scaled = np.clip(values, 0, 1) * 255
+        scaled = np.clip(np.nan_to_num(values), 0, 1) * 255
     elif image.mode.startswith("I;16") or values.max(initial=0) > 255:
         scaled = np.clip(values, 0, 65535) / 257
     else:
         scaled = np.clip(values, 0, 255)
-    return Image.fromarray(np.rint(scaled).astype(np.uint8), "L")
+    gray = Image.fromarray(np.rint(scaled).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):  # the one value of a PNG that is transparent, in its 16 bits
+        gray.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return gray
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError):
-        return image  # a damaged profile: viewers ignore it, too
+    except (ImageCms.PyCMSError, OSError, ImportError):
+        # A profile that is damaged or meant for another mode: viewers ignore it, too. Or a Pillow without LittleCMS.
+        return image
     return converted if converted is not None else image
 
 
@@ -107,6 +111,12 @@ def fit_reference(image: Image.Image, multiple: int = 16) -> Image.Image:
     The area is capped at 1024 * 1024, sides are floored to multiples of `multiple`, and what is too much is cropped
     evenly.
 
+    Source: "4. process images", diffusers pipeline_flux2_klein.py, and Flux2ImageProcessor.
+
+    Args:
+        image: RGB.
+        multiple: What sides must be multiples of: the VAE's factor times the patch size.
+
     Raises:
         UsageError: A side is under 64 pixels, or one is more than 8 times the other.
     """
@@ -115,7 +125,7 @@ def fit_reference(image: Image.Image, multiple: int = 16) -> Image.Image:
         raise UsageError(f"a reference image is {width}x{height}: both sides must be at least {MIN_REFERENCE_SIDE}")
     if max(width, height) > MAX_REFERENCE_RATIO * min(width, height):
         raise UsageError(
-            f"a reference image is {width}x{height}: one side may be {MAX_REFERENCE_RATIO} times the other"
+            f"a reference image is {width}x{height}: one side may be at most {MAX_REFERENCE_RATIO} times the other"
         )
     if width * height > MAX_REFERENCE_AREA:
         scale = math.sqrt(MAX_REFERENCE_AREA / (width * height))
@@ -149,24 +159,29 @@ def image_to_sample(image: Image.Image) -> np.ndarray:
 
 
 def sample_to_image(sample: np.ndarray) -> Image.Image:
-    """float32 [3, height, width], about in [-1, 1] -> RGB (VaeImageProcessor.postprocess, diffusers).
+    """float32 [3, height, width] or [1, 3, height, width], about in [-1, 1] -> RGB.
+
+    Source: VaeImageProcessor.postprocess, diffusers image_processor.py: clipped, then rounded half to even.
 
     Raises:
         FluxonnxError: The sample is not finite.
     """
+    if sample.ndim == 4:
+        (sample,) = sample
     if not np.isfinite(sample).all():
         raise FluxonnxError("the model produced NaNs or infinities instead of a picture: its weights may be damaged")
     pixels = np.clip(sample * np.float32(0.5) + np.float32(0.5), 0, 1).transpose(1, 2, 0)
-    return Image.fromarray(np.round(pixels * 255).astype(np.uint8), "RGB")
+    return Image.fromarray(np.round(pixels * 255).astype(np.uint8))
 
 
-def check_output_path(path: Path) -> None:
+def check_output_path(path: str | Path) -> None:
     """Find out before a long run whether `path` can be written.
 
     Raises:
         UsageError: Its suffix is unknown, its folder does not exist, or it is a folder.
         ImageError: There is no permission.
     """
+    path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"{path} can't be written: the name must end in one of {', '.join(FORMATS)}")
     if not path.parent.is_dir():
@@ -208,3 +223,5 @@ def save_image(image: Image.Image, path: str | Path, parameters: Mapping[Any, An
             clean.save(temporary, **options, **extra)
     except OSError as error:
         raise ImageError(explain(error, path)) from None
+    except ValueError as error:  # a picture that the format has no room for, such as a WebP of 16384 pixels
+        raise ImageError(f"can't write {path}: {error}") from None

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Encoding
 from tokenizers import Tokenizer as HubTokenizer
 
 from fluxonnx.checkpoint import read_json
 from fluxonnx.errors import CheckpointError, UsageError
 
 # What Qwen3's chat template makes of one user message with enable_thinking=False.
-TEMPLATE_HEAD = "<|im_start|>user\n"
-TEMPLATE_TAIL = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+CHAT_TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+TEMPLATE_HEAD, TEMPLATE_TAIL = CHAT_TEMPLATE.split("{prompt}")
 
 MAX_LENGTH = 512
 DEFAULT_PAD_TOKEN = "<|endoftext|>"
@@ -49,7 +50,8 @@ class Tokenizer:
         try:
             self._tokenizer = HubTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
-            raise CheckpointError(f"{path} is not a tokenizer ({error}): download it again") from None
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{path} is not a tokenizer ({reason}): download it again") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         pad_token = _pad_token(folder)
@@ -62,7 +64,11 @@ class Tokenizer:
         """Tokenise a prompt in the chat template, padded or cut to `max_length`.
 
         Source: _get_qwen3_prompt_embeds, diffusers pipeline_flux2_klein.py; cutting takes the template's tail first,
-        then the prompt's.
+        then the prompt's. Special tokens written in the prompt become those tokens, as in transformers.
+
+        Args:
+            prompt: Any text; it may be empty, as negative prompts are.
+            max_length: The length of the result in tokens.
 
         Raises:
             UsageError: `max_length` is not a multiple of 8 from 8 to 512, or the prompt is not valid text.
@@ -72,7 +78,13 @@ class Tokenizer:
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError:
-            raise UsageError("the prompt is not valid text: it holds half of a surrogate pair") from None
+            raise UsageError(
+                "the prompt is not valid text: it holds half of a surrogate pair; check the encoding it was read with"
+            ) from None
+        if "\0" in prompt:
+            raise UsageError(
+                "the prompt is not valid text: it holds a NUL character; check the encoding it was read with"
+            )
         text = TEMPLATE_HEAD + prompt + TEMPLATE_TAIL
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ids = encoding.ids[:max_length]
@@ -80,14 +92,17 @@ class Tokenizer:
         input_ids[0, : len(ids)] = ids
         attention_mask = np.zeros((1, max_length), np.int64)
         attention_mask[0, : len(ids)] = 1
-        return Tokens(input_ids, attention_mask, self._cut(prompt, len(encoding.ids), encoding, max_length))
+        return Tokens(input_ids, attention_mask, _cut(prompt, encoding, max_length))
 
-    def _cut(self, prompt: str, length: int, encoding: object, max_length: int) -> str:
-        if length <= max_length:
-            return ""
-        # Offsets count characters of the normalised text; the two differ only for prompts that are not in NFC.
-        start = encoding.offsets[max_length][0] - len(TEMPLATE_HEAD)  # type: ignore[attr-defined]
-        return prompt[max(start, 0) :]
+
+def _cut(prompt: str, encoding: Encoding, max_length: int) -> str:
+    """Return the end of `prompt` that the tokens from `max_length` on stand for, but nothing of the template."""
+    if len(encoding.ids) <= max_length:
+        return ""
+    # Offsets count characters of the text as given, before normalisation. A character may be several tokens: one that
+    # is torn apart counts as cut.
+    start = encoding.offsets[max_length][0] - len(TEMPLATE_HEAD)
+    return prompt[max(start, 0) :]
 
 
 def _pad_token(folder: Path) -> str:
@@ -95,4 +110,6 @@ def _pad_token(folder: Path) -> str:
     token = read_json(config).get("pad_token") if config.is_file() else None
     if isinstance(token, dict):  # an AddedToken, as older versions of transformers save it
         token = token.get("content")
+    if token is not None and not isinstance(token, str):
+        raise CheckpointError(f"{config}: pad_token is {token!r}, expected a string: download it again")
     return token or DEFAULT_PAD_TOKEN
