@@ -27,7 +27,7 @@ class Progress:
 
             self.close()
             self._key = (what, total)
-            self._bar = tqdm(total=total, desc=what, leave=False, file=sys.stderr, **format)
+            self._bar = tqdm(total=total, initial=done, desc=what, leave=False, file=sys.stderr, **format)
         self._bar.update(done - self._bar.n)
 
     def phase(self, name: str) -> None:

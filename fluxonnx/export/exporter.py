@@ -275,5 +275,6 @@ def _metadata(checkpoint: Checkpoint, component: str, target: Target, sizes: Siz
         "component": component,
         "precision": target.precision.name,
         "flavour": target.flavour,
+        "opset": str(target.opset),
         "architecture": json.dumps(asdict(getattr(sizes, COMPONENTS[component]))),
     }

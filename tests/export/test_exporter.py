@@ -165,6 +165,17 @@ def test_foreign_graph_is_kept_unless_forced(checkpoints, tmp_path):
     onnx.checker.check_model(str(root / "transformer.onnx"))
 
 
+def test_another_opset_needs_force(checkpoints, tmp_path):
+    root = shutil.copytree(checkpoints.get(CASE), tmp_path / "model")
+    export(root)
+    with pytest.raises(ExportError, match=r"other settings.*--force"):
+        export(root, opset=21)
+    export(root, opset=21, force=True)
+    assert read_manifest(root).builds["bf16"].opset == 21
+    with fluxonnx.load(root) as flux:
+        flux.generate("x", 64, 64, steps=1)
+
+
 def test_changed_checkpoint_is_noticed(checkpoints, tmp_path):
     """Graphs that point into files which have been replaced are never used as they are."""
     root = shutil.copytree(checkpoints.get(CASE), tmp_path / "model")
