@@ -6,6 +6,7 @@ python benchmarks/make_checkpoint.py --architecture 4b OUT
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import shutil
 import sys
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +94,12 @@ def make_checkpoint(
 
     Returns:
         The directory.
+
+    Raises:
+        OSError: ENOSPC, before anything is written, where the disk is too small.
     """
     root = Path(directory)
+    require_space(root, required_bytes(architecture, dtype))
     block = random_block(seed, 1 << 22 if required_bytes(architecture, dtype) > 1 << 30 else 1 << 17)
     torch_dtype = DTYPES[dtype][2]
     write_json(root / "model_index.json", model_index(is_distilled))
@@ -148,18 +154,20 @@ def scale_and_shift(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     return (0.5 if residual else 1.0) / math.sqrt(fan_in), 0.0
 
 
-def values(name: str, shape: tuple[int, ...], block: np.ndarray, dtype: Any) -> np.ndarray:
-    """Return a tensor's values, flat, as `dtype`; a piece of `block` repeated as often as needed."""
+def values(name: str, shape: tuple[int, ...], block: np.ndarray, dtype: Any) -> Iterator[np.ndarray]:
+    """Yield a tensor's values in flat pieces of `dtype`: one cut of `block`, as often as needed."""
     size = math.prod(shape)
     scale, shift = scale_and_shift(name, shape)
     start = zlib.crc32(name.encode()) % len(block)
     piece = np.roll(block, -start)[:size]
     piece = (np.abs(piece) if name == "bn.running_var" else piece) * np.float32(scale) + np.float32(shift)
-    return np.resize(piece.astype(dtype), size)
+    piece = piece.astype(dtype)
+    for offset in range(0, size, len(piece)):
+        yield piece[: size - offset]
 
 
 def write_weights(folder: Path, stem: str, shapes: Shapes, dtype: str, shards: int, block: np.ndarray) -> None:
-    """Write one safetensors file, or several and their index; nothing larger than a tensor is held in memory."""
+    """Write one safetensors file, or several and their index; nothing larger than `block` is held in memory."""
     names = sorted(shapes)
     if shards == 1:
         write_safetensors(folder / f"{stem}.safetensors", {name: shapes[name] for name in names}, dtype, block)
@@ -185,11 +193,15 @@ def write_safetensors(path: Path, shapes: Shapes, dtype: str, block: np.ndarray)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shapes.items():
-            file.write(memoryview(values(name, shape, block, kinds[name][1]).view(np.uint8)))
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name, shape in shapes.items():
+                for piece in values(name, shape, block, kinds[name][1]):
+                    file.write(memoryview(piece.view(np.uint8)))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -258,31 +270,47 @@ def required_bytes(architecture: Architecture, dtype: str) -> int:
     return count * np.dtype(DTYPES[dtype][1]).itemsize
 
 
+def require_space(directory: Path, size: int) -> None:
+    """Raise OSError where the disk that holds `directory` has less than `size` bytes free."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        raise OSError(errno.ENOSPC, f"needs {size / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free", str(directory))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write a random checkpoint in the layout of FLUX.2-klein.")
-    parser.add_argument("output", type=Path, metavar="OUT")
+    parser.add_argument("output", type=Path, metavar="OUT", nargs="?")
     parser.add_argument("--architecture", choices=ARCHITECTURES, default="4b", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
     parser.add_argument("--shards", type=int, help="files for the transformer and the text encoder")
     parser.add_argument("--base", action="store_true", help="a base model, that needs guidance, not a distilled one")
-    arguments = parser.parse_args()
-    architecture = ARCHITECTURES[arguments.architecture]
-    size = required_bytes(architecture, arguments.dtype)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(arguments.output).free
-    if free < size:
-        sys.exit(f"{arguments.output} needs {size / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free")
-    start = time.perf_counter()
-    make_checkpoint(
-        arguments.output,
-        architecture,
-        seed=arguments.seed,
-        dtype=arguments.dtype,
-        shards=arguments.shards,
-        is_distilled=not arguments.base,
+    parser.add_argument(
+        "--list", action="store_true", help="print the architectures and their sizes, and write nothing"
     )
-    print(f"{arguments.output}: {size / 1e9:.2f} GB in {time.perf_counter() - start:.0f} s")
+    arguments = parser.parse_args()
+    if arguments.list:
+        for name, architecture in ARCHITECTURES.items():
+            print(f"{name:<24} {required_bytes(architecture, arguments.dtype) / 1e6:>9,.1f} MB")
+        return
+    if arguments.output is None:
+        parser.error("the following arguments are required: OUT")
+    start = time.perf_counter()
+    try:
+        make_checkpoint(
+            arguments.output,
+            ARCHITECTURES[arguments.architecture],
+            seed=arguments.seed,
+            dtype=arguments.dtype,
+            shards=arguments.shards,
+            is_distilled=not arguments.base,
+        )
+    except OSError as error:
+        sys.exit(f"{error.filename or arguments.output}: {error.strerror}")
+    for path in sorted(arguments.output.glob("*/*.safetensors")):
+        print(f"{path}: {path.stat().st_size:,} bytes")
+    print(f"{arguments.output}: written in {time.perf_counter() - start:.1f} s")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fluxonnx import __version__
 from fluxonnx.checkpoint import Checkpoint
 from fluxonnx.errors import CheckpointError
-from fluxonnx.files import replacing
+from fluxonnx.files import explain, replacing
 from fluxonnx.manifest import COMPONENTS, DEFAULT_FLAVOUR, DEFAULT_PRECISION, build_name, is_current, read_manifest
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def find_model(path: str | Path | None = None) -> Path:
     The one in the box is copied to the user's cache, because graphs are written beside the weights.
 
     Raises:
-        CheckpointError: The package was installed without its model.
+        CheckpointError: The package was installed without its model, or it can't be copied.
     """
     chosen = path or os.environ.get("FLUXONNX_MODEL")
     if chosen:
@@ -39,10 +39,13 @@ def find_model(path: str | Path | None = None) -> Path:
         raise CheckpointError("no model: pass a directory with -d, or set FLUXONNX_MODEL (see models/README.md)")
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     copy = caches / "fluxonnx" / __version__ / SHIPPED_MODEL
-    if not copy.is_dir():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(copy) as temporary:
-            shutil.copytree(shipped / SHIPPED_MODEL, temporary)
+    try:
+        if not copy.is_dir():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(copy) as temporary:
+                shutil.copytree(shipped / SHIPPED_MODEL, temporary)
+    except OSError as error:
+        raise CheckpointError(explain(error, copy, "set XDG_CACHE_HOME, or pass a model directory with -d")) from None
     return copy
 
 

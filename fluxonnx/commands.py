@@ -22,6 +22,7 @@ PROMPTS_AHEAD = 8
 def generate(arguments: argparse.Namespace) -> None:
     """Make pictures and save them."""
     from fluxonnx import api, jobs
+    from fluxonnx.checkpoint import Checkpoint
 
     say = _speaker(arguments)
     pictures = jobs.plan(arguments)
@@ -32,7 +33,7 @@ def generate(arguments: argparse.Namespace) -> None:
             "Pass -d DIR for FLUX.2-klein (see models/README.md)"
         )
     start = time.perf_counter()
-    precision, flavour = jobs.build(arguments)
+    precision, flavour = jobs.build(arguments, Checkpoint(model).name)
     flux = api.load(
         model,
         precision=precision,

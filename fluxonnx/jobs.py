@@ -91,9 +91,11 @@ def plan(arguments: argparse.Namespace) -> list[Job]:
     return [_job(arguments, read_parameters(arguments.source) if arguments.source else {}, numbered=False)]
 
 
-def build(arguments: argparse.Namespace) -> tuple[str, str]:
+def build(arguments: argparse.Namespace, model: str) -> tuple[str, str]:
     """Return precision and flavour: the flag's, else the picture's that is made again, else the default."""
     known = read_parameters(arguments.source) if arguments.source else {}
+    if known.get("model", model) != model:
+        warnings.warn(f"{arguments.source} was made with {known['model']}, not with {model}", stacklevel=3)
     return (
         arguments.precision or known.get("precision", DEFAULT_PRECISION),
         known.get("flavour", DEFAULT_FLAVOUR),

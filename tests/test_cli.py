@@ -122,6 +122,14 @@ def test_model_is_found_without_d(copy_of, tmp_path, model):
     assert "models/README.md" in result.stderr
 
 
+def test_cache_home_that_can_not_be_written(tmp_path, fails, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FLUXONNX_MODEL", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    fails(1, "can't write .*tiny-random", "generate", "-q", "-p", "x")
+
+
 def test_long_prompt_is_cut_with_a_warning(model, tmp_path, capsys):
     arguments = ["-W", "64", "-H", "64", "-s", "1", "--max-sequence-length", "24", "-o", str(tmp_path / "a.png")]
     assert main(["generate", "-d", model, "-p", "a cat " * 20 + "END", *arguments]) == 0

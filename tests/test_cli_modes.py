@@ -213,6 +213,13 @@ def test_changed_input_is_told(generate, capsys):
     assert "has changed since" in capsys.readouterr().err
 
 
+def test_another_model_is_told(generate, checkpoints, capsys):
+    assert generate("-p", "a", *SMALL, "-S", 4, "-o", "a.png") == 0
+    other = str(checkpoints.exported(Case("one-double-three-single")))
+    assert generate("--from", "a.png", "-o", "b.png", model=other) == 0
+    assert "a.png was made with odd-heads" in capsys.readouterr().err
+
+
 def test_info_prints_json(generate, capsys):
     assert generate("-p", "a ☂", *SMALL, "-S", 4, "-o", "a.webp", "-q") == 0
     assert main(["info", "a.webp"]) == 0
