@@ -33,8 +33,6 @@ class TextEncoderSize:
             "architectures": ["Qwen3ForCausalLM"],
             "attention_bias": self.bias,
             "attention_dropout": 0.0,
-            "bos_token_id": 256,
-            "eos_token_id": 258,
             "head_dim": self.head_dim,
             "hidden_act": "silu",
             "hidden_size": self.hidden,

@@ -100,7 +100,8 @@ def make_checkpoint(
     """
     root = Path(directory)
     require_space(root, required_bytes(architecture, dtype))
-    block = random_block(seed, 1 << 22 if required_bytes(architecture, dtype) > 1 << 30 else 1 << 17)
+    # Odd lengths, so that no row of a matrix is the same as another: their lengths are even.
+    block = random_block(seed, (1 << 22) - 1 if required_bytes(architecture, dtype) > 1 << 30 else (1 << 17) - 1)
     torch_dtype = DTYPES[dtype][2]
     write_json(root / "model_index.json", model_index(is_distilled))
     write_json(root / "scheduler/scheduler_config.json", SCHEDULER)

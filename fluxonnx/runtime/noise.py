@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import numpy as np
 
@@ -33,11 +34,13 @@ def randn(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     """Draw standard normal values.
 
     Equal bit for bit to `torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))` in float32, on
-    x86-64 machines with AVX2. The sources are ATen's CPUGeneratorImpl.cpp, DistributionTemplates.h (normal_fill) and
-    avx_mathfun.h.
+    x86-64 machines with AVX2. Those with AVX512 run the same kernel: torch registers no other for them. Elsewhere
+    torch calls the C library's log, cos and sin, and the last bits of sixteen or more values differ (on x86-64
+    without AVX2 in two values of five, by up to 2.3e-6). The sources are ATen's CPUGeneratorImpl.cpp,
+    DistributionTemplates.h (normal_fill) and avx_mathfun.h.
 
     Args:
-        seed: From 0 to 2**64 - 1; torch's generator uses the lower 32 bits.
+        seed: From -(2**63) to 2**64 - 1, as torch allows; its generator uses the lower 32 bits.
         shape: Any shape.
 
     Returns:
@@ -46,7 +49,9 @@ def randn(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     Raises:
         UsageError: The seed is out of range.
     """
-    check_seed(seed)
+    seed = operator.index(seed)  # a numpy integer may be too narrow for the mask below
+    if not -(2**63) <= seed < 2**64:
+        raise UsageError(f"seed {seed} is out of range: it must be from -(2**63) to 2**64 - 1")
     size = math.prod(shape)
     # RandomState seeds by init_genrand, as torch does; the Generator API would hash the seed first.
     bits = np.random.RandomState(seed & 0xFFFFFFFF)
@@ -55,7 +60,9 @@ def randn(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def check_seed(seed: int) -> None:
-    """Refuse what torch's generator can't be seeded with.
+    """Refuse what can't be a picture's seed.
+
+    torch takes negative ones too, modulo 2**64; a picture's seed has one name, not two.
 
     Raises:
         UsageError: The seed is out of range.
@@ -97,7 +104,7 @@ def _scalar_normals(bits: np.random.RandomState, size: int) -> np.ndarray:
         radius = math.sqrt(-2.0 * math.log1p(-float(u2) * 2.0**-53))
         theta = 2.0 * math.pi * (float(u1) * 2.0**-53)
         values += [radius * math.cos(theta), radius * math.sin(theta)]
-    return np.array(values[:size], np.float32)
+    return np.array(values[:size], np.float32) + F(0)  # the mean: see _box_muller
 
 
 def _normal_fill(bits: np.random.RandomState, size: int) -> np.ndarray:

@@ -69,7 +69,8 @@ def test_pipeline_makes_a_picture(checkpoints, reference, name):
     ).images[0]
     assert image.size == (64, 64)
     assert np.asarray(image).std() > 0
-    # The velocity of the last step, from sigmas[1] to 0, is of order one: neither dead nor exploding, so tolerances elsewhere mean something.
+    # The last step goes from sigmas[1] to 0. Its velocity is of order one, neither dead nor exploding: then tolerances
+    # elsewhere mean something.
     velocity = (latents[1] - latents[0]).std() / float(pipe.scheduler.sigmas[1])
     assert 0.1 < velocity < 10
 

@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 
 from fluxonnx.errors import UsageError
-from fluxonnx.runtime.noise import _fma, randn
+from fluxonnx.runtime.noise import _fma, _scalar_normals, check_seed, randn
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "noise.npz")
+# What torch's seeding truncates, wraps or takes for a sign
+UNUSUAL_SEEDS = (-1, -5, -(2**63), 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 5, 2**63 - 1, 2**63, 2**64 - 1)
+# A word of twister state whose output puts the first uniform value just past 1/2: cosine and sine are both negative
+PAST_PI = 2**20
 
 
 @pytest.mark.parametrize("key", [key for key in GOLDEN.files if not key.endswith("sha256")])
@@ -33,10 +37,29 @@ def test_shape_is_filled_in_order():
     assert randn(3, (0,)).shape == (0,)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**64])
-def test_seed_out_of_range(seed):
+@pytest.mark.parametrize(("seed", "same"), [(-1, 2**64 - 1), (-(2**63), 2**63), (np.int32(-1), -1), (2**32 + 5, 5)])
+def test_seeds_that_mean_the_same(seed, same):
+    """Negative seeds count modulo 2**64, and only the lower 32 bits matter, as in torch."""
+    assert np.array_equal(randn(seed, (20,)), randn(same, (20,)))
+
+
+@pytest.mark.parametrize("seed", [-(2**63) - 1, 2**64])
+def test_seed_out_of_torch_range(seed):
     with pytest.raises(UsageError, match="out of range"):
         randn(seed, (4,))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_seed_of_a_picture_out_of_range(seed):
+    with pytest.raises(UsageError, match="out of range"):
+        check_seed(seed)
+
+
+def test_scalar_radius_of_zero_gives_positive_zero():
+    """A second uniform of 0 and an angle just past pi: torch adds the mean, 0, to the product, minus 0."""
+    bits = np.random.RandomState(0)
+    bits.set_state(("MT19937", np.array([PAST_PI, *[0] * 623], np.uint32), 0))
+    assert _scalar_normals(bits, 2).tobytes() == bytes(8)
 
 
 def test_fma_rounds_once():
@@ -51,7 +74,15 @@ def test_many_seeds_equal_torch_live():
     torch = pytest.importorskip("torch")
     if "AVX" not in torch.backends.cpu.get_cpu_capability():
         pytest.skip("torch draws other values on machines without AVX2")
-    for seed in range(300):
-        size = (1, 15, 16, 17, 300, 4099)[seed % 6]
-        expected = torch.randn(size, generator=torch.Generator().manual_seed(seed)).numpy()
-        assert np.array_equal(randn(seed, (size,)).view(np.int32), expected.view(np.int32)), (seed, size)
+    for i, seed in enumerate([*range(300), *UNUSUAL_SEEDS]):
+        for size in (i % 60, (300, 4096, 4099)[i % 3]):
+            expected = torch.randn(size, generator=torch.Generator("cpu").manual_seed(seed)).numpy()
+            assert np.array_equal(randn(seed, (size,)).view(np.int32), expected.view(np.int32)), (seed, size)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("seed", [-(2**63) - 1, 2**64])
+def test_torch_refuses_the_same_seeds_live(seed):
+    torch = pytest.importorskip("torch")
+    with pytest.raises((ValueError, RuntimeError)):
+        torch.Generator("cpu").manual_seed(seed)
