@@ -50,6 +50,17 @@ def test_cut_is_the_end_of_the_prompt(folder):
     assert Tokenizer(folder).encode(kept, 512).input_ids[0, :24].tolist() == tokens.input_ids[0].tolist()
 
 
+def test_cut_counts_characters_as_typed(folder):
+    """Normalising joins letters and accents; what is told is what was typed."""
+    tokens = Tokenizer(folder).encode("e\u0301" * 10 + "END of it all", 24)
+    assert tokens.cut == "ND of it all"
+
+
+def test_nul_in_a_prompt(folder):
+    with pytest.raises(UsageError, match="NUL"):
+        Tokenizer(folder).encode("a\0b")
+
+
 def test_cutting_the_template_alone_cuts_no_prompt(folder):
     assert Tokenizer(folder).encode("a", 8).cut == ""
 
