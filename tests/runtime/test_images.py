@@ -258,3 +258,63 @@ def test_loading_warns_of_nothing_else(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_image(tmp_path / "a.png")
+
+
+def test_pages_of_a_tiff_are_told(tmp_path):
+    pages = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    pages[0].save(tmp_path / "a.tiff", save_all=True, append_images=pages[1:])
+    with pytest.warns(UserWarning, match="several pages: only the first"):
+        assert load_image(tmp_path / "a.tiff").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_preview_in_a_phones_file_is_not_told(tmp_path):
+    """An MPO is a JPEG with a preview or a depth map behind it."""
+    pictures = [Image.new("RGB", (8, 8), colour) for colour in ("red", "gray")]
+    pictures[0].save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=pictures[1:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_image(tmp_path / "a.jpg").getpixel((4, 4))[0] > 240
+
+
+def test_one_transparent_gray_in_sixteen_bits(tmp_path):
+    Image.fromarray(np.array([[0, 300, 65535]], np.uint16)).save(tmp_path / "a.png", transparency=300)
+    assert np.asarray(load_image(tmp_path / "a.png"))[0].tolist() == [[0] * 3, [255] * 3, [255] * 3]
+
+
+def test_whatever_pillow_raises_is_one_line(tmp_path, monkeypatch):
+    """Its readers let struct.error and the like through."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+
+    def fail(image):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(images, "as_rgb", fail)
+    with pytest.raises(ImageError, match="seems damaged: two lines"):
+        load_image(tmp_path / "a.png")
+
+
+def test_parameters_too_long_for_a_jpeg_cost_a_warning_only(tmp_path):
+    with pytest.warns(UserWarning, match="too long for a JPEG"):
+        save_image(Image.new("RGB", (8, 8)), tmp_path / "a.jpg", {**PARAMETERS, "prompt": "x" * 70_000})
+    assert load_image(tmp_path / "a.jpg").size == (8, 8)
+
+
+def test_file_names_that_are_not_text(tmp_path):
+    """A byte that is no UTF-8 in the name of an input must not cost the picture."""
+    parameters = {**PARAMETERS, "image_file": "photo\udcff.png"}
+    save_image(Image.new("RGB", (8, 8)), tmp_path / "a.png", parameters)
+    assert read_parameters(tmp_path / "a.png") == parameters
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_comment_rewritten_by_another_program(tmp_path, encoding):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + json.dumps(PARAMETERS).encode(encoding)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_parameters(tmp_path / "a.jpg") == PARAMETERS
+
+
+def test_picture_too_large_for_its_format(tmp_path):
+    with pytest.raises(ImageError, match="can't write"):
+        save_image(Image.new("RGB", (16384, 1)), tmp_path / "a.webp")
+    assert list(tmp_path.iterdir()) == []
