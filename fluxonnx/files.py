@@ -9,6 +9,9 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
+
+from fluxonnx.errors import ExportError
 
 
 @contextmanager
@@ -25,6 +28,48 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def resuming(path: Path, header: bytes) -> Iterator[BinaryIO]:
+    """Yield a file that starts with `header` and becomes `path` if the block ends well; if not, it is kept.
+
+    The file may hold what an interrupted run with the same header wrote; it is positioned at its end.
+
+    Raises:
+        ExportError: Another process is writing it.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("a+b") as file:
+        if not _lock(file):
+            raise ExportError(f"another process is writing {path}: wait for it to end")
+        file.seek(0)
+        if file.read(len(header)) != header:
+            file.truncate(0)
+            file.write(header)
+            file.flush()
+    # "a" always writes at the end; "r+" writes where it is told to
+    with partial.open("r+b") as file:
+        if not _lock(file):
+            raise ExportError(f"another process is writing {path}: wait for it to end")
+        file.seek(0, os.SEEK_END)
+        yield file
+        file.truncate()
+        file.flush()
+        os.replace(partial, path)
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Take a file for this process, where the system can."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _sweep(path: Path) -> None:

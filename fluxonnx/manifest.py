@@ -53,6 +53,7 @@ class Component:
     nodes: int
     parameters: int
     bytes_written: int
+    self_contained: bool = False
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Build:
     precision: str
     flavour: str
     opset: int
+    settings: dict[str, str] = field(default_factory=dict)
     components: dict[str, Component] = field(default_factory=dict)
 
 
@@ -107,10 +109,15 @@ def read_manifest(root: Path) -> Manifest | None:
 
 
 def is_current(root: Path, component: Component, version: str) -> bool:
-    """Whether a graph and its weights are still there, made by this version from the checkpoint as it is now."""
-    files = [component.graph, *component.weights, *component.sources]
+    """Whether a graph and its weights are still there, made by this version from the checkpoint as it is now.
+
+    A build that has all its weights in files of its own stays current when the checkpoint's are deleted.
+    """
+    sources = component.sources
+    if component.self_contained:
+        sources = {name: digest for name, digest in sources.items() if (root / name).exists()}
     return (
         component.exporter_version == version
-        and all((root / name).is_file() for name in files)
-        and all(fingerprint(root / name) == digest for name, digest in component.sources.items())
+        and all((root / name).is_file() for name in (component.graph, *component.weights, *sources))
+        and all(fingerprint(root / name) == digest for name, digest in sources.items())
     )

@@ -15,7 +15,7 @@ from fluxonnx.checkpoint import Checkpoint, Tensor, fingerprint
 from fluxonnx.errors import CheckpointError, ExportError, UsageError
 from fluxonnx.export import conditioning, text_encoder, transformer, vae, weights
 from fluxonnx.export.graph import Graph, GraphBuilder, Target
-from fluxonnx.export.precision import PRECISIONS
+from fluxonnx.export.precision import make_precision
 from fluxonnx.export.text_encoder import TextEncoderConfig
 from fluxonnx.export.transformer import TransformerConfig
 from fluxonnx.export.vae import VaeConfig
@@ -89,6 +89,8 @@ def export(
     flavour: str = "ort",
     components: Sequence[str] | None = None,
     opset: int | None = None,
+    keep: str | None = None,
+    block: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> list[Report]:
@@ -97,11 +99,15 @@ def export(
     Args:
         directory: A model directory in the Hugging Face layout of FLUX.2-klein.
         output: A folder for a self-contained copy (weights, configs, tokenizer, graphs); by default the graphs are
-            written beside the checkpoint's folders and point into its files.
-        precision: "bf16" leaves the weights in the checkpoint's files as they are; "fp32" converts them.
+            written beside the checkpoint's folders. The copy of an int8 or int4 build has no other weights than its
+            own.
+        precision: "bf16" leaves the weights in the checkpoint's files as they are; "fp32" converts them; "int8" and
+            "int4" quantise the linears of the blocks.
         flavour: "ort" for onnxruntime, with its fused operators; "portable" for any runtime.
         components: Which graphs, by the names of the files; all by default.
-        opset: The ai.onnx opset; by default 23 for ort and 17 for portable.
+        opset: The ai.onnx opset; by default 23 for ort and 17 for portable (21 with int4).
+        keep: For int8 and int4: linears in whose names this regular expression is found are not quantised.
+        block: For int4: how many weights share a scale, 32, 64 (the default) or 128.
         force: Overwrite graphs that exist and differ.
         progress: Called with what is being written, bytes done and bytes in all.
 
@@ -113,34 +119,41 @@ def export(
         CheckpointError: The checkpoint is incomplete, corrupt or of another kind.
         ExportError: The files can't be written, or exist and `force` is not given.
     """
-    target = make_target(precision, flavour, opset)
+    target = make_target(precision, flavour, opset, keep, block)
     names = select(components)
     say = progress or (lambda what, done, total: None)
     try:
         checkpoint = Checkpoint(directory)
+        root = checkpoint.root
         if output is not None:
-            checkpoint = weights.copy_model(checkpoint, Path(output), say)
-        return [*_export_components(checkpoint, target, names, force, say)]
+            copy = weights.copy_model(checkpoint, Path(output), say, not target.precision.self_contained)
+            root = copy.root
+            checkpoint = checkpoint if target.precision.self_contained else copy
+        return [*_export_components(checkpoint, root, target, names, force, say)]
     except OSError as error:
         place = error.filename2 or error.filename or directory
         raise ExportError(explain(error, place, "make a copy with fluxonnx export -d DIR -o COPY")) from error
 
 
-def make_target(precision: str, flavour: str, opset: int | None) -> Target:
+def make_target(
+    precision: str, flavour: str, opset: int | None, keep: str | None = None, block: int | None = None
+) -> Target:
     """Check what is asked for.
 
     Raises:
-        UsageError: An unknown precision or flavour, or an opset that the flavour can't have.
+        UsageError: An unknown precision or flavour, an option the precision does not have, or an opset that the
+            flavour can't have.
     """
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision {precision!r} is unknown: choose one of {', '.join(PRECISIONS)}")
+    chosen = make_precision(precision, keep, block)
     if flavour not in FLAVOURS:
         raise UsageError(f"flavour {flavour!r} is unknown: choose one of {', '.join(FLAVOURS)}")
-    allowed = OPSETS[flavour]
-    opset = FLAVOURS[flavour] if opset is None else opset
+    lowest = max(OPSETS[flavour][0], chosen.lowest_opset(flavour))
+    allowed = range(lowest, OPSETS[flavour][-1] + 1)
+    opset = max(FLAVOURS[flavour], lowest) if opset is None else opset
     if opset not in allowed:
-        raise UsageError(f"opset {opset} is out of range: {flavour} graphs can be {allowed[0]} to {allowed[-1]}")
-    return Target(PRECISIONS[precision], flavour, opset)
+        which = f"{precision} {flavour}" if lowest > OPSETS[flavour][0] else flavour
+        raise UsageError(f"opset {opset} is out of range: {which} graphs can be {allowed[0]} to {allowed[-1]}")
+    return Target(chosen, flavour, opset)
 
 
 def select(components: Sequence[str] | None) -> list[str]:
@@ -189,9 +202,8 @@ def build_graph(component: str, sizes: Sizes, target: Target, tensors: dict[str,
 
 
 def _export_components(
-    checkpoint: Checkpoint, target: Target, names: list[str], force: bool, say: Progress
+    checkpoint: Checkpoint, root: Path, target: Target, names: list[str], force: bool, say: Progress
 ) -> Sequence[Report]:
-    root = checkpoint.root
     manifest = _manifest(root, force)
     out_layers = tuple(manifest.text_encoder_out_layers) if manifest.text_encoder_out_layers else None
     sizes = Sizes.read(checkpoint, out_layers)
@@ -200,9 +212,10 @@ def _export_components(
     precision, flavour = target.precision.name, target.flavour
     name = build_name(precision, flavour)
     build = manifest.builds.get(name)
-    if build is None or build.opset != target.opset:
-        # Graphs of another opset are never mixed into one build.
-        build = manifest.builds[name] = Build(precision, flavour, target.opset)
+    settings = target.precision.settings()
+    if build is None or (build.opset, build.settings) != (target.opset, settings):
+        # Graphs of another opset or other settings are never mixed into one build.
+        build = manifest.builds[name] = Build(precision, flavour, target.opset, settings)
 
     reports = []
     for component in names:
@@ -214,7 +227,7 @@ def _export_components(
         if not force:
             _refuse_foreign(root / file, _metadata(checkpoint, component, target, sizes))
         start = time.perf_counter()
-        build.components[component] = done = _export_component(checkpoint, component, sizes, target, say)
+        build.components[component] = done = _export_component(checkpoint, root, component, sizes, target, say)
         manifest.save(root)
         seconds = time.perf_counter() - start
         reports.append(Report(component, file, done.nodes, done.parameters, done.bytes_written, seconds))
@@ -245,13 +258,18 @@ def _refuse_foreign(path: Path, metadata: dict[str, str]) -> None:
         )
 
 
-def _export_component(checkpoint: Checkpoint, component: str, sizes: Sizes, target: Target, say: Progress) -> Component:
-    root, folder = checkpoint.root, COMPONENTS[component]
+def _export_component(
+    checkpoint: Checkpoint, root: Path, component: str, sizes: Sizes, target: Target, say: Progress
+) -> Component:
+    folder, precision = COMPONENTS[component], target.precision
     say(component, 0, 0)
     tensors = {} if component == "conditioning" else checkpoint.tensors(folder)
     graph = build_graph(component, sizes, target, tensors, _metadata(checkpoint, component, target, sizes))
-    sources = sorted({weight.source.file for weight in graph.weights})
-    stored = weights.place(graph, root, component, folder, target.precision.name, lambda a, b: say(component, a, b))
+    # What is made of a checkpoint elsewhere can't go stale with it.
+    sources = sorted({weight.source.file for weight in graph.weights}) if root == checkpoint.root else []
+    name = weights.weight_file(component, folder, precision.file_label(target.flavour))
+    settings = {"version": __version__, **precision.settings()} if precision.self_contained else {}
+    stored = weights.place(graph, root, name, settings, lambda a, b: say(component, a, b))
     file = graph_file(component, target.precision.name, target.flavour)
     with replacing(root / file) as temporary:
         onnx.save(graph.model, temporary)
@@ -263,6 +281,7 @@ def _export_component(checkpoint: Checkpoint, component: str, sizes: Sizes, targ
         weights=[stored.name] if stored else [],
         nodes=len(graph.model.graph.node),
         parameters=graph.parameters,
+        self_contained=precision.self_contained,
         bytes_written=(root / file).stat().st_size + (stored.bytes_written if stored else 0),
     )
 
@@ -276,5 +295,6 @@ def _metadata(checkpoint: Checkpoint, component: str, target: Target, sizes: Siz
         "precision": target.precision.name,
         "flavour": target.flavour,
         "opset": str(target.opset),
+        **target.precision.settings(),
         "architecture": json.dumps(asdict(getattr(sizes, COMPONENTS[component]))),
     }

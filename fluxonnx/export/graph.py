@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, shape_inference
 
-from fluxonnx.checkpoint import Tensor
+from fluxonnx.checkpoint import DTYPES, Tensor
 from fluxonnx.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -32,9 +32,12 @@ ONNX_DTYPES = {
     "BF16": TensorProto.BFLOAT16,
     "F64": TensorProto.DOUBLE,
     "I64": TensorProto.INT64,
+    "I8": TensorProto.INT8,
+    "U8": TensorProto.UINT8,
 }
 
 Dim = int | str | None
+T = TypeVar("T")
 
 
 @dataclass
@@ -51,26 +54,59 @@ class Target:
         return self.flavour == "ort"
 
 
-@dataclass
-class StoredWeight:
-    """An initializer whose bytes live outside the graph.
+@dataclass(frozen=True)
+class Part:
+    """One of the arrays that a tensor is encoded as: in the file, and in the graph where that differs."""
 
-    `dtype` is the safetensors dtype to store; when it is the source's own, the bytes stay where they are.
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+    graph_dtype: int | None = None
+    graph_shape: tuple[int, ...] | None = None
+
+    @property
+    def onnx_dtype(self) -> int:
+        """Its type in the graph."""
+        return self.graph_dtype or ONNX_DTYPES[self.dtype]
+
+    @property
+    def onnx_shape(self) -> tuple[int, ...]:
+        """Its shape in the graph."""
+        return self.graph_shape or self.shape
+
+
+@dataclass
+class Entry:
+    """An initializer whose bytes live outside the graph, and the safetensors entry they are.
+
+    The two differ in shape and type only where safetensors lacks the type (two int4 values are a byte there).
     """
 
     initializer: TensorProto
-    source: Tensor
     dtype: str
-
-    @property
-    def in_place(self) -> bool:
-        """Whether the bytes stay where they are."""
-        return self.dtype == self.source.dtype
+    shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
         """How many bytes are stored."""
-        return math.prod(self.source.shape) * helper.tensor_dtype_to_np_dtype(ONNX_DTYPES[self.dtype]).itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass
+class StoredWeight:
+    """What is stored of a tensor of the checkpoint.
+
+    Attributes:
+        source: The tensor.
+        entries: Itself, maybe of another dtype, or what it is encoded as (integers, their scales).
+        encode: Returns an array per entry; None if the tensor is at most cast.
+        in_place: Whether the bytes stay where they are.
+    """
+
+    source: Tensor
+    entries: list[Entry]
+    encode: Callable[[Tensor], Sequence[np.ndarray]] | None
+    in_place: bool
 
 
 @dataclass
@@ -98,7 +134,8 @@ class GraphBuilder:
         self._scopes: list[str] = []
         self._nodes: list[onnx.NodeProto] = []
         self._weight_nodes: list[onnx.NodeProto] = []
-        self._weights: dict[tuple[str, str], StoredWeight] = {}
+        self._weights: dict[str, StoredWeight] = {}
+        self._shared: dict[Hashable, Any] = {}
         self._constants: dict[str, onnx.TensorProto] = {}
         self._types: dict[str, onnx.TypeProto] = {}
         self._names: dict[str, int] = {}
@@ -248,12 +285,32 @@ class GraphBuilder:
 
     def stored(self, tensor: Tensor, dtype: str) -> str:
         """Return an initializer of `dtype` for `tensor`, its bytes outside the graph."""
-        key = (tensor.name, dtype)
-        if key not in self._weights:
-            initializer = TensorProto(name=tensor.name, data_type=ONNX_DTYPES[dtype], dims=tensor.shape)
-            self._weights[key] = StoredWeight(initializer, tensor, dtype)
-            self._types[tensor.name] = helper.make_tensor_type_proto(ONNX_DTYPES[dtype], tensor.shape)
+        if tensor.name not in self._weights:
+            entry = self._entry(tensor.name, dtype, tensor.shape, ONNX_DTYPES[dtype], tensor.shape)
+            in_place = dtype == tensor.dtype and not self.target.precision.self_contained
+            self._weights[tensor.name] = StoredWeight(tensor, [entry], None, in_place)
         return tensor.name
+
+    def encoded(self, tensor: Tensor, parts: Sequence[Part], encode: Callable[[Tensor], Sequence[np.ndarray]]) -> None:
+        """Store what `encode` makes of `tensor`: an array per part, under the tensor's name and the part's suffix."""
+        if tensor.name not in self._weights:
+            entries = [
+                self._entry(tensor.name + part.suffix, part.dtype, part.shape, part.onnx_dtype, part.onnx_shape)
+                for part in parts
+            ]
+            self._weights[tensor.name] = StoredWeight(tensor, entries, encode, in_place=False)
+
+    def _entry(
+        self, name: str, dtype: str, shape: tuple[int, ...], onnx_dtype: int, onnx_shape: tuple[int, ...]
+    ) -> Entry:
+        self._types[name] = helper.make_tensor_type_proto(onnx_dtype, onnx_shape)
+        return Entry(TensorProto(name=name, data_type=onnx_dtype, dims=onnx_shape), dtype, shape)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what `make` returned for this key the first time: for values that several layers share."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
     def weight_op(self, op_type: str, *inputs: str, **attributes: Any) -> str:
         """Add a node that only prepares a weight.
@@ -275,6 +332,7 @@ class GraphBuilder:
     def finish(self, doc: str, metadata: dict[str, str]) -> Graph:
         """Return the finished graph; `metadata` goes into the model's metadata_props."""
         nodes = self._weight_nodes + self._nodes
+        entries = [entry for weight in self._weights.values() for entry in weight.entries]
         inputs_and_outputs = {info.name for info in (*self._inputs, *self._outputs)}
         produced = [name for node in nodes for name in node.output if name not in inputs_and_outputs]
         graph = helper.make_graph(
@@ -282,7 +340,7 @@ class GraphBuilder:
             self.name,
             self._inputs,
             self._outputs,
-            initializer=[*self._constants.values(), *(weight.initializer for weight in self._weights.values())],
+            initializer=[*self._constants.values(), *(entry.initializer for entry in entries)],
             value_info=[helper.make_value_info(name, self._types[name]) for name in produced],
         )
         used_domains = {node.domain for node in nodes}
@@ -297,6 +355,7 @@ class GraphBuilder:
         helper.set_model_props(model, metadata)
         # protobuf copies what it is given: from here on a weight's initializer is the one in the model
         copies = {tensor.name: tensor for tensor in model.graph.initializer}
-        weights = [replace(weight, initializer=copies[weight.initializer.name]) for weight in self._weights.values()]
-        parameters = sum(math.prod(weight.source.shape) for weight in weights)
-        return Graph(model, weights, self.used, parameters)
+        for weight in self._weights.values():
+            weight.entries = [replace(entry, initializer=copies[entry.initializer.name]) for entry in weight.entries]
+        weights = list(self._weights.values())
+        return Graph(model, weights, self.used, sum(math.prod(weight.source.shape) for weight in weights))

@@ -5,11 +5,18 @@ A new precision is a subclass that stores weights its own way, and a line in `PR
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from onnx import TensorProto
 
 from fluxonnx.checkpoint import Tensor
+from fluxonnx.errors import UsageError
+from fluxonnx.export import quantise
+from fluxonnx.export.graph import MICROSOFT, Part
+from fluxonnx.machine import adds_int8_products_exactly
 
 if TYPE_CHECKING:
     from fluxonnx.export.graph import GraphBuilder
@@ -23,6 +30,20 @@ class Precision:
     """
 
     name = "bf16"
+    # Whether a build has files for all its weights, instead of pointing into the checkpoint's.
+    self_contained = False
+
+    def settings(self) -> dict[str, str]:
+        """Return what distinguishes this build from others of the same name."""
+        return {}
+
+    def lowest_opset(self, flavour: str) -> int:
+        """Return the oldest ai.onnx opset with the operators this needs."""
+        return 17
+
+    def file_label(self, flavour: str) -> str:
+        """Return what names the build's weight files; both flavours share them where their bytes are the same."""
+        return self.name
 
     def stored_dtype(self, tensor: Tensor) -> str:
         """Return the safetensors dtype under which `tensor` is stored."""
@@ -58,4 +79,186 @@ class Float32(Precision):
         return "F32"
 
 
-PRECISIONS: dict[str, Precision] = {precision.name: precision for precision in (Precision(), Float32())}
+class Quantised(Precision):
+    """Few bits for the linears of the blocks; everything else as the checkpoint has it, copied into the build's files.
+
+    Embeddings, modulation, norms, and the first and last layers are small, and errors in them reach everything.
+    """
+
+    self_contained = True
+
+    def __init__(self, keep: str | None = None) -> None:
+        """Choose what is not quantised.
+
+        Args:
+            keep: A regular expression; linears in whose names it is found stay as the checkpoint has them.
+
+        Raises:
+            UsageError: It is none.
+        """
+        try:
+            self.keep = re.compile(keep) if keep else None
+        except re.error as error:
+            raise UsageError(f"--keep {keep!r} is not a regular expression: {error}") from None
+
+    def settings(self) -> dict[str, str]:
+        """Return the layers that are kept."""
+        return {"keep": self.keep.pattern if self.keep else ""}
+
+    def quantises(self, tensor: Tensor) -> bool:
+        """Whether the linear with this weight has few bits."""
+        return tensor.name.startswith(BLOCKS) and not (self.keep and self.keep.search(tensor.name))
+
+    def linear(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str | None) -> str:
+        """Multiply as `Precision.linear` does."""
+        if not self.quantises(tensor):
+            return super().linear(g, x, tensor, bias)
+        product = self.product(g, x, tensor)
+        return g.op("Add", product, bias) if bias else product
+
+    def product(self, g: GraphBuilder, x: str, tensor: Tensor) -> str:
+        """Multiply the rows of `x` [rows, in] by a quantised `tensor` [out, in]."""
+        raise NotImplementedError
+
+
+class Int8(Quantised):
+    """W8A8: 8-bit weights with a scale per output channel, activations rounded to 8 bits with a scale per row.
+
+    The product of integers is exact. Activations are unsigned around 128, which is what processors multiply fastest;
+    so are weights where the processor would saturate otherwise (`machine.adds_int8_products_exactly`).
+    """
+
+    name = "int8"
+
+    def __init__(self, keep: str | None = None, zero_point: int | None = None) -> None:
+        """Choose what is not quantised, and 0 or 128 as the weights' zero point; by default what is best here."""
+        super().__init__(keep)
+        self.zero_point = (0 if adds_int8_products_exactly() else 128) if zero_point is None else zero_point
+
+    def settings(self) -> dict[str, str]:
+        """Return the layers that are kept, and the integers' type."""
+        return {**super().settings(), "weights": "uint8" if self.zero_point else "int8"}
+
+    def product(self, g: GraphBuilder, x: str, tensor: Tensor) -> str:
+        """Round the rows once for all linears that share them, multiply integers, scale back."""
+        rows, row_scale = g.once(("int8", x), lambda: int8_activations(g, x))
+        n_out, n_in = tensor.shape
+        parts = (Part("", "U8" if self.zero_point else "I8", (n_in, n_out)), Part(".scale", "F32", (n_out,)))
+        zero_point = self.zero_point
+        g.encoded(tensor, parts, lambda source: quantise.int8_columns(source, zero_point))
+        weight, scale = tensor.name, tensor.name + ".scale"
+        zero_points = [g.constant(128, np.uint8), *([g.constant(128, np.uint8)] if zero_point else [])]
+        if g.target.fused:
+            one = g.constant(1.0)
+            inputs = [rows, weight, one, scale, *zero_points]
+            product = g.op("MatMulIntegerToFloat", *inputs, domain=MICROSOFT, like=x, shape=[*g.shape(x)[:-1], n_out])
+            return g.op("Mul", product, row_scale)
+        product = g.op("Cast", g.op("MatMulInteger", rows, weight, *zero_points), to=TensorProto.FLOAT)
+        return g.op("Mul", g.op("Mul", product, row_scale), scale)
+
+
+def int8_activations(g: GraphBuilder, x: str) -> tuple[str, str]:
+    """Round float32 rows [rows, in] to uint8 around 128, the largest value of a row being 127 steps away.
+
+    Returns:
+        uint8 [rows, in] and the steps, float32 [rows, 1].
+    """
+    axis = g.constant([-1], np.int64)
+    magnitude = g.op("Abs", x)
+    if g.target.opset >= 18:
+        largest = g.op("ReduceMax", magnitude, axis, keepdims=1)
+    else:
+        largest = g.op("ReduceMax", magnitude, axes=[-1], keepdims=1)
+    scale = g.op("Max", g.op("Mul", largest, g.constant(1 / 127)), g.constant(float(quantise.TINY)))
+    per_row = g.op("Squeeze", scale, axis)
+    middle = g.op("Expand", g.constant(128, np.uint8), g.op("Shape", per_row), shape=g.shape(per_row))
+    return g.op("QuantizeLinear", x, per_row, middle, axis=0), scale
+
+
+class Int4(Quantised):
+    """4-bit weights with a scale for each block of a row; embeddings are 8-bit rows with a scale each."""
+
+    name = "int4"
+
+    def __init__(self, keep: str | None = None, block: int = 64) -> None:
+        """Choose what is not quantised, and how many weights share a scale: 32, 64 or 128.
+
+        Raises:
+            UsageError: Another number.
+        """
+        super().__init__(keep)
+        if block not in INT4_BLOCKS:
+            raise UsageError(f"--block {block} is out of range: choose one of {', '.join(map(str, INT4_BLOCKS))}")
+        self.block = block
+
+    def settings(self) -> dict[str, str]:
+        """Return the layers that are kept, and the size of a block."""
+        return {**super().settings(), "block": str(self.block)}
+
+    def lowest_opset(self, flavour: str) -> int:
+        """Return 21 for portable graphs: int4, and DequantizeLinear by blocks."""
+        return 17 if flavour == "ort" else 21
+
+    def file_label(self, flavour: str) -> str:
+        """Return a name per flavour: MatMulNBits has unsigned integers, DequantizeLinear signed ones."""
+        return self.name if flavour == "ort" else f"{self.name}.{flavour}"
+
+    def quantises(self, tensor: Tensor) -> bool:
+        """Whether the linear with this weight has few bits: its rows must consist of whole blocks."""
+        return super().quantises(tensor) and tensor.shape[1] % self.block == 0
+
+    def product(self, g: GraphBuilder, x: str, tensor: Tensor) -> str:
+        """Multiply by MatMulNBits, or by the weights after DequantizeLinear."""
+        n_out, n_in = tensor.shape
+        block, blocks = self.block, n_in // self.block
+        fused = g.target.fused
+        packed = Part("", "U8", (n_out, blocks, block // 2))
+        if not fused:
+            packed = replace(packed, graph_dtype=TensorProto.INT4, graph_shape=(n_out, n_in))
+        parts = (packed, Part(".scale", "F32", (n_out, blocks)))
+
+        def encode(source: Tensor) -> tuple[np.ndarray, np.ndarray]:
+            integers, scales = quantise.int4_blocks(source, block)
+            # MatMulNBits takes unsigned integers around 8, ONNX's own int4 is in two's complement
+            return quantise.pack_int4(integers, 8 if fused else 0), scales
+
+        g.encoded(tensor, parts, encode)
+        weight, scale = tensor.name, tensor.name + ".scale"
+        if fused:
+            # accuracy_level 4: activations are rounded to int8, block by block
+            sizes: dict[str, Any] = {"K": n_in, "N": n_out, "bits": 4, "block_size": block, "accuracy_level": 4}
+            shape = [*g.shape(x)[:-1], n_out]
+            return g.op("MatMulNBits", x, weight, scale, domain=MICROSOFT, like=x, shape=shape, **sizes)
+        floats = g.weight_op("DequantizeLinear", weight, scale, axis=1, block_size=block)
+        return g.op("Gemm", x, floats, transB=1)
+
+    def embedding(self, g: GraphBuilder, ids: str, tensor: Tensor) -> str:
+        """Look rows up and scale them."""
+        parts = (Part("", "I8", tensor.shape), Part(".scale", "F32", (tensor.shape[0], 1)))
+        g.encoded(tensor, parts, quantise.int8_rows)
+        rows = g.op("Cast", g.op("Gather", tensor.name, ids, axis=0), to=TensorProto.FLOAT)
+        return g.op("Mul", rows, g.op("Gather", tensor.name + ".scale", ids, axis=0))
+
+
+INT4_BLOCKS = (32, 64, 128)
+# The module lists whose linears hold nearly all of the weights.
+BLOCKS = ("transformer_blocks.", "single_transformer_blocks.", "model.layers.")
+PRECISIONS: dict[str, type[Precision]] = {cls.name: cls for cls in (Precision, Float32, Int8, Int4)}
+
+
+def make_precision(name: str, keep: str | None = None, block: int | None = None) -> Precision:
+    """Return a precision by its name.
+
+    Raises:
+        UsageError: An unknown name, or an option that this precision does not have.
+    """
+    if name not in PRECISIONS:
+        raise UsageError(f"precision {name!r} is unknown: choose one of {', '.join(PRECISIONS)}")
+    kind = PRECISIONS[name]
+    if keep is not None and not issubclass(kind, Quantised):
+        raise UsageError(f"--keep is for int8 and int4, but the precision is {name}")
+    if block is not None and kind is not Int4:
+        raise UsageError(f"--block is for int4, but the precision is {name}")
+    if kind is Int4:
+        return Int4(keep, *([] if block is None else [block]))
+    return Int8(keep) if kind is Int8 else kind()

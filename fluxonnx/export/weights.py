@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from onnx import TensorProto
@@ -14,7 +18,10 @@ from onnx import TensorProto
 from fluxonnx.checkpoint import DTYPES, Checkpoint, fingerprint, read_header
 from fluxonnx.errors import CheckpointError, ExportError
 from fluxonnx.export.graph import Graph, StoredWeight
-from fluxonnx.files import replacing
+from fluxonnx.files import replacing, resuming
+
+# Tensors that are quantised at a time, each by a thread.
+WORKERS = min(os.cpu_count() or 1, 4)
 
 # Converting works on this many values at a time, so that memory does not grow with the tensor.
 CHUNK = 1 << 24
@@ -28,49 +35,86 @@ class StoredFile:
     bytes_written: int
 
 
-def weight_file(component: str, folder: str, precision: str) -> str:
+def weight_file(component: str, folder: str, label: str) -> str:
     """Name a component's weight file: transformer/fp32.safetensors, vae/decoder.fp32.safetensors."""
     part = component.removeprefix(folder).lstrip("_")
-    return f"{folder}/{'.'.join(filter(None, (part, precision, 'safetensors')))}"
+    return f"{folder}/{'.'.join(filter(None, (part, label, 'safetensors')))}"
 
 
 def place(
-    graph: Graph, root: Path, component: str, folder: str, precision: str, say: Callable[[int, int], None]
+    graph: Graph, root: Path, name: str, settings: dict[str, str], say: Callable[[int, int], None]
 ) -> StoredFile | None:
     """Write the weights that can't stay where they are, and point every initializer at its bytes.
+
+    What an interrupted run left is used: only the tensors it did not get to are made.
+
+    Args:
+        graph: The graph.
+        root: The folder that the graph will be in.
+        name: The weight file, relative to `root`.
+        settings: What the bytes depend on besides the checkpoint; kept in the file.
+        say: Called with bytes written and bytes in all.
 
     Returns:
         The build's weight file, or None if all weights stay in the checkpoint.
 
     Raises:
         CheckpointError: A weight file is a symbolic link.
-        ExportError: There is not enough space.
+        ExportError: There is not enough space, or another process is writing the same file.
     """
+    made = []
     for weight in graph.weights:
-        if weight.in_place:
-            _refuse_link(root, weight.source.file)
-            location = weight.source.file.relative_to(root).as_posix()
-            _point(weight.initializer, location, weight.source.offset, weight.source.nbytes)
-    converted = [weight for weight in graph.weights if not weight.in_place]
-    if not converted:
+        if not weight.in_place:
+            made.append(weight)
+            continue
+        _refuse_link(root, weight.source.file)
+        location = weight.source.file.relative_to(root).as_posix()
+        _point(weight.entries[0].initializer, location, weight.source.offset, weight.source.nbytes)
+    if not made:
         return None
 
-    name = weight_file(component, folder, precision)
-    header, offsets, size = _plan(converted)
-    for weight, offset in zip(converted, offsets, strict=True):
-        _point(weight.initializer, name, offset, weight.nbytes)
+    header, starts, size = _plan(made, settings)
+    for weight, start in zip(made, starts, strict=True):
+        for entry in weight.entries:
+            _point(entry.initializer, name, start, entry.nbytes)
+            start += entry.nbytes
     path = root / name
     if path.is_file() and path.stat().st_size == size and path.open("rb").read(len(header)) == header:
         return StoredFile(name, 0)
-    require_space(root, size, name)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(header)
-        for weight in converted:
-            array = weight.source.array().reshape(-1)
-            for start in range(0, array.size, CHUNK):
-                file.write(array[start : start + CHUNK].astype(DTYPES[weight.dtype]).tobytes())
-                say(file.tell(), size)
+    path.parent.mkdir(exist_ok=True)
+    with resuming(path, header) as file:
+        done = file.tell()
+        require_space(root, size - done, name)
+        whole = sum(end <= done for end in [*starts[1:], size])
+        file.seek(starts[whole] if whole < len(made) else size)
+        for _ in _written(made[whole:], file):
+            say(file.tell(), size)
     return StoredFile(name, size)
+
+
+def _written(weights: list[StoredWeight], file: BinaryIO) -> Iterator[None]:
+    """Write weights in turn; yields now and then. Those that take thinking are made ahead, in parallel."""
+    ahead = deque(weight for weight in weights if weight.encode)
+    coming: deque[Future] = deque()
+    with ThreadPoolExecutor(WORKERS) as pool:
+        try:
+            for weight in weights:
+                while ahead and len(coming) <= WORKERS:
+                    encode, source = ahead[0].encode, ahead.popleft().source
+                    assert encode is not None
+                    coming.append(pool.submit(encode, source))
+                if weight.encode:
+                    for array, entry in zip(coming.popleft().result(), weight.entries, strict=True):
+                        assert array.nbytes == entry.nbytes, entry
+                        file.write(np.ascontiguousarray(array).view(np.uint8).data)
+                    yield
+                    continue
+                array = weight.source.array().reshape(-1)
+                for start in range(0, array.size, CHUNK):
+                    file.write(array[start : start + CHUNK].astype(DTYPES[weight.entries[0].dtype]).tobytes())
+                    yield
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _point(initializer: TensorProto, location: str, offset: int, length: int) -> None:
@@ -80,12 +124,13 @@ def _point(initializer: TensorProto, location: str, offset: int, length: int) ->
         initializer.external_data.add(key=key, value=str(value))
 
 
-def _plan(weights: list[StoredWeight]) -> tuple[bytes, list[int], int]:
+def _plan(weights: list[StoredWeight], settings: dict[str, str]) -> tuple[bytes, list[int], int]:
     """Return the header of a safetensors file for `weights`, each weight's offset in the file, and the file's size."""
     entries: dict[str, object] = {
         "__metadata__": {
             "format": "pt",
             "producer": "fluxonnx",
+            **settings,
             # So that a file made from another checkpoint is told from this one by its header alone.
             "source": ",".join(fingerprint(file) for file in sorted({weight.source.file for weight in weights})),
         }
@@ -94,13 +139,14 @@ def _plan(weights: list[StoredWeight]) -> tuple[bytes, list[int], int]:
     starts = []
     for weight in weights:
         starts.append(end)
-        end += weight.nbytes
-        offsets = [starts[-1], end]
-        entries[weight.source.name] = {
-            "dtype": weight.dtype,
-            "shape": list(weight.source.shape),
-            "data_offsets": offsets,
-        }
+        for entry in weight.entries:
+            offsets = [end, end + entry.nbytes]
+            end += entry.nbytes
+            entries[entry.initializer.name] = {
+                "dtype": entry.dtype,
+                "shape": list(entry.shape),
+                "data_offsets": offsets,
+            }
     text = json.dumps(entries, separators=(",", ":")).encode()
     # Data starts at a page boundary, so that mapped tensors are aligned for any dtype.
     text += b" " * (-(len(text) + 8) % 4096)
@@ -132,8 +178,12 @@ def _refuse_link(root: Path, file: Path) -> None:
         )
 
 
-def copy_model(checkpoint: Checkpoint, output: Path, say: Callable[[str, int, int], None]) -> Checkpoint:
+def copy_model(
+    checkpoint: Checkpoint, output: Path, say: Callable[[str, int, int], None], with_weights: bool = True
+) -> Checkpoint:
     """Copy a model's files (links resolved) so that `output` depends on nothing else; files there already are kept.
+
+    Without weights it is the configs and the tokenizer only, for a build that has weight files of its own.
 
     Raises:
         CheckpointError: `output` holds another model.
@@ -143,11 +193,12 @@ def copy_model(checkpoint: Checkpoint, output: Path, say: Callable[[str, int, in
         return checkpoint
     if not output.parent.is_dir():
         raise ExportError(f"folder {output.parent} does not exist: create it, or choose another -o")
-    for file in checkpoint.files():
+    files = [file for file in checkpoint.files() if with_weights or ".safetensors" not in file.suffixes]
+    for file in files:
         if file.suffix == ".safetensors":
             read_header(file)  # a corrupt file is refused before 16 GB are copied
     output.mkdir(exist_ok=True)
-    pending = [file for file in checkpoint.files() if not _same(file, output / file.relative_to(checkpoint.root))]
+    pending = [file for file in files if not _same(file, output / file.relative_to(checkpoint.root))]
     for file in pending:
         existing = output / file.relative_to(checkpoint.root)
         if existing.exists():

@@ -34,7 +34,8 @@ class Models:
         self._text_encoder: Session | None = None
 
     def _open(self, component: str) -> Session:
-        return Session(self._root / self._build.components[component].graph, component, self._options)
+        graph = self._root / self._build.components[component].graph
+        return Session(graph, component, self._options, self._build.precision)
 
     def prompt_embeds(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         """int64 [batch, seq] twice -> f32 [batch, seq, 3 * hidden]; the encoder stays loaded until it is released."""

@@ -17,6 +17,7 @@ from PIL import Image
 from fluxonnx import __version__
 from fluxonnx.checkpoint import Checkpoint
 from fluxonnx.errors import Cancelled, UsageError
+from fluxonnx.machine import available_memory
 from fluxonnx.manifest import Build, Manifest
 from fluxonnx.runtime.images import crop_center, fill, image_to_sample, sample_to_image
 from fluxonnx.runtime.models import Models, Transformer, grid_ids, pack, unpack
@@ -26,7 +27,7 @@ from fluxonnx.runtime.prompts import PromptCache, Prompts
 from fluxonnx.runtime.request import MAX_SIDE, Request, resolve
 from fluxonnx.runtime.sampler import Velocity, sample
 from fluxonnx.runtime.schedule import make_sigmas, start_step
-from fluxonnx.runtime.session import SessionOptions, available_memory
+from fluxonnx.runtime.session import SessionOptions
 from fluxonnx.runtime.text import Tokenizer
 
 # callback(step, steps, sigma, latents f32 [batch, image_seq, channels]); returning False stops the run

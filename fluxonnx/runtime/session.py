@@ -30,8 +30,8 @@ class SessionOptions:
 class Session:
     """One graph, loaded: a context manager, since its memory is worth giving back early."""
 
-    def __init__(self, path: Path, component: str, options: SessionOptions) -> None:
-        """Load the graph at `path`.
+    def __init__(self, path: Path, component: str, options: SessionOptions, precision: str = "bf16") -> None:
+        """Load the graph at `path`, a `component` in some `precision`.
 
         Raises:
             FluxonnxError: onnxruntime can't load it.
@@ -47,6 +47,11 @@ class Session:
             if options.threads < 1:
                 raise UsageError(f"threads is {options.threads}, but must be at least 1")
             settings.intra_op_num_threads = options.threads
+        # int8 weights are wrong before VNNI unless onnxruntime is told to make them unsigned; elsewhere this does nothing.
+        settings.add_session_config_entry("session.x64quantprecision", "1")
+        if component in STREAMED and precision == "int8":
+            # Packed weights are a copy in memory and seconds of start-up; unpacked ones are the mapped file.
+            settings.add_session_config_entry("session.disable_prepacking", "1")
         disabled = ["ConstantFolding"] if component in STREAMED else None
         try:
             self._session = onnxruntime.InferenceSession(
@@ -91,15 +96,6 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def available_memory() -> int:
-    """Return how many bytes can be had without swapping; 4 GB where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return 1 << 32
 
 
 def _first_line(error: Exception) -> str:
