@@ -27,6 +27,17 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def probe(path: Path) -> None:
+    """Find out whether a file could be put at `path`; leaves nothing behind, and what is there as it is.
+
+    Raises:
+        OSError: It could not.
+    """
+    with suppress(InterruptedError), replacing(path.with_name(f"{path.name}.probe")) as temporary:
+        temporary.touch()
+        raise InterruptedError  # probed enough: nothing is to be renamed
+
+
 def _sweep(path: Path) -> None:
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.*.tmp"):
         owner = leftover.name.split(".")[-3]
