@@ -260,7 +260,7 @@ def _add_bench(subparsers: argparse._SubParsersAction) -> None:
         help="also show which operators take the time, from one more picture under onnxruntime's profiler",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
-    _add_verbosity(parser)
+    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
 
 
 def _add_verbosity(parser: argparse.ArgumentParser) -> None:

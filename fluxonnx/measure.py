@@ -210,10 +210,10 @@ def measure_operators(
     from fluxonnx import api
     from fluxonnx.runtime.profile import Profile
 
-    profile = Profile()
-    with api.load(model, precision=precision, threads=threads, profile=profile) as flux:
-        flux.generate(prompt, width, height, steps, SEED)
-    return {graph: [asdict(row) for row in rows] for graph, rows in profile.operators().items()}
+    with Profile() as profile:
+        with api.load(model, precision=precision, threads=threads, profile=profile) as flux:
+            flux.generate(prompt, width, height, steps, SEED)
+        return {graph: [asdict(row) for row in rows] for graph, rows in profile.operators().items()}
 
 
 def _memory(peak: Memory) -> dict[str, float | None]:

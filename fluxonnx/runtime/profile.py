@@ -7,6 +7,7 @@ import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from fluxonnx.errors import FluxonnxError
@@ -30,7 +31,10 @@ class Operator:
 
 
 class Profile:
-    """Collects the time each operator type takes, per graph, from all sessions that are opened with it."""
+    """Collects the time each operator type takes, per graph, from all sessions that are opened with it.
+
+    A context manager, since onnxruntime writes files, which are removed at the end.
+    """
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="fluxonnx-profile-")
@@ -73,3 +77,11 @@ class Profile:
             ]
             tables[component] = sorted(rows, key=lambda row: (-row.seconds, row.type))
         return tables
+
+    def __enter__(self) -> Profile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._folder.cleanup()
