@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -211,8 +211,8 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Write a byte-level BPE tokenizer with Qwen3's splitting and special tokens, but only a few merges."""
+def write_tokenizer(folder: Path, texts: Iterable[str] = TRAINING_TEXT, vocab_size: int = 320) -> None:
+    """Write a byte-level BPE tokenizer with Qwen3's splitting and special tokens, its merges learned from `texts`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -224,8 +224,8 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(TRAINING_TEXT, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
     added = [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
     added += [AddedToken(token, special=False, normalized=False) for token in THINK_TOKENS]
     tokenizer.add_tokens(added)

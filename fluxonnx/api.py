@@ -16,6 +16,7 @@ from fluxonnx.manifest import COMPONENTS, DEFAULT_FLAVOUR, DEFAULT_PRECISION, bu
 
 if TYPE_CHECKING:
     from fluxonnx.runtime.pipeline import Flux
+    from fluxonnx.runtime.profile import Profile
 
 SHIPPED_MODEL = "tiny-random"
 
@@ -62,6 +63,7 @@ def load(
     threads: int | None = None,
     cache_dir: str | Path | None = None,
     on_export: Callable[[Path], None] | None = None,
+    profile: Profile | None = None,
 ) -> Flux:
     """Open a model, exporting its graphs first where they are missing or out of date.
 
@@ -73,14 +75,17 @@ def load(
         threads: Threads per operator; None for one per core.
         cache_dir: A folder for prompt embeddings, so that a known prompt never loads the text encoder.
         on_export: Called with the directory if graphs have to be exported.
+        profile: Told how long each operator took, by onnxruntime's profiler.
 
     Raises:
+        UsageError: An argument has an impossible value.
         CheckpointError: The directory is incomplete, corrupt or of another kind.
         ExportError: The graphs can't be written.
     """
     from fluxonnx.runtime.pipeline import Flux
     from fluxonnx.runtime.session import SessionOptions
 
+    options = SessionOptions(threads, profile)
     checkpoint = Checkpoint(find_model(path))
     name = build_name(precision, flavour)
     if not _is_exported(checkpoint.root, name):
@@ -94,7 +99,7 @@ def load(
     manifest = read_manifest(checkpoint.root)
     assert manifest is not None
     cache = Path(cache_dir) if cache_dir else None
-    return Flux(checkpoint, manifest, manifest.builds[name], SessionOptions(threads), cache)
+    return Flux(checkpoint, manifest, manifest.builds[name], options, cache)
 
 
 def _is_exported(root: Path, name: str) -> bool:

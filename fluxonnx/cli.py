@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(subparsers)
     _add_export(subparsers)
     _add_info(subparsers)
+    _add_bench(subparsers)
     return parser
 
 
@@ -222,6 +223,44 @@ def _add_info(subparsers: argparse._SubParsersAction) -> None:
         subparsers, "info", commands.info, "print what made a picture", "PICTURE", "fluxonnx info cat.png"
     )
     parser.add_argument("picture", type=Path, metavar="PICTURE", help="a picture that fluxonnx made")
+
+
+def _add_bench(subparsers: argparse._SubParsersAction) -> None:
+    parser = _command(
+        subparsers,
+        "bench",
+        commands.bench,
+        "measure seconds and memory",
+        "[-d DIR] [--size WxH ...] [--precision NAME ...] [--threads N ...] [options]",
+        "fluxonnx bench -d model --size 256 512x768 --precision bf16 fp32 --repeat 3",
+        "fluxonnx bench -d model --size 512 --steps 1 --profile",
+    )
+    parser.add_argument("-d", "--dir", metavar="DIR", help="model directory (default: as for generate)")
+    varied = parser.add_argument_group(
+        "what is varied", "Each may have several values, and be repeated; all combinations take turns."
+    )
+    varied.add_argument(
+        "--size", nargs="+", action="extend", default=[], metavar="WxH", help="256x512, or 256 (default) for a square"
+    )
+    varied.add_argument(
+        "--precision", nargs="+", action="extend", default=[], metavar="NAME", help="bf16 (default) or fp32"
+    )
+    varied.add_argument(
+        "--threads", type=int, nargs="+", action="extend", default=[], metavar="N", help="default: one per core"
+    )
+    parser.add_argument("-s", "--steps", type=int, metavar="N", help="default: 4, or 50 with a base model")
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="default: always the same")
+    parser.add_argument(
+        "--repeat", type=int, default=1, metavar="N", help="rounds, whose medians are reported (default: %(default)s)"
+    )
+    parser.add_argument("--export", action="store_true", help="also measure the export: graphs are written anew")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="also show which operators take the time, from one more picture under onnxruntime's profiler",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
 
 
 def _add_verbosity(parser: argparse.ArgumentParser) -> None:

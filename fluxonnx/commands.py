@@ -7,8 +7,10 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fluxonnx.errors import FluxonnxError
 from fluxonnx.progress import Progress
 
 if TYPE_CHECKING:
@@ -26,12 +28,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
     say = _speaker(arguments)
     pictures = jobs.plan(arguments)
-    model = api.find_model(arguments.dir)
-    if api.is_shipped(model):
-        say(
-            "Using the tiny model in the box, whose weights are random: it draws noise. "
-            "Pass -d DIR for FLUX.2-klein (see models/README.md)"
-        )
+    model = _find_model(arguments, say)
     start = time.perf_counter()
     precision, flavour = jobs.build(arguments, Checkpoint(model).name)
     flux = api.load(
@@ -96,11 +93,48 @@ def export(arguments: argparse.Namespace) -> None:
         say(f"{report.graph:<32}{report.nodes:>7}{report.parameters:>16,}{report.bytes_written:>16,}{seconds}")
 
 
+def bench(arguments: argparse.Namespace) -> None:
+    """Measure configurations against each other, print tables, and write JSON if asked to."""
+    from fluxonnx import bench as benchmark
+
+    say = _speaker(arguments)
+    plan = benchmark.Plan(
+        model=_find_model(arguments, say),
+        configurations=benchmark.combine(arguments.size, arguments.precision, arguments.threads),
+        prompt=benchmark.PROMPT if arguments.prompt is None else arguments.prompt,
+        steps=arguments.steps,
+        repeat=arguments.repeat,
+        export=arguments.export,
+        profile=arguments.profile,
+    )
+    if arguments.json is not None:
+        benchmark.check_output(arguments.json)
+    report = benchmark.run(plan, say)
+    if not arguments.quiet:
+        print(benchmark.render(report))
+    if arguments.json is not None:
+        benchmark.save(report, arguments.json)
+    if report.failure:
+        raise FluxonnxError(report.failure)
+
+
 def info(arguments: argparse.Namespace) -> None:
     """Print the parameters in a picture as JSON."""
     from fluxonnx.runtime.metadata import read_parameters
 
     print(json.dumps(read_parameters(arguments.picture), indent=2, ensure_ascii=False))
+
+
+def _find_model(arguments: argparse.Namespace, say: Callable[[str], None]) -> Path:
+    from fluxonnx import api
+
+    model = api.find_model(arguments.dir)
+    if api.is_shipped(model):
+        say(
+            "Using the tiny model in the box, whose weights are random: it draws noise. "
+            "Pass -d DIR for FLUX.2-klein (see models/README.md)"
+        )
+    return model
 
 
 def _speaker(arguments: argparse.Namespace) -> Callable[[str], None]:

@@ -40,23 +40,18 @@ def resuming(path: Path, header: bytes) -> Iterator[BinaryIO]:
         ExportError: Another process is writing it.
     """
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("a+b") as file:
+    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+    with os.fdopen(descriptor, "r+b") as file:
         if not _lock(file):
             raise ExportError(f"another process is writing {path}: wait for it to end")
-        file.seek(0)
         if file.read(len(header)) != header:
-            file.truncate(0)
+            file.seek(0)
+            file.truncate()
             file.write(header)
-            file.flush()
-    # "a" always writes at the end; "r+" writes where it is told to
-    with partial.open("r+b") as file:
-        if not _lock(file):
-            raise ExportError(f"another process is writing {path}: wait for it to end")
         file.seek(0, os.SEEK_END)
         yield file
         file.truncate()
-        file.flush()
-        os.replace(partial, path)
+    os.replace(partial, path)
 
 
 def _lock(file: BinaryIO) -> bool:
@@ -70,6 +65,17 @@ def _lock(file: BinaryIO) -> bool:
     except OSError:
         return False
     return True
+
+
+def probe(path: Path) -> None:
+    """Find out whether a file could be put at `path`; leaves nothing behind, and what is there as it is.
+
+    Raises:
+        OSError: It could not.
+    """
+    with suppress(InterruptedError), replacing(path.with_name(f"{path.name}.probe")) as temporary:
+        temporary.touch()
+        raise InterruptedError  # probed enough: nothing is to be renamed
 
 
 def _sweep(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.make_checkpoint import ARCHITECTURES, make_checkpoint
+from fluxonnx.cli import main
 from fluxonnx.export import export
 
 
@@ -68,3 +70,20 @@ def copy_of(checkpoints: Checkpoints, tmp_path: Path) -> Callable[[Case], Path]:
         return Path(shutil.copytree(checkpoints.get(case), tmp_path / "model"))
 
     return copy
+
+
+@pytest.fixture
+def fails(capsys):
+    """fails(code, pattern, *arguments): the command ends with `code` and one line on standard error."""
+
+    def fails(code: int, pattern: str, *arguments: object) -> None:
+        assert main([str(argument) for argument in arguments]) == code
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        line = captured.err.splitlines()[-1]
+        assert re.fullmatch(rf"fluxonnx: .*{pattern}.*", line), line
+        assert "Traceback" not in captured.err
+        errors = [line for line in captured.err.splitlines() if line.startswith("fluxonnx:")]
+        assert len(errors) == 1
+
+    return fails

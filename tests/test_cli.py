@@ -24,23 +24,6 @@ def model(checkpoints) -> str:
     return str(checkpoints.exported(CASE))
 
 
-@pytest.fixture
-def fails(capsys):
-    """fails(code, pattern, *arguments): the command ends with `code` and one line on standard error."""
-
-    def fails(code: int, pattern: str, *arguments: object) -> None:
-        assert main([str(argument) for argument in arguments]) == code
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        line = captured.err.splitlines()[-1]
-        assert re.fullmatch(rf"fluxonnx: .*{pattern}.*", line), line
-        assert "Traceback" not in captured.err
-        errors = [line for line in captured.err.splitlines() if line.startswith("fluxonnx:")]
-        assert len(errors) == 1
-
-    return fails
-
-
 def run(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "fluxonnx", *map(str, arguments)],
@@ -232,7 +215,7 @@ def test_graph_deleted_or_damaged_after_export(copy_of, fails, tmp_path):
 
 
 def test_help_fits_a_screen_and_shows_an_example(capsys):
-    for command in ("generate", "export"):
+    for command in ("generate", "export", "bench"):
         with pytest.raises(SystemExit):
             build_parser().parse_args([command, "--help"])
         text = capsys.readouterr().out

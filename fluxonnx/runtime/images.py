@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from fluxonnx.errors import FluxonnxError, ImageError, UsageError
-from fluxonnx.files import explain, replacing
+from fluxonnx.files import explain, probe, replacing
 from fluxonnx.runtime import metadata
 
 # The limits and the area cap of Flux2ImageProcessor, diffusers pipelines/flux2/image_processor.py.
@@ -189,11 +189,7 @@ def check_output_path(path: str | Path) -> None:
     if path.is_dir():
         raise UsageError(f"{path} is a folder: choose a file name for -o")
     try:
-        with replacing(path.with_name(f"{path.name}.probe")) as temporary:
-            temporary.touch()
-            raise InterruptedError  # probed enough: nothing is to be left behind
-    except InterruptedError:
-        pass
+        probe(path)
     except OSError as error:
         raise ImageError(explain(error, path)) from None
 

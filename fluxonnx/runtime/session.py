@@ -10,6 +10,7 @@ from types import TracebackType
 import numpy as np
 
 from fluxonnx.errors import FluxonnxError, UsageError
+from fluxonnx.runtime.profile import Profile
 
 # ConstantFolding would turn the casts of these graphs' bf16 weights into 16 GB of float32. The VAE is small, and its
 # convolutions are only laid out for the CPU's caches when their weights are constants.
@@ -22,9 +23,16 @@ class SessionOptions:
 
     Attributes:
         threads: Threads per operator; None for one per core.
+        profile: Told how long each operator took; None to run without onnxruntime's profiler.
     """
 
     threads: int | None = None
+    profile: Profile | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be; raises UsageError."""
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"threads is {self.threads}, but must be at least 1")
 
 
 class Session:
@@ -44,14 +52,15 @@ class Session:
         # the 4B transformer (measured: 1.90 against 1.23 GB), and no faster.
         settings.enable_mem_pattern = False
         if options.threads is not None:
-            if options.threads < 1:
-                raise UsageError(f"threads is {options.threads}, but must be at least 1")
             settings.intra_op_num_threads = options.threads
-        # int8 weights are wrong before VNNI unless onnxruntime is told to make them unsigned; elsewhere this does nothing.
+        # Signed 8-bit weights are wrong on processors without VNNI unless onnxruntime makes them unsigned; elsewhere and
+        # for others this does nothing.
         settings.add_session_config_entry("session.x64quantprecision", "1")
         if component in STREAMED and precision == "int8":
             # Packed weights are a copy in memory and seconds of start-up; unpacked ones are the mapped file.
             settings.add_session_config_entry("session.disable_prepacking", "1")
+        if options.profile is not None:
+            options.profile.start(settings, component)
         disabled = ["ConstantFolding"] if component in STREAMED else None
         try:
             self._session = onnxruntime.InferenceSession(
@@ -59,7 +68,7 @@ class Session:
             )
         except Exception as error:  # onnxruntime raises many types, all meaning this
             raise FluxonnxError(f"{path} can't be loaded: {_first_line(error)}; export again with --force") from error
-        self._path = path
+        self._path, self._component, self._profile = path, component, options.profile
         self._worker = ThreadPoolExecutor(1)
 
     def run(self, **inputs: np.ndarray) -> list[np.ndarray]:
@@ -87,6 +96,8 @@ class Session:
     def close(self) -> None:
         """Give the graph's memory back, after a run that was interrupted has come to its end."""
         self._worker.shutdown()
+        if self._profile is not None:
+            self._profile.collect(self._component, self._session)
         del self._session
 
     def __enter__(self) -> Session:
