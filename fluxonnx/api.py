@@ -58,7 +58,7 @@ def is_shipped(model: Path) -> bool:
 def load(
     path: str | Path | None = None,
     *,
-    precision: str = DEFAULT_PRECISION,
+    precision: str | None = None,
     flavour: str = DEFAULT_FLAVOUR,
     threads: int | None = None,
     cache_dir: str | Path | None = None,
@@ -70,7 +70,8 @@ def load(
     Args:
         path: A model directory in the Hugging Face layout of FLUX.2-klein; by default $FLUXONNX_MODEL, else ./model,
             else the small model in the box.
-        precision: "bf16" (weights as the checkpoint has them) or "fp32".
+        precision: "bf16" (weights as the checkpoint has them), "fp32", "int8" or "int4"; by default bf16, or, in a
+            directory that holds only a quantised build, that one.
         flavour: "ort" or "portable".
         threads: Threads per operator; None for one per core.
         cache_dir: A folder for prompt embeddings, so that a known prompt never loads the text encoder.
@@ -87,19 +88,38 @@ def load(
 
     options = SessionOptions(threads, profile)
     checkpoint = Checkpoint(find_model(path))
+    precision = precision or _default_precision(checkpoint, flavour)
     name = build_name(precision, flavour)
     if not _is_exported(checkpoint.root, name):
         from fluxonnx.export import export
 
         if on_export:
             on_export(checkpoint.root)
-        # A stale build is our own derived file: replacing it loses nothing.
-        stale = name in (getattr(read_manifest(checkpoint.root), "builds", None) or {})
-        export(checkpoint.root, precision=precision, flavour=flavour, force=stale)
+        known = read_manifest(checkpoint.root)
+        stale = known.builds.get(name) if known else None
+        settings = stale.settings if stale else {}
+        # A stale build is our own derived file: replacing it, with its settings, loses nothing.
+        export(
+            checkpoint.root,
+            precision=precision,
+            flavour=flavour,
+            keep=settings.get("keep") or None,
+            block=int(settings["block"]) if "block" in settings else None,
+            force=stale is not None,
+        )
     manifest = read_manifest(checkpoint.root)
     assert manifest is not None
     cache = Path(cache_dir) if cache_dir else None
     return Flux(checkpoint, manifest, manifest.builds[name], options, cache)
+
+
+def _default_precision(checkpoint: Checkpoint, flavour: str) -> str:
+    manifest = read_manifest(checkpoint.root)
+    if manifest and not checkpoint.has_weights("transformer"):
+        for build in manifest.builds.values():
+            if build.flavour == flavour and _is_exported(checkpoint.root, build_name(build.precision, flavour)):
+                return build.precision
+    return DEFAULT_PRECISION
 
 
 def _is_exported(root: Path, name: str) -> bool:

@@ -330,6 +330,11 @@ class Checkpoint:
         """Read the tensor table of `component` (text_encoder, transformer or vae)."""
         return read_tensors(self.root / component)
 
+    def has_weights(self, component: str) -> bool:
+        """Whether `component` has weight files; a copy of a quantised build has none but its own."""
+        folder = self.root / component
+        return any((folder / f"{stem}.safetensors{end}").exists() for stem in STEMS for end in ("", ".index.json"))
+
     def files(self) -> Iterator[Path]:
         """Yield every file the model needs: configs, tokenizer, weights."""
         yield self.index.path

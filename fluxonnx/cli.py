@@ -174,7 +174,7 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
         metavar="DIR",
         help="model directory (default: $FLUXONNX_MODEL, else ./model, else a tiny one in the box, which draws noise)",
     )
-    model.add_argument("--precision", metavar="NAME", help="bf16 (default) or fp32")
+    model.add_argument("--precision", metavar="NAME", help="bf16 (default), fp32, int8 or int4")
     model.add_argument("--threads", type=int, metavar="N", help="default: one per core")
     _add_verbosity(parser)
 
@@ -199,7 +199,16 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
         "--precision",
         default="bf16",
         metavar="NAME",
-        help="bf16: weights stay in the checkpoint's files as they are; fp32: converted (default: %(default)s)",
+        help="bf16: weights stay in the checkpoint's files as they are; fp32: converted; int8, int4: quantised, "
+        "in files that need no others (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep",
+        metavar="REGEX",
+        help="int8, int4: do not quantise linears whose names match, such as 'blocks.0.*to_out'",
+    )
+    parser.add_argument(
+        "--block", type=int, metavar="N", help="int4: weights that share a scale, 32, 64 (default) or 128"
     )
     parser.add_argument(
         "--flavour",
@@ -243,7 +252,7 @@ def _add_bench(subparsers: argparse._SubParsersAction) -> None:
         "--size", nargs="+", action="extend", default=[], metavar="WxH", help="256x512, or 256 (default) for a square"
     )
     varied.add_argument(
-        "--precision", nargs="+", action="extend", default=[], metavar="NAME", help="bf16 (default) or fp32"
+        "--precision", nargs="+", action="extend", default=[], metavar="NAME", help="bf16 (default), fp32, int8 or int4"
     )
     varied.add_argument(
         "--threads", type=int, nargs="+", action="extend", default=[], metavar="N", help="default: one per core"

@@ -81,6 +81,8 @@ def export(arguments: argparse.Namespace) -> None:
             arguments.dir,
             arguments.output,
             precision=arguments.precision,
+            keep=arguments.keep,
+            block=arguments.block,
             flavour=arguments.flavour,
             components=arguments.component,
             opset=arguments.opset,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxonnx.errors import UsageError
-from fluxonnx.manifest import DEFAULT_FLAVOUR, DEFAULT_PRECISION
+from fluxonnx.manifest import DEFAULT_FLAVOUR
 from fluxonnx.runtime.images import check_output_path, digest, load_image
 from fluxonnx.runtime.metadata import read_parameters
 from fluxonnx.runtime.pipeline import random_seed
@@ -91,13 +91,13 @@ def plan(arguments: argparse.Namespace) -> list[Job]:
     return [_job(arguments, read_parameters(arguments.source) if arguments.source else {}, numbered=False)]
 
 
-def build(arguments: argparse.Namespace, model: str) -> tuple[str, str]:
-    """Return precision and flavour: the flag's, else the picture's that is made again, else the default."""
+def build(arguments: argparse.Namespace, model: str) -> tuple[str | None, str]:
+    """Return precision and flavour: the flag's, else the picture's that is made again, else None and the default."""
     known = read_parameters(arguments.source) if arguments.source else {}
     if known.get("model", model) != model:
         warnings.warn(f"{arguments.source} was made with {known['model']}, not with {model}", stacklevel=3)
     return (
-        arguments.precision or known.get("precision", DEFAULT_PRECISION),
+        arguments.precision or known.get("precision"),
         known.get("flavour", DEFAULT_FLAVOUR),
     )
 

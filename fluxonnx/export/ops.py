@@ -70,7 +70,7 @@ def linear(g: GraphBuilder, x: str, name: str, n_in: int, n_out: int, bias: bool
         bias_value = g.weight("bias", n_out) if bias else None
         if len(g.shape(x)) == 2:
             return g.target.precision.linear(g, x, tensor, bias_value)
-        rows = g.op("Reshape", x, g.constant([-1, n_in], np.int64))
+        rows = g.once(("rows", x), lambda: g.op("Reshape", x, g.constant([-1, n_in], np.int64)))
         product = g.target.precision.linear(g, rows, tensor, bias_value)
         back = g.op("Concat", g.leading_shape(x), g.constant([n_out], np.int64), axis=0)
         return g.op("Reshape", product, back, shape=[*g.shape(x)[:-1], n_out])

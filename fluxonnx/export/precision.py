@@ -170,6 +170,10 @@ def int8_activations(g: GraphBuilder, x: str) -> tuple[str, str]:
     else:
         largest = g.op("ReduceMax", magnitude, axes=[-1], keepdims=1)
     scale = g.op("Max", g.op("Mul", largest, g.constant(1 / 127)), g.constant(float(quantise.TINY)))
+    if not g.target.fused:
+        # QuantizeLinear with a scale per row is more than OpenVINO can do
+        steps = g.op("Round", g.op("Div", x, scale))
+        return g.op("Cast", g.op("Add", steps, g.constant(128.0)), to=TensorProto.UINT8), scale
     per_row = g.op("Squeeze", scale, axis)
     middle = g.op("Expand", g.constant(128, np.uint8), g.op("Shape", per_row), shape=g.shape(per_row))
     return g.op("QuantizeLinear", x, per_row, middle, axis=0), scale

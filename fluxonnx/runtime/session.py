@@ -53,8 +53,8 @@ class Session:
         settings.enable_mem_pattern = False
         if options.threads is not None:
             settings.intra_op_num_threads = options.threads
-        # Signed 8-bit weights are wrong on processors without VNNI unless onnxruntime makes them unsigned; elsewhere and
-        # for others this does nothing.
+        # Without VNNI, products with signed 8-bit weights are wrong unless onnxruntime makes them unsigned; on other
+        # processors, and for other weights, this does nothing.
         settings.add_session_config_entry("session.x64quantprecision", "1")
         if component in STREAMED and precision == "int8":
             # Packed weights are a copy in memory and seconds of start-up; unpacked ones are the mapped file.

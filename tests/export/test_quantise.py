@@ -1,0 +1,81 @@
+"""Integers and scales, checked against what they stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from fluxonnx.checkpoint import Tensor, read_header
+from fluxonnx.export import quantise
+
+SHAPE = (300, 256)  # more rows than are converted at a time, and not a multiple
+
+
+@pytest.fixture(params=[np.float32, np.float16, ml_dtypes.bfloat16], ids=["fp32", "fp16", "bf16"])
+def tensor(request, tmp_path: Path) -> Tensor:
+    values = np.random.default_rng(0).standard_normal(SHAPE).astype(request.param)
+    values[5] = 0
+    values[7, :32] = 0
+    save_file({"w": values}, tmp_path / "w.safetensors")
+    return read_header(tmp_path / "w.safetensors")["w"]
+
+
+def test_floats(tensor):
+    np.testing.assert_array_equal(quantise.float_rows(tensor), tensor.array().astype(np.float32))
+    np.testing.assert_array_equal(quantise.float_rows(tensor, 3, 9), tensor.array()[3:9].astype(np.float32))
+
+
+def test_int8_rows_are_within_half_a_step(tensor):
+    integers, scales = quantise.int8_rows(tensor)
+    values = quantise.float_rows(tensor)
+    assert integers.dtype == np.int8
+    assert np.abs(integers.astype(int)).max() == 127
+    assert (np.abs(integers * scales[:, None] - values) <= 0.5001 * scales[:, None]).all()
+    np.testing.assert_allclose(scales[values.any(1)], np.abs(values[values.any(1)]).max(1) / 127, rtol=1e-6)
+    assert not integers[5].any()
+    assert np.isfinite(scales).all()
+
+
+@pytest.mark.parametrize("zero_point", [0, 128])
+def test_int8_columns_are_the_rows_transposed(tensor, zero_point):
+    columns, scales = quantise.int8_columns(tensor, zero_point)
+    integers, expected = quantise.int8_rows(tensor)
+    assert columns.dtype == (np.uint8 if zero_point else np.int8)
+    np.testing.assert_array_equal(columns.astype(int) - zero_point, integers.T)
+    np.testing.assert_array_equal(scales, expected)
+
+
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_int4_blocks(tensor, block):
+    integers, scales = quantise.int4_blocks(tensor, block)
+    values = quantise.float_rows(tensor)
+    assert integers.min() >= -8
+    assert integers.max() <= 7
+    restored = (integers.reshape(SHAPE[0], -1, block) * scales[..., None]).reshape(SHAPE)
+    largest = np.abs(values.reshape(SHAPE[0], -1, block)).max(-1).repeat(block, -1).reshape(SHAPE)
+    # a step is an eighth of the largest weight; the other end of the range is a step short, and the scale is refitted
+    assert (np.abs(restored - values) <= largest * 0.2).all()
+    assert np.linalg.norm(restored - values) < {32: 0.09, 64: 0.1, 128: 0.115}[block] * np.linalg.norm(values)
+    assert not restored[5].any()
+    assert np.isfinite(scales).all()
+
+
+def test_int4_is_exact_where_it_can_be(tmp_path):
+    steps = np.random.default_rng(1).integers(-8, 8, (8, 64))
+    steps[:, ::32] = -8
+    values = (steps * np.float32(0.25)).astype(np.float32)
+    save_file({"w": values}, tmp_path / "w.safetensors")
+    integers, scales = quantise.int4_blocks(read_header(tmp_path / "w.safetensors")["w"], 32)
+    np.testing.assert_array_equal(integers, steps)
+    np.testing.assert_array_equal(scales, np.full((8, 2), 0.25, np.float32))
+
+
+def test_packing():
+    """The first of two integers is the low half, as both MatMulNBits and ONNX's int4 want it."""
+    values = np.array([[-8, 7, 0, -1]], np.int8)
+    assert quantise.pack_int4(values, 8).tolist() == [[0xF0, 0x78]]
+    assert quantise.pack_int4(values, 0).tolist() == [[0x78, 0xF0]]
