@@ -105,6 +105,7 @@ def load(
             flavour=flavour,
             keep=settings.get("keep") or None,
             block=int(settings["block"]) if "block" in settings else None,
+            rotate=settings.get("rotate") == "true",
             force=stale is not None,
         )
     manifest = read_manifest(checkpoint.root)

@@ -207,6 +207,7 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
         metavar="REGEX",
         help="int8, int4: do not quantise linears whose names match, such as 'blocks.0.*to_out'",
     )
+    parser.add_argument("--rotate", action="store_true", help="int8: mix inputs by a Hadamard matrix, against outliers")
     parser.add_argument(
         "--block", type=int, metavar="N", help="int4: weights that share a scale, 32, 64 (default) or 128"
     )

@@ -83,6 +83,7 @@ def export(arguments: argparse.Namespace) -> None:
             precision=arguments.precision,
             keep=arguments.keep,
             block=arguments.block,
+            rotate=arguments.rotate,
             flavour=arguments.flavour,
             components=arguments.component,
             opset=arguments.opset,

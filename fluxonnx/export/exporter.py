@@ -91,6 +91,7 @@ def export(
     opset: int | None = None,
     keep: str | None = None,
     block: int | None = None,
+    rotate: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> list[Report]:
@@ -107,6 +108,7 @@ def export(
         components: Which graphs, by the names of the files; all by default.
         opset: The ai.onnx opset; by default 23 for ort and 17 for portable (21 with int4).
         keep: For int8 and int4: linears in whose names this regular expression is found are not quantised.
+        rotate: For int8: mix inputs by a Hadamard matrix, against outliers; a step takes a little longer.
         block: For int4: how many weights share a scale, 32, 64 (the default) or 128.
         force: Overwrite graphs that exist and differ.
         progress: Called with what is being written, bytes done and bytes in all.
@@ -119,7 +121,7 @@ def export(
         CheckpointError: The checkpoint is incomplete, corrupt or of another kind.
         ExportError: The files can't be written, or exist and `force` is not given.
     """
-    target = make_target(precision, flavour, opset, keep, block)
+    target = make_target(precision, flavour, opset, keep, block, rotate)
     names = select(components)
     say = progress or (lambda what, done, total: None)
     try:
@@ -136,7 +138,12 @@ def export(
 
 
 def make_target(
-    precision: str, flavour: str, opset: int | None, keep: str | None = None, block: int | None = None
+    precision: str,
+    flavour: str,
+    opset: int | None,
+    keep: str | None = None,
+    block: int | None = None,
+    rotate: bool = False,
 ) -> Target:
     """Check what is asked for.
 
@@ -144,7 +151,7 @@ def make_target(
         UsageError: An unknown precision or flavour, an option the precision does not have, or an opset that the
             flavour can't have.
     """
-    chosen = make_precision(precision, keep, block)
+    chosen = make_precision(precision, keep, block, rotate)
     if flavour not in FLAVOURS:
         raise UsageError(f"flavour {flavour!r} is unknown: choose one of {', '.join(FLAVOURS)}")
     lowest = max(OPSETS[flavour][0], chosen.lowest_opset(flavour))

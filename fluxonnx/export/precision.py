@@ -130,22 +130,34 @@ class Int8(Quantised):
 
     name = "int8"
 
-    def __init__(self, keep: str | None = None, zero_point: int | None = None) -> None:
-        """Choose what is not quantised, and 0 or 128 as the weights' zero point; by default what is best here."""
+    def __init__(self, keep: str | None = None, rotate: bool = False, zero_point: int | None = None) -> None:
+        """Choose how.
+
+        Args:
+            keep: What is not quantised.
+            rotate: Whether weights and activations are multiplied by a Hadamard matrix, `ROTATION` inputs at a time,
+                which leaves the product as it is but takes the outliers out of both.
+            zero_point: The weights' zero point, 0 or 128; by default what is best on this machine.
+        """
         super().__init__(keep)
+        self.rotate = rotate
         self.zero_point = (0 if adds_int8_products_exactly() else 128) if zero_point is None else zero_point
 
     def settings(self) -> dict[str, str]:
-        """Return the layers that are kept, and the integers' type."""
-        return {**super().settings(), "weights": "uint8" if self.zero_point else "int8"}
+        """Return the layers that are kept, whether there is a rotation, and the integers' type."""
+        rotate, weights = str(self.rotate).lower(), "uint8" if self.zero_point else "int8"
+        return {**super().settings(), "rotate": rotate, "weights": weights}
 
     def product(self, g: GraphBuilder, x: str, tensor: Tensor) -> str:
         """Round the rows once for all linears that share them, multiply integers, scale back."""
-        rows, row_scale = g.once(("int8", x), lambda: int8_activations(g, x))
         n_out, n_in = tensor.shape
+        rotation = ROTATION if self.rotate and n_in % ROTATION == 0 else 0
+        if rotation:
+            x = g.once(("rotated", x), lambda: rotated(g, x, n_in))
+        rows, row_scale = g.once(("int8", x), lambda: int8_activations(g, x))
         parts = (Part("", "U8" if self.zero_point else "I8", (n_in, n_out)), Part(".scale", "F32", (n_out,)))
         zero_point = self.zero_point
-        g.encoded(tensor, parts, lambda source: quantise.int8_columns(source, zero_point))
+        g.encoded(tensor, parts, lambda source: quantise.int8_columns(source, zero_point, rotation))
         weight, scale = tensor.name, tensor.name + ".scale"
         zero_points = [g.constant(128, np.uint8), *([g.constant(128, np.uint8)] if zero_point else [])]
         if g.target.fused:
@@ -155,6 +167,13 @@ class Int8(Quantised):
             return g.op("Mul", product, row_scale)
         product = g.op("Cast", g.op("MatMulInteger", rows, weight, *zero_points), to=TensorProto.FLOAT)
         return g.op("Mul", g.op("Mul", product, row_scale), scale)
+
+
+def rotated(g: GraphBuilder, x: str, n_in: int) -> str:
+    """Multiply [rows, in] by a Hadamard matrix, `ROTATION` columns at a time."""
+    groups = g.op("Reshape", x, g.constant([-1, ROTATION], np.int64))
+    product = g.op("MatMul", groups, g.constant(quantise.hadamard(ROTATION)))
+    return g.op("Reshape", product, g.constant([-1, n_in], np.int64), shape=g.shape(x))
 
 
 def int8_activations(g: GraphBuilder, x: str) -> tuple[str, str]:
@@ -244,13 +263,15 @@ class Int4(Quantised):
         return g.op("Mul", rows, g.op("Gather", tensor.name + ".scale", ids, axis=0))
 
 
+# Inputs that are mixed at a time; the group of ComfyUI's "convrot" checkpoints.
+ROTATION = 256
 INT4_BLOCKS = (32, 64, 128)
 # The module lists whose linears hold nearly all of the weights.
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.", "model.layers.")
 PRECISIONS: dict[str, type[Precision]] = {cls.name: cls for cls in (Precision, Float32, Int8, Int4)}
 
 
-def make_precision(name: str, keep: str | None = None, block: int | None = None) -> Precision:
+def make_precision(name: str, keep: str | None = None, block: int | None = None, rotate: bool = False) -> Precision:
     """Return a precision by its name.
 
     Raises:
@@ -263,6 +284,8 @@ def make_precision(name: str, keep: str | None = None, block: int | None = None)
         raise UsageError(f"--keep is for int8 and int4, but the precision is {name}")
     if block is not None and kind is not Int4:
         raise UsageError(f"--block is for int4, but the precision is {name}")
+    if rotate and kind is not Int8:
+        raise UsageError(f"--rotate is for int8, but the precision is {name}")
     if kind is Int4:
         return Int4(keep, *([] if block is None else [block]))
-    return Int8(keep) if kind is Int8 else kind()
+    return Int8(keep, rotate) if kind is Int8 else kind()

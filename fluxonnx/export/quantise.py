@@ -35,8 +35,24 @@ def int8_rows(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return quantised, scales
 
 
-def int8_columns(tensor: Tensor, zero_point: int) -> tuple[np.ndarray, np.ndarray]:
+def hadamard(size: int) -> np.ndarray:
+    """Return a symmetric orthogonal matrix of one magnitude, float32 [size, size]; `size` is a power of two.
+
+    It spreads an outlier over all channels, so that the step of a row gets smaller (QuaRot, Ashkboos et al., 2024).
+    """
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix / np.float32(np.sqrt(size))
+
+
+def int8_columns(tensor: Tensor, zero_point: int, rotation: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Quantise as `int8_rows` does, for MatMulInteger.
+
+    Args:
+        tensor: The matrix.
+        zero_point: 0, or what is added to make unsigned integers.
+        rotation: So many inputs at a time are multiplied by `hadamard` first; 0 for none.
 
     Returns:
         [in, out], int8 or, around a zero point, uint8; and the steps: float32 [out].
@@ -44,7 +60,10 @@ def int8_columns(tensor: Tensor, zero_point: int) -> tuple[np.ndarray, np.ndarra
     columns = np.empty(tensor.shape[::-1], np.uint8 if zero_point else np.int8)
     scales = np.empty(tensor.shape[0], np.float32)
     for i in range(0, tensor.shape[0], ROWS):
-        rows, scales[i : i + ROWS] = _rounded(float_rows(tensor, i, i + ROWS))
+        rows = float_rows(tensor, i, i + ROWS)
+        if rotation:
+            rows = (rows.reshape(-1, rotation) @ hadamard(rotation)).reshape(rows.shape)
+        rows, scales[i : i + ROWS] = _rounded(rows)
         rows += np.float32(zero_point)
         columns[:, i : i + ROWS] = rows.astype(columns.dtype).T
     return columns, scales

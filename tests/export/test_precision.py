@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import fluxonnx
 from fluxonnx.checkpoint import read_header
@@ -136,6 +137,25 @@ def test_kept_layers(copy, built):
     np.testing.assert_array_equal(run(copy, "transformer", "int8"), run(built, "transformer", "bf16"))
 
 
+@pytest.mark.parametrize("flavour", ["ort", "portable"])
+def test_rotation_takes_outliers_out(monkeypatch, checkpoints, tmp_path, flavour):
+    """A few channels of the text encoder's embeddings that are fifty times as large as the rest, as Qwen3 has them."""
+    monkeypatch.setattr(precision, "ROTATION", 16)  # rows of 48 are no multiple of 256
+    root = Path(shutil.copytree(checkpoints.get(Case("odd-heads", "fp32")), tmp_path / "model"))
+    path = root / "text_encoder/model.safetensors"
+    tensors = load_file(path)
+    for name in tensors:
+        if "layernorm" in name:
+            tensors[name][[3, 17]] *= 50
+    save_file(tensors, path)
+    export(root, precision="fp32", components=["text_encoder"])
+    found = []
+    for rotate in (False, True):
+        export(root, precision="int8", flavour=flavour, rotate=rotate, components=["text_encoder"], force=True)
+        found.append(distance(run(root, "text_encoder", "int8", flavour), run(root, "text_encoder", "fp32")))
+    assert found[1] < 0.6 * found[0]
+
+
 def test_rows_that_are_no_whole_blocks_are_kept(copy):
     """In rows of 96 there are no blocks of 128; only the two projections out of the single blocks have 384."""
     export(copy, precision="int4", block=128, components=["transformer"])
@@ -169,11 +189,11 @@ def test_interrupted_export_goes_on(copy, built, monkeypatch):
     real = precision.quantise.int8_columns
 
     def stop_after(limit):
-        def encode(tensor, zero_point):
+        def encode(tensor, *settings):
             if len(made) >= limit:
                 raise Stop
             made.append(tensor.name)
-            return real(tensor, zero_point)
+            return real(tensor, *settings)
 
         return encode
 
@@ -246,6 +266,7 @@ def test_checkpoint_may_be_deleted_after_quantising(copy):
     [
         ({"precision": "int4", "block": 48}, "--block 48 is out of range: choose one of 32, 64, 128"),
         ({"precision": "int8", "block": 32}, "--block is for int4"),
+        ({"precision": "int4", "rotate": True}, "--rotate is for int8"),
         ({"precision": "bf16", "keep": "ff"}, "--keep is for int8 and int4"),
         ({"precision": "int8", "keep": "("}, "not a regular expression"),
         ({"precision": "int4", "flavour": "portable", "opset": 20}, "int4 portable graphs can be 21 to 21"),

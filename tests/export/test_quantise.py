@@ -79,3 +79,14 @@ def test_packing():
     values = np.array([[-8, 7, 0, -1]], np.int8)
     assert quantise.pack_int4(values, 8).tolist() == [[0xF0, 0x78]]
     assert quantise.pack_int4(values, 0).tolist() == [[0x78, 0xF0]]
+
+
+def test_rotation(tensor):
+    matrix = quantise.hadamard(64)
+    np.testing.assert_allclose(matrix @ matrix, np.eye(64), atol=1e-6)
+    np.testing.assert_array_equal(matrix, matrix.T)
+    np.testing.assert_allclose(np.abs(matrix), 1 / 8)
+    columns, scales = quantise.int8_columns(tensor, 0, 64)
+    restored = ((columns.T * scales[:, None]).reshape(-1, 64) @ matrix).reshape(SHAPE)
+    values = quantise.float_rows(tensor)
+    assert np.linalg.norm(restored - values) < 0.01 * np.linalg.norm(values)
