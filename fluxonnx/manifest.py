@@ -69,10 +69,14 @@ class Build:
 
 @dataclass
 class Manifest:
-    """The content of fluxonnx.json."""
+    """The content of fluxonnx.json.
+
+    `text_encoder_out_layers` and `defaults` (width, height, max_sequence_length) may be written by a model's maker.
+    """
 
     text_encoder_out_layers: list[int] | None = None
     architecture: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, int] = field(default_factory=dict)
     builds: dict[str, Build] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 

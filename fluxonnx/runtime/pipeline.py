@@ -24,7 +24,7 @@ from fluxonnx.runtime.models import Models, Transformer, grid_ids, pack, unpack
 from fluxonnx.runtime.noise import check_seed, randn, size_independent_randn
 from fluxonnx.runtime.phases import Phases
 from fluxonnx.runtime.prompts import PromptCache, Prompts
-from fluxonnx.runtime.request import MAX_SIDE, Request, resolve
+from fluxonnx.runtime.request import DEFAULTS, MAX_SIDE, Request, resolve
 from fluxonnx.runtime.sampler import Velocity, sample
 from fluxonnx.runtime.schedule import make_sigmas, start_step
 from fluxonnx.runtime.session import SessionOptions
@@ -85,6 +85,7 @@ class Flux:
         self._channels = manifest.architecture["transformer"]["in_channels"]
         self._dim = manifest.architecture["transformer"]["heads"] * manifest.architecture["transformer"]["head_dim"]
         self._threads = options.threads if options else None
+        self._defaults = {**DEFAULTS, **manifest.defaults}
         self._multiple = 2 ** len(manifest.architecture["vae"]["decoder_channels"])
 
     def generate(
@@ -104,7 +105,8 @@ class Flux:
 
         Args:
             prompt: What to draw. Past `max_sequence_length` tokens it is cut, with a warning that shows what was cut.
-            width: In pixels, a multiple of 16 from 64 to 1792; by default 256.
+            width: In pixels, a multiple of 16 from 64 to 1792; by default the model's own, which is 256 unless
+                its manifest says otherwise.
             height: Likewise.
             steps: Denoising steps; by default 4, or 50 with a base model.
             seed: From 0 to 2**64 - 1; by default a random one, to be found in the picture's `info`.
@@ -168,10 +170,11 @@ class Flux:
         """
         for seed in seeds:
             check_seed(seed)
-        request = resolve(request, self.is_distilled, self._multiple)
+        request = resolve(request, self.is_distilled, self._multiple, self._defaults)
         self.phases = Phases(self.on_phase)
         if request.image is not None and request.strength == 0:
             return [self._sign(self._start_image(request), request, seed) for seed in seeds]
+        assert request.max_sequence_length is not None
         with self.phases("encode prompt"):
             prompts = [request.prompt, request.negative_prompt] if request.guided else [request.prompt]
             embeds = self._prompts.encode(prompts, request.max_sequence_length)
@@ -194,12 +197,12 @@ class Flux:
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `run` will say it
-            resolve(request, self.is_distilled, self._multiple)
+            resolve(request, self.is_distilled, self._multiple, self._defaults)
 
-    def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int = 512) -> None:
+    def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int | None = None) -> None:
         """Encode prompts ahead, so that a run of many pictures loads the text encoder once."""
         with self.phases("encode prompt"):
-            self._prompts.encode(prompts, max_sequence_length)
+            self._prompts.encode(prompts, max_sequence_length or self._defaults["max_sequence_length"])
 
     def _denoise(
         self,
@@ -268,6 +271,7 @@ class Flux:
         if self._dim // (self._threads or os.cpu_count() or 1) <= BITWISE_COLUMNS:
             return 1
         rows, columns = self._grid(request)
+        assert request.max_sequence_length is not None
         tokens = request.max_sequence_length + rows * columns + sum(reference[0, 0].size for reference in references)
         each = tokens * self._dim * BYTES_PER_TOKEN_AND_WIDTH
         return max(1, min(MOST_AT_ONCE, available_memory() // 2 // each))

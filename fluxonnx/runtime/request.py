@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -12,10 +13,12 @@ from fluxonnx.errors import UsageError
 from fluxonnx.runtime.images import as_rgb, fit_reference
 from fluxonnx.runtime.sampler import SOLVERS
 from fluxonnx.runtime.schedule import SCHEDULES, custom_sigmas
+from fluxonnx.runtime.text import MAX_LENGTH
 
 # The sides that the model can draw (FLUX_VAE_MAX_DIM, antirez/flux2.c).
 MIN_SIDE, MAX_SIDE = 64, 1792
-DEFAULT_SIDE = 256
+# What a model is asked for when nobody says; a manifest's "defaults" override it.
+DEFAULTS = {"width": 256, "height": 256, "max_sequence_length": MAX_LENGTH}
 
 # The reference pipeline's defaults, for distilled and base models.
 DISTILLED_STEPS, BASE_STEPS = 4, 50
@@ -33,7 +36,7 @@ class Request:
     Attributes:
         prompt: What to draw.
         width: In pixels, a multiple of 16 from 64 to 1792; None for the size of `image`, else of the first reference,
-            else 256.
+            else the model's own, which is 256 unless its manifest says otherwise.
         height: Likewise.
         steps: Denoising steps; None for 4, or 50 with a base model.
         guidance_scale: How much more than the negative prompt the prompt counts, at least 1, which turns it off; None
@@ -47,7 +50,8 @@ class Request:
         power_alpha: Exponent of the power schedule.
         sampler: "euler", "heun" or "dpmpp-2m".
         noise: "torch" (as diffusers draws it) or "size-independent" (alike at all sizes).
-        max_sequence_length: To how many tokens a prompt is padded or cut: a multiple of 8 up to 512.
+        max_sequence_length: To how many tokens a prompt is padded or cut: a multiple of 8 up to 512; None for the
+            model's own, which is 512 unless its manifest says otherwise.
     """
 
     prompt: str
@@ -64,7 +68,7 @@ class Request:
     power_alpha: float = 2.0
     sampler: str = "euler"
     noise: str = "torch"
-    max_sequence_length: int = 512
+    max_sequence_length: int | None = None
 
     def parameters(self) -> dict[str, Any]:
         """Return what can be written down: all fields that matter, except the pictures."""
@@ -86,17 +90,18 @@ class Request:
         return self.guidance_scale != 1
 
 
-def resolve(request: Request, is_distilled: bool, multiple: int) -> Request:
+def resolve(request: Request, is_distilled: bool, multiple: int, defaults: Mapping[str, int] = DEFAULTS) -> Request:
     """Fill in defaults, prepare the pictures, and refuse what can't be.
 
     Args:
         request: What is wanted.
         is_distilled: Whether the model needs no guidance.
         multiple: What sides must be multiples of.
+        defaults: The model's width, height and max_sequence_length.
 
     Returns:
-        A request without None in `width`, `height`, `steps` and `guidance_scale`, whose pictures are RGB and, the
-        references, of the size in which they are encoded.
+        A request without None in `width`, `height`, `steps`, `guidance_scale` and `max_sequence_length`, whose pictures
+        are RGB and, the references, of the size in which they are encoded.
 
     Raises:
         UsageError: A value is out of its range, or two contradict each other.
@@ -109,7 +114,7 @@ def resolve(request: Request, is_distilled: bool, multiple: int) -> Request:
     references = tuple(fit_reference(as_rgb(reference), multiple) for reference in request.references)
     if not 0 <= request.strength <= 1:
         raise UsageError(f"strength is {request.strength}, but must be from 0 (the input as it is) to 1 (all new)")
-    width, height = _size(request, image, references, multiple)
+    width, height = _size(request, image, references, multiple, defaults)
     steps = _steps(request, is_distilled)
     for name, value, known in (
         ("sampler", request.sampler, tuple(SOLVERS)),
@@ -126,18 +131,23 @@ def resolve(request: Request, is_distilled: bool, multiple: int) -> Request:
         guidance_scale=guidance,
         image=image,
         references=references,
+        max_sequence_length=request.max_sequence_length or defaults["max_sequence_length"],
     )
 
 
 def _size(
-    request: Request, image: Image.Image | None, references: tuple[Image.Image, ...], multiple: int
+    request: Request,
+    image: Image.Image | None,
+    references: tuple[Image.Image, ...],
+    multiple: int,
+    defaults: Mapping[str, int],
 ) -> tuple[int, int]:
     if image is not None and request.strength == 0 and request.width is None and request.height is None:
         return image.size  # nothing is drawn, so any size will do: the input comes back as it is
     model = image or (references[0] if references else None)
-    default = tuple(side // multiple * multiple for side in model.size) if model else (DEFAULT_SIDE, DEFAULT_SIDE)
-    width = default[0] if request.width is None else request.width
-    height = default[1] if request.height is None else request.height
+    width, height = model.size if model else (defaults["width"], defaults["height"])
+    width = width // multiple * multiple if request.width is None else request.width
+    height = height // multiple * multiple if request.height is None else request.height
     for name, side in (("width", width), ("height", height)):
         if not MIN_SIDE <= side <= MAX_SIDE or side % multiple:
             nearest = min(max(round(side / multiple) * multiple, MIN_SIDE), MAX_SIDE)

@@ -43,8 +43,8 @@ def opened(monkeypatch):
     original = models.Session
 
     class Spy(original):
-        def __init__(self, path, component, options):
-            super().__init__(path, component, options)
+        def __init__(self, path, component, *options):
+            super().__init__(path, component, *options)
             names.append(component)
             if component != "conditioning":
                 state["open"] += 1

@@ -1,0 +1,68 @@
+"""Step 5: a model directory that fluxonnx and diffusers load, of the base or the distilled model.
+
+python models/tiny-klein/training/assemble.py WORK OUT [--base]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from common import CONFIG, SIDE
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler
+from flow import Flow, Pool
+from safetensors.torch import save_file
+
+from benchmarks.architectures import TextEncoderSize
+from benchmarks.make_checkpoint import SCHEDULER, model_index
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="assemble a model directory")
+    parser.add_argument("work", type=Path, help="folder with the trained parts")
+    parser.add_argument("output", type=Path, help="the model directory")
+    parser.add_argument("--base", action="store_true", help="the base model instead of the distilled one")
+    arguments = parser.parse_args()
+    work, output = arguments.work, arguments.output
+    pool = Pool(work, 0)
+    vocabulary = pool.tokenizer.get_vocab_size()
+    flow = Flow(vocabulary, pool.latents.shape[-1])
+    flow.load_state_dict(torch.load(work / "flow.pt")["average"]["flow"])
+    if not arguments.base:
+        flow.transformer.load_state_dict(torch.load(work / "student.pt"))
+
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "model_index.json", model_index(is_distilled=not arguments.base))
+    FlowMatchEulerDiscreteScheduler(**{k: v for k, v in SCHEDULER.items() if k[0] != "_"}).save_pretrained(
+        output / "scheduler"
+    )
+    shutil.copytree(work / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
+    size = TextEncoderSize(**CONFIG["flow"]["text_encoder"], vocab=vocabulary)
+    write_json(output / "text_encoder/config.json", size.config("bfloat16"))
+    weights = {name: value.bfloat16().contiguous() for name, value in flow.text_encoder.state_dict().items()}
+    weights.pop("lm_head.weight", None)  # tied to the embeddings
+    save_file(weights, output / "text_encoder/model.safetensors", metadata={"format": "pt"})
+    flow.transformer.to(torch.bfloat16).save_pretrained(output / "transformer")
+    AutoencoderKLFlux2.from_pretrained(work / "vae").to(torch.bfloat16).save_pretrained(output / "vae")
+    manifest = {
+        "format_version": 1,
+        "text_encoder_out_layers": CONFIG["flow"]["out_layers"],
+        "defaults": {"width": 16 * SIDE, "height": 16 * SIDE, "max_sequence_length": CONFIG["flow"]["text_length"]},
+        "builds": {},
+    }
+    write_json(output / "fluxonnx.json", manifest)
+    total = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    print(f"{output}: {total / 1e6:.1f} MB")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON, making the folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What the training steps share: the config, where things lie, logs, averages of weights, pictures as tensors."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+HERE = Path(__file__).parent
+# The repository: the sizes, the tokenizer and the sigmas are described there.
+sys.path.insert(0, str(HERE.parents[2]))
+
+# Tokens along each side of a picture.
+SIDE = 8
+CONFIG: dict[str, Any] = json.loads((HERE / "config.json").read_text("utf-8"))
+
+
+def to_tensor(pictures: Iterable[np.ndarray]) -> torch.Tensor:
+    """uint8 [height, width, 3] each -> float32 [batch, 3, height, width] in [-1, 1]."""
+    return torch.from_numpy(np.stack(list(pictures))).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def tokens_of(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The tokens of a prompt in its chat template, as fluxonnx and diffusers make them."""
+    from fluxonnx.runtime.text import CHAT_TEMPLATE
+
+    return list(tokenizer.encode(CHAT_TEMPLATE.format(prompt=prompt)).ids)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
+    """Linear warm-up, then a cosine down to a fiftieth."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set the learning rate of all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+class Average:
+    """An exponential moving average of the weights of some modules."""
+
+    def __init__(self, modules: dict[str, torch.nn.Module], decay: float):
+        self.modules = modules
+        self.decay = decay
+        self.state = {k: {n: p.detach().clone() for n, p in m.state_dict().items()} for k, m in modules.items()}
+        self.steps = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take one step towards the weights as they are now; shorter memory at the start."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for key, module in self.modules.items():
+            for name, value in module.state_dict().items():
+                mean = self.state[key][name]
+                if value.is_floating_point():
+                    mean.lerp_(value, 1 - decay)
+                else:
+                    mean.copy_(value)
+
+
+class Log:
+    """Lines of JSON: to a file, and in short to the terminal."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.started = time.monotonic()
+
+    def write(self, **values: Any) -> None:
+        """Write a line; `seconds` since the start is added."""
+        values["seconds"] = round(time.monotonic() - self.started, 1)
+        values = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+        print(" ".join(f"{k} {v}" for k, v in values.items()), flush=True)
