@@ -17,6 +17,7 @@ from fluxonnx.manifest import COMPONENTS, DEFAULT_FLAVOUR, DEFAULT_PRECISION, bu
 if TYPE_CHECKING:
     from fluxonnx.runtime.pipeline import Flux
     from fluxonnx.runtime.profile import Profile
+    from fluxonnx.runtime.session import Observer
 
 SHIPPED_MODEL = "tiny-random"
 
@@ -64,6 +65,7 @@ def load(
     cache_dir: str | Path | None = None,
     on_export: Callable[[Path], None] | None = None,
     profile: Profile | None = None,
+    observe: Observer | None = None,
 ) -> Flux:
     """Open a model, exporting its graphs first where they are missing or out of date.
 
@@ -77,6 +79,7 @@ def load(
         cache_dir: A folder for prompt embeddings, so that a known prompt never loads the text encoder.
         on_export: Called with the directory if graphs have to be exported.
         profile: Told how long each operator took, by onnxruntime's profiler.
+        observe: Called after each run of a graph with its name, inputs and outputs.
 
     Raises:
         UsageError: An argument has an impossible value.
@@ -86,7 +89,7 @@ def load(
     from fluxonnx.runtime.pipeline import Flux
     from fluxonnx.runtime.session import SessionOptions
 
-    options = SessionOptions(threads, profile)
+    options = SessionOptions(threads, profile, observe)
     checkpoint = Checkpoint(find_model(path))
     precision = precision or _default_precision(checkpoint, flavour)
     name = build_name(precision, flavour)

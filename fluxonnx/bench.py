@@ -138,19 +138,19 @@ def combine(sizes: Sequence[str], precisions: Sequence[str], threads: Sequence[i
     return list(dict.fromkeys(Configuration(*size, precision, count) for size, precision, count in combinations))
 
 
-def check_output(path: Path) -> None:
-    """Find out before a long run whether the JSON file can be written.
+def check_output(path: Path, flag: str = "--json") -> None:
+    """Find out before a long run whether the file that `flag` names can be written.
 
     Raises:
         UsageError: It is a folder, or in one that does not exist.
         FluxonnxError: There is no permission.
     """
     if path.is_dir() or not path.parent.is_dir():
-        raise UsageError(f"{path} can't be written: --json takes the name of a file in a folder that exists")
+        raise UsageError(f"{path} can't be written: {flag} takes the name of a file in a folder that exists")
     try:
         probe(path)
     except OSError as error:
-        raise FluxonnxError(explain(error, path, OTHERWISE)) from None
+        raise FluxonnxError(explain(error, path, f"choose another with {flag}")) from None
 
 
 def prepare(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:

@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(subparsers)
     _add_info(subparsers)
     _add_bench(subparsers)
+    _add_compare(subparsers)
     return parser
 
 
@@ -270,6 +271,30 @@ def _add_bench(subparsers: argparse._SubParsersAction) -> None:
         help="also show which operators take the time, from one more picture under onnxruntime's profiler",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+
+
+def _add_compare(subparsers: argparse._SubParsersAction) -> None:
+    parser = _command(
+        subparsers,
+        "compare",
+        commands.compare,
+        "compare precisions with the checkpoint's own weights",
+        "-d DIR [--precision NAME ...] [-o FILE] [options]",
+        "fluxonnx compare -d model --precision int8 int4 -o compare.html",
+    )
+    parser.add_argument("-d", "--dir", metavar="DIR", help="model directory (default: as for generate)")
+    parser.add_argument("--precision", nargs="+", default=["int8", "int4"], metavar="NAME", help="default: int8 int4")
+    parser.add_argument(
+        "-p", "--prompt", action="append", metavar="TEXT", help="may be repeated (default: two, always the same)"
+    )
+    parser.add_argument("-W", "--width", type=int, metavar="PX", help="default: the model's own")
+    parser.add_argument("-H", "--height", type=int, metavar="PX", help="likewise")
+    parser.add_argument("-s", "--steps", type=int, metavar="N", help="default: 4, or 50 with a base model")
+    parser.add_argument("-S", "--seed", type=int, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="a page with pictures and plots (default: compare.html)"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
 
 

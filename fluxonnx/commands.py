@@ -121,6 +121,31 @@ def bench(arguments: argparse.Namespace) -> None:
         raise FluxonnxError(report.failure)
 
 
+def compare(arguments: argparse.Namespace) -> None:
+    """Compare precisions, print tables, and write a page with pictures and plots."""
+    from fluxonnx import compare as comparison
+    from fluxonnx import report as reporting
+    from fluxonnx.bench import check_output
+
+    say = _speaker(arguments)
+    output = arguments.output or Path("compare.html")
+    check_output(output, "-o")
+    plan = comparison.Plan(
+        model=_find_model(arguments, say),
+        precisions=tuple(arguments.precision),
+        prompts=tuple(arguments.prompt or comparison.PROMPTS),
+        seed=arguments.seed,
+        width=arguments.width,
+        height=arguments.height,
+        steps=arguments.steps,
+    )
+    report = comparison.run(plan, say)
+    reporting.save(report, output)
+    if not arguments.quiet:
+        print(reporting.render(report))
+    say(f"{output}: pictures and plots")
+
+
 def info(arguments: argparse.Namespace) -> None:
     """Print the parameters in a picture as JSON."""
     from fluxonnx.runtime.metadata import read_parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,10 @@ from fluxonnx.runtime.profile import Profile
 STREAMED = ("text_encoder", "transformer")
 
 
+# observe(component, inputs by name, outputs)
+Observer = Callable[[str, dict[str, np.ndarray], list[np.ndarray]], None]
+
+
 @dataclass(frozen=True)
 class SessionOptions:
     """How graphs are run.
@@ -24,10 +29,12 @@ class SessionOptions:
     Attributes:
         threads: Threads per operator; None for one per core.
         profile: Told how long each operator took; None to run without onnxruntime's profiler.
+        observe: Called after each run with the component's name, its inputs and its outputs.
     """
 
     threads: int | None = None
     profile: Profile | None = None
+    observe: Observer | None = None
 
     def __post_init__(self) -> None:
         """Refuse what can't be; raises UsageError."""
@@ -68,7 +75,8 @@ class Session:
             )
         except Exception as error:  # onnxruntime raises many types, all meaning this
             raise FluxonnxError(f"{path} can't be loaded: {_first_line(error)}; export again with --force") from error
-        self._path, self._component, self._profile = path, component, options.profile
+        self._path, self._component = path, component
+        self._profile, self._observe = options.profile, options.observe
         self._worker = ThreadPoolExecutor(1)
 
     def run(self, **inputs: np.ndarray) -> list[np.ndarray]:
@@ -86,12 +94,15 @@ class Session:
             outputs = self._worker.submit(self._session.run, None, inputs, options).result()
             # Outputs are views into the session's arena: one that is kept would keep all of it (measured: 0.3 GB for
             # the 0.3 MB of a short prompt), so they are copied.
-            return [output.copy() for output in outputs]
+            copies = [output.copy() for output in outputs]
         except KeyboardInterrupt:
             options.terminate = True
             raise
         except Exception as error:
             raise FluxonnxError(f"{self._path.name} failed: {_first_line(error)}") from error
+        if self._observe is not None:
+            self._observe(self._component, inputs, copies)
+        return copies
 
     def close(self) -> None:
         """Give the graph's memory back, after a run that was interrupted has come to its end."""

@@ -1,0 +1,253 @@
+"""What a precision costs in quality: every graph and every layer against the checkpoint's own weights, and pictures.
+
+The reference is the build that uses the checkpoint's weights as they are and computes in float32.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+from PIL import Image
+
+from fluxonnx import api
+from fluxonnx.errors import UsageError
+from fluxonnx.manifest import DEFAULT_PRECISION, Build, build_name, read_manifest
+from fluxonnx.runtime.request import Request
+from fluxonnx.runtime.session import Session, SessionOptions
+
+REFERENCE = DEFAULT_PRECISION
+
+PROMPTS = (
+    "a red circle on a blue background",
+    "a lighthouse on a cliff at night, waves breaking below, long exposure photograph",
+)
+SEED = 1
+
+# The module lists of the models; what leaves one of their members is what is compared layer by layer.
+LAYERS = ("model/layers.", "transformer_blocks.", "single_transformer_blocks.")
+
+Inputs = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be compared; see the flags of `fluxonnx compare`."""
+
+    model: Path
+    precisions: tuple[str, ...]
+    prompts: tuple[str, ...] = PROMPTS
+    seed: int = SEED
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far some values are from the reference's.
+
+    Attributes:
+        relative: L2 norm of the difference over that of the reference.
+        cosine: Of the angle between both.
+    """
+
+    relative: float
+    cosine: float
+
+    @property
+    def snr(self) -> float:
+        """Signal to noise ratio in dB."""
+        return float("inf") if self.relative == 0 else -20 * float(np.log10(self.relative))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What leaves a layer.
+
+    Attributes:
+        graph: The graph's name.
+        name: The module, and its stream if it has two.
+        relative: The error of the residual stream so far.
+        added: How much of it this layer added: what is missing to the error before, as independent errors add up.
+    """
+
+    graph: str
+    name: str
+    relative: float
+    added: float
+
+
+@dataclass
+class Result:
+    """What was found about a precision."""
+
+    precision: str
+    graphs: dict[str, Distance] = field(default_factory=dict)
+    layers: list[Layer] = field(default_factory=list)
+    pictures: list[Image.Image] = field(default_factory=list)
+    psnr: list[float] = field(default_factory=list)
+    megabytes: float = 0.0
+
+
+@dataclass
+class Report:
+    """What was found in all; `pictures` are the reference's."""
+
+    plan: Plan
+    pictures: list[Image.Image]
+    results: list[Result]
+
+
+def distance(found: np.ndarray, expected: np.ndarray) -> Distance:
+    """Compare two arrays of the same shape, in float64."""
+    a, b = found.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
+    norm = float(np.linalg.norm(b)) or 1.0
+    cosine = float(a @ b) / ((float(np.linalg.norm(a)) or 1.0) * norm)
+    return Distance(float(np.linalg.norm(a - b)) / norm, min(cosine, 1.0))
+
+
+def psnr(found: Image.Image, expected: Image.Image) -> float:
+    """Peak signal to noise ratio of two pictures in dB; infinite if they are the same."""
+    error = np.square(np.asarray(found, np.float64) - np.asarray(expected, np.float64)).mean()
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def run(plan: Plan, say: Callable[[str], None]) -> Report:
+    """Compare.
+
+    Args:
+        plan: What to compare.
+        say: Told what is going on, line by line.
+
+    Raises:
+        UsageError: A value is out of its range, or there is nothing to compare.
+        FluxonnxError: The model can't be used.
+    """
+    precisions = tuple(dict.fromkeys(name for name in plan.precisions if name != REFERENCE))
+    if not precisions:
+        raise UsageError(f"there is nothing to compare with {REFERENCE}: choose others with --precision")
+    if not plan.prompts:
+        raise UsageError("there is no prompt to compare with: give one with -p")
+    for name in (REFERENCE, *precisions):
+        with api.load(plan.model, precision=name, on_export=lambda root: say(f"Exporting {root} ...")) as flux:
+            for prompt in plan.prompts:
+                flux.check(_request(plan, prompt))
+
+    say(f"{REFERENCE}: pictures")
+    calls: dict[str, list[Inputs]] = {}
+    pictures = _pictures(plan, REFERENCE, lambda graph, inputs, _: calls.setdefault(graph, []).append(inputs))
+    inputs = {graph: made[len(made) // 2] for graph, made in calls.items() if graph != "conditioning"}
+    inputs["vae_encoder"] = {"sample": _sample(pictures[0])}
+
+    results = [Result(name) for name in precisions]
+    for graph, values in inputs.items():
+        say(f"{graph}: layer by layer")
+        expected = _run_tapped(plan.model, graph, REFERENCE, values)
+        for result in results:
+            found = _run_tapped(plan.model, graph, result.precision, values)
+            outputs = [name for name in expected if not name.startswith("/")]
+            result.graphs[graph] = distance(found[outputs[0]], expected[outputs[0]])
+            result.layers += _layers(graph, found, expected)
+    for result in results:
+        say(f"{result.precision}: pictures")
+        result.pictures = _pictures(plan, result.precision)
+        result.psnr = [psnr(*pair) for pair in zip(result.pictures, pictures, strict=True)]
+        result.megabytes = _megabytes(plan.model, _build(plan.model, result.precision))
+    return Report(plan, pictures, results)
+
+
+def _request(plan: Plan, prompt: str) -> Request:
+    return Request(prompt=prompt, width=plan.width, height=plan.height, steps=plan.steps)
+
+
+def _pictures(plan: Plan, precision: str, observe: Callable | None = None) -> list[Image.Image]:
+    with api.load(plan.model, precision=precision, observe=observe) as flux:
+        return [flux.run(_request(plan, prompt), [plan.seed])[0] for prompt in plan.prompts]
+
+
+def _sample(picture: Image.Image) -> np.ndarray:
+    from fluxonnx.runtime.images import image_to_sample
+
+    return image_to_sample(picture)
+
+
+def _build(model: Path, precision: str) -> Build:
+    manifest = read_manifest(model)
+    assert manifest is not None
+    return manifest.builds[build_name(precision, "ort")]
+
+
+def _megabytes(model: Path, build: Build) -> float:
+    names = {name for part in build.components.values() for name in (part.graph, *part.weights)}
+    if not build.components["transformer"].self_contained:
+        names |= {name for part in build.components.values() for name in part.sources}
+    return sum((model / name).stat().st_size for name in names) / 1e6
+
+
+def _run_tapped(model: Path, graph: str, precision: str, inputs: Inputs) -> dict[str, np.ndarray]:
+    """Run a graph; returns its output and what leaves each of its layers, by name."""
+    file = model / _build(model, precision).components[graph].graph
+    with _tapped(file) as (path, names), Session(path, graph, SessionOptions(), precision) as session:
+        return dict(zip(names, session.run(**inputs), strict=True))
+
+
+@contextmanager
+def _tapped(path: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield a copy of a graph whose layers' results are outputs, too: beside it, since weights are found from there."""
+    model = onnx.load(path, load_external_data=False)
+    types = {info.name: info for info in model.graph.value_info}
+    model.graph.output.extend(types[name] for name in leaving(model))
+    copy = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        onnx.save(model, copy)
+        yield copy, [output.name for output in model.graph.output]
+    finally:
+        with suppress(OSError):
+            copy.unlink()
+
+
+def leaving(model: onnx.ModelProto) -> list[str]:
+    """Return the values that are made in a layer and used outside of it, in order."""
+    maker = {name: layer_of(node.name) for node in model.graph.node for name in node.output}
+    used = {
+        name
+        for node in model.graph.node
+        if node.op_type != "Shape"  # shared by all layers: asks for nothing but sizes
+        for name in node.input
+        if maker.get(name) not in (None, layer_of(node.name))
+    }
+    return [name for name in maker if name in used]
+
+
+def layer_of(node: str) -> str | None:
+    """Return the layer that a node is part of: transformer_blocks.3 for /transformer_blocks.3/attn/to_q/Gemm."""
+    for prefix in LAYERS:
+        if node.startswith(f"/{prefix}"):
+            return "/".join(node[1:].split("/")[: prefix.count("/") + 1])
+    return None
+
+
+def _layers(graph: str, found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> list[Layer]:
+    layers: list[Layer] = []
+    before: dict[tuple[int, ...], float] = {}
+    for name, value in expected.items():
+        layer = layer_of(name)
+        if layer is None or name not in found:
+            continue
+        relative = distance(found[name], value).relative
+        # A double block has two streams, of different lengths.
+        known = before.get(value.shape, min(before.values(), default=0.0))
+        layers.append(Layer(graph, f"{layer} [{value.shape[1]}]", relative, max(0.0, relative**2 - known**2) ** 0.5))
+        before[value.shape] = relative
+    return layers
+
+
+def worst(layers: Sequence[Layer], count: int = 5) -> list[Layer]:
+    """Return the layers that add most to the error, the worst first."""
+    return sorted(layers, key=lambda layer: layer.added, reverse=True)[:count]

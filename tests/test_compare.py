@@ -1,0 +1,110 @@
+"""The quality report: its figures against plain formulas, its layers against the architecture, its page and errors."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from fluxonnx import compare
+from fluxonnx.cli import main
+from tests.conftest import Case
+
+CASE = Case("one-double-three-single")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints, tmp_path_factory):
+    root = shutil.copytree(checkpoints.get(CASE), tmp_path_factory.mktemp("compare") / "model")
+    return root
+
+
+@pytest.fixture(scope="module")
+def report(model):
+    plan = compare.Plan(model, ("int8", "int4", "bf16"), ("a cat", "a dog"), width=64, height=80, steps=2)
+    return compare.run(plan, lambda _: None)
+
+
+def test_distance():
+    a, b = np.array([3.0, 4.0], np.float32), np.array([3.0, 4.5], np.float32)
+    found = compare.distance(b, a)
+    assert found.relative == pytest.approx(0.1)
+    assert found.snr == pytest.approx(20)
+    assert found.cosine == pytest.approx((9 + 18) / (5 * math.hypot(3, 4.5)))
+    assert compare.distance(a, a) == compare.Distance(0.0, 1.0)
+    assert compare.distance(a, a).snr == math.inf
+
+
+def test_psnr():
+    grey = Image.new("RGB", (8, 8), (100, 100, 100))
+    assert compare.psnr(Image.new("RGB", (8, 8), (110, 100, 100)), grey) == pytest.approx(
+        10 * math.log10(255**2 / (100 / 3))
+    )
+    assert compare.psnr(grey, grey) == math.inf
+
+
+def test_every_layer_is_there(report, model):
+    """Two streams leave a double block, one leaves the others; tokens are in brackets."""
+    found = [layer.name for layer in report.results[0].layers]
+    text = [f"model/layers.{i} [512]" for i in range(3)]
+    double = ["transformer_blocks.0 [20]", "transformer_blocks.0 [512]"]
+    assert found == [*text, *double, *(f"single_transformer_blocks.{i} [532]" for i in range(3))]
+    graph = onnx.load(model / "transformer.onnx", load_external_data=False)
+    assert len(compare.leaving(graph)) == 5
+
+
+def test_int8_is_better_than_int4(report):
+    int8, int4 = report.results
+    assert [int8.precision, int4.precision] == ["int8", "int4"]
+    for graph in ("text_encoder", "transformer"):
+        assert 0 < int8.graphs[graph].relative < int4.graphs[graph].relative < 0.2
+    for graph in ("vae_encoder", "vae_decoder"):
+        assert int8.graphs[graph].relative == 0
+    assert all(a > b > 20 for a, b in zip(int8.psnr, int4.psnr, strict=True))
+    assert 0 < int4.megabytes < int8.megabytes
+
+
+def test_last_layer_has_the_error_of_the_graph(report):
+    """What the text encoder returns are its layers' results side by side."""
+    for result in report.results:
+        layers = [layer.relative for layer in result.layers if layer.graph == "text_encoder"]
+        assert min(layers) <= result.graphs["text_encoder"].relative <= max(layers)
+        for before, after in zip([0.0, *layers], layers, strict=False):
+            assert after <= before + 1.0001 * next(x.added for x in result.layers if x.relative == after)
+
+
+def test_nothing_is_left_behind(report, model):
+    assert not [path for path in model.rglob("*") if path.name.endswith((".tmp", ".partial"))]
+
+
+def test_command(model, tmp_path, capsys):
+    output = tmp_path / "report.html"
+    arguments = ["compare", "-d", str(model), "--precision", "int8", "-o", str(output)]
+    assert main([*arguments, "-W", "64", "-H", "64", "-s", "1", "-p", "a <b>"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"\| transformer +\| int8 +\| +0\.\d{3}% ", printed)
+    page = output.read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert page.count("<svg") == 2
+    assert "a &lt;b&gt;" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        (["--precision", "bf16"], "nothing to compare with bf16"),
+        (["--precision", "int3"], "precision 'int3' is unknown"),
+        (["-W", "65"], "width 65 can't be drawn"),
+        (["-p", " "], "the prompt is empty"),
+        (["-o", "missing/report.html"], "-o takes the name of a file in a folder that exists"),
+    ],
+)
+def test_usage_errors(model, fails, tmp_path, monkeypatch, arguments, pattern):
+    monkeypatch.chdir(tmp_path)
+    fails(2, pattern, "compare", "-d", model, *arguments)
+    assert not list(tmp_path.iterdir())
