@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxonnx import __version__
+from fluxonnx.auto import choose
 from fluxonnx.checkpoint import Checkpoint
 from fluxonnx.errors import CheckpointError
 from fluxonnx.files import explain, replacing
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from fluxonnx.runtime.session import Observer
 
 SHIPPED_MODEL = "tiny-random"
+AUTO = "auto"
 
 
 def find_model(path: str | Path | None = None) -> Path:
@@ -64,6 +66,7 @@ def load(
     threads: int | None = None,
     cache_dir: str | Path | None = None,
     on_export: Callable[[Path], None] | None = None,
+    on_choice: Callable[[str, str], None] | None = None,
     profile: Profile | None = None,
     observe: Observer | None = None,
 ) -> Flux:
@@ -72,12 +75,13 @@ def load(
     Args:
         path: A model directory in the Hugging Face layout of FLUX.2-klein; by default $FLUXONNX_MODEL, else ./model,
             else the small model in the box.
-        precision: "bf16" (weights as the checkpoint has them), "fp32", "int8" or "int4"; by default bf16, or, in a
-            directory that holds only a quantised build, that one.
+        precision: "bf16" (weights as the checkpoint has them), "fp32", "int8", "int4", or "auto" for what suits this
+            machine; by default bf16, or, in a directory that holds only a quantised build, that one.
         flavour: "ort" or "portable".
         threads: Threads per operator; None for one per core.
         cache_dir: A folder for prompt embeddings, so that a known prompt never loads the text encoder.
         on_export: Called with the directory if graphs have to be exported.
+        on_choice: Called with the precision that "auto" chose, and the reason.
         profile: Told how long each operator took, by onnxruntime's profiler.
         observe: Called after each run of a graph with its name, inputs and outputs.
 
@@ -91,7 +95,7 @@ def load(
 
     options = SessionOptions(threads, profile, observe)
     checkpoint = Checkpoint(find_model(path))
-    precision = precision or _default_precision(checkpoint, flavour)
+    precision = _resolve_precision(checkpoint, precision, flavour, on_choice)
     name = build_name(precision, flavour)
     if not _is_exported(checkpoint.root, name):
         from fluxonnx.export import export
@@ -117,13 +121,22 @@ def load(
     return Flux(checkpoint, manifest, manifest.builds[name], options, cache)
 
 
-def _default_precision(checkpoint: Checkpoint, flavour: str) -> str:
+def _resolve_precision(
+    checkpoint: Checkpoint, precision: str | None, flavour: str, on_choice: Callable[[str, str], None] | None
+) -> str:
+    if precision not in (None, AUTO):
+        return precision
     manifest = read_manifest(checkpoint.root)
     if manifest and not checkpoint.has_weights("transformer"):
         for build in manifest.builds.values():
             if build.flavour == flavour and _is_exported(checkpoint.root, build_name(build.precision, flavour)):
                 return build.precision
-    return DEFAULT_PRECISION
+    if precision is None:
+        return DEFAULT_PRECISION
+    chosen, reason = choose(checkpoint)
+    if on_choice:
+        on_choice(chosen, reason)
+    return chosen
 
 
 def _is_exported(root: Path, name: str) -> bool:

@@ -175,7 +175,7 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
         metavar="DIR",
         help="model directory (default: $FLUXONNX_MODEL, else ./model, else a tiny one in the box, which draws noise)",
     )
-    model.add_argument("--precision", metavar="NAME", help="bf16 (default), fp32, int8 or int4")
+    model.add_argument("--precision", metavar="NAME", help="bf16 (default), fp32, int8, int4, or auto")
     model.add_argument("--threads", type=int, metavar="N", help="default: one per core")
     _add_verbosity(parser)
 
@@ -201,7 +201,7 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
         default="bf16",
         metavar="NAME",
         help="bf16: weights stay in the checkpoint's files as they are; fp32: converted; int8, int4: quantised, "
-        "in files that need no others (default: %(default)s)",
+        "in files that need no others; auto: what suits this machine (default: %(default)s)",
     )
     parser.add_argument(
         "--keep",

@@ -38,6 +38,7 @@ def generate(arguments: argparse.Namespace) -> None:
         threads=arguments.threads,
         cache_dir=arguments.cache_dir,
         on_export=lambda root: say(f"Exporting {root} ..."),
+        on_choice=lambda name, reason: say(f"Precision {name}: {reason}"),
     )
     if arguments.verbose:
         say(f"{'open model':<18}{time.perf_counter() - start:8.2f} s")
@@ -73,14 +74,21 @@ def _make(flux: Flux, job: Job, arguments: argparse.Namespace, say: Callable[[st
 
 def export(arguments: argparse.Namespace) -> None:
     """Export graphs and print a table of what was written."""
+    from fluxonnx.api import AUTO
+    from fluxonnx.auto import choose
+    from fluxonnx.checkpoint import Checkpoint
     from fluxonnx.export import export as run
 
     say = _speaker(arguments)
+    precision = arguments.precision
+    if precision == AUTO:
+        precision, reason = choose(Checkpoint(arguments.dir))
+        say(f"Precision {precision}: {reason}")
     with Progress(arguments.quiet) as bar:
         reports = run(
             arguments.dir,
             arguments.output,
-            precision=arguments.precision,
+            precision=precision,
             keep=arguments.keep,
             block=arguments.block,
             rotate=arguments.rotate,
