@@ -95,7 +95,7 @@ def load(
     from fluxonnx.runtime.pipeline import Flux
     from fluxonnx.runtime.session import SessionOptions
 
-    options = SessionOptions(threads, profile, observe)
+    options = SessionOptions(threads, profile, observe, low_memory)
     checkpoint = Checkpoint(find_model(path))
     precision = _resolve_precision(checkpoint, precision, flavour, on_choice)
     name = build_name(precision, flavour)
@@ -120,7 +120,7 @@ def load(
     manifest = read_manifest(checkpoint.root)
     assert manifest is not None
     cache = Path(cache_dir) if cache_dir else None
-    return Flux(checkpoint, manifest, manifest.builds[name], options, cache, low_memory)
+    return Flux(checkpoint, manifest, manifest.builds[name], options, cache)
 
 
 def _resolve_precision(

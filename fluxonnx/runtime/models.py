@@ -77,7 +77,11 @@ class Models:
     @contextmanager
     def transformer(self, tokens: int) -> Iterator[Transformer]:
         """Load the transformer for the length of a `with` block, in which it will see so many tokens in all."""
-        pack = tokens >= WORTH_PACKING and self._weight_bytes("transformer") + SPARE < available_memory()
+        pack = (
+            not self._options.low_memory
+            and tokens >= WORTH_PACKING
+            and self._weight_bytes("transformer") + SPARE < available_memory()
+        )
         with self._open("conditioning") as conditioning, self._open("transformer", pack) as transformer:
             yield Transformer(conditioning, transformer)
 

@@ -63,7 +63,6 @@ class Flux:
         build: Build,
         options: SessionOptions | None = None,
         cache_dir: Path | None = None,
-        low_memory: bool = False,
     ) -> None:
         """Open a build of a checkpoint; no graph is loaded until a picture needs it.
 
@@ -73,7 +72,6 @@ class Flux:
             build: One of the manifest's builds.
             options: How graphs are run.
             cache_dir: A folder for prompt embeddings, so that a known prompt never loads the text encoder.
-            low_memory: Encode and decode large pictures in tiles, and make one picture at a time.
         """
         self.name = checkpoint.name
         self.is_distilled = checkpoint.is_distilled
@@ -89,7 +87,7 @@ class Flux:
         self._channels = manifest.architecture["transformer"]["in_channels"]
         self._dim = manifest.architecture["transformer"]["heads"] * manifest.architecture["transformer"]["head_dim"]
         self._threads = options.threads if options else None
-        self._low_memory = low_memory
+        self._low_memory = options is not None and options.low_memory
         self._vae_width = max(manifest.architecture["vae"]["decoder_channels"][:2])
         self._defaults = {**DEFAULTS, **manifest.defaults}
         self._multiple = 2 ** len(manifest.architecture["vae"]["decoder_channels"])

@@ -31,11 +31,14 @@ class SessionOptions:
         threads: Threads per operator; None for one per core.
         profile: Told how long each operator took; None to run without onnxruntime's profiler.
         observe: Called after each run with the component's name, its inputs and its outputs.
+        low_memory: Weights are never packed, one picture is made at a time, and large ones are encoded and decoded in
+            tiles.
     """
 
     threads: int | None = None
     profile: Profile | None = None
     observe: Observer | None = None
+    low_memory: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what can't be; raises UsageError."""
