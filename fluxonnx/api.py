@@ -75,8 +75,8 @@ def load(
     Args:
         path: A model directory in the Hugging Face layout of FLUX.2-klein; by default $FLUXONNX_MODEL, else ./model,
             else the small model in the box.
-        precision: "bf16" (weights as the checkpoint has them), "fp32", "int8", "int4", or "auto" for what suits this
-            machine; by default bf16, or, in a directory that holds only a quantised build, that one.
+        precision: "bf16" (weights as the checkpoint has them), "fp32", "fp16", "int8", "int4", or "auto" for what suits
+            this machine; by default bf16, or, in a directory that holds only a build with files of its own, that one.
         flavour: "ort" or "portable".
         threads: Threads per operator; None for one per core.
         cache_dir: A folder for prompt embeddings, so that a known prompt never loads the text encoder.

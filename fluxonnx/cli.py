@@ -175,7 +175,7 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
         metavar="DIR",
         help="model directory (default: $FLUXONNX_MODEL, else ./model, else a tiny one in the box, which draws noise)",
     )
-    model.add_argument("--precision", metavar="NAME", help="bf16 (default), fp32, int8, int4, or auto")
+    model.add_argument("--precision", metavar="NAME", help="bf16 (default), fp32, fp16, int8, int4, or auto")
     model.add_argument("--threads", type=int, metavar="N", help="default: one per core")
     _add_verbosity(parser)
 
@@ -200,8 +200,9 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
         "--precision",
         default="bf16",
         metavar="NAME",
-        help="bf16: weights stay in the checkpoint's files as they are; fp32: converted; int8, int4: quantised, "
-        "in files that need no others; auto: what suits this machine (default: %(default)s)",
+        help="bf16: weights stay in the checkpoint's files as they are; fp32: converted; fp16: half of that, and "
+        "computed so, for GPUs and runtimes without bfloat16; int8, int4: quantised; auto: what suits this machine. "
+        "Files of fp16, int8 and int4 need no others (default: %(default)s)",
     )
     parser.add_argument(
         "--keep",
@@ -254,7 +255,12 @@ def _add_bench(subparsers: argparse._SubParsersAction) -> None:
         "--size", nargs="+", action="extend", default=[], metavar="WxH", help="256x512, or 256 (default) for a square"
     )
     varied.add_argument(
-        "--precision", nargs="+", action="extend", default=[], metavar="NAME", help="bf16 (default), fp32, int8 or int4"
+        "--precision",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="bf16 (default), fp32, fp16, int8 or int4",
     )
     varied.add_argument(
         "--threads", type=int, nargs="+", action="extend", default=[], metavar="N", help="default: one per core"

@@ -100,10 +100,11 @@ def export(
     Args:
         directory: A model directory in the Hugging Face layout of FLUX.2-klein.
         output: A folder for a self-contained copy (weights, configs, tokenizer, graphs); by default the graphs are
-            written beside the checkpoint's folders. The copy of an int8 or int4 build has no other weights than its
-            own.
-        precision: "bf16" leaves the weights in the checkpoint's files as they are; "fp32" converts them; "int8" and
-            "int4" quantise the linears of the blocks.
+            written beside the checkpoint's folders. The copy of an fp16, int8 or int4 build has no other weights than
+            its own.
+        precision: "bf16" leaves the weights in the checkpoint's files as they are; "fp32" converts them; "fp16" does,
+            to half the size, and computes the products of the blocks and of the autoencoder in float16, for GPUs (a
+            CPU converts back); "int8" and "int4" quantise the linears of the blocks.
         flavour: "ort" for onnxruntime, with its fused operators; "portable" for any runtime.
         components: Which graphs, by the names of the files; all by default.
         opset: The ai.onnx opset; by default 23 for ort and 17 for portable (21 with int4).

@@ -175,7 +175,7 @@ class GraphBuilder:
 
     def output(self, name: str, value: str, shape: Sequence[Dim], doc: str) -> None:
         """Declare `value` an output of the graph, called `name`."""
-        dtype = self._types[value].tensor_type.elem_type
+        dtype = self.dtype(value)
         scopes, self._scopes = self._scopes, []
         self.op("Identity", value, output=name)
         self._scopes = scopes
@@ -246,6 +246,14 @@ class GraphBuilder:
         """Return a value's shape; symbolic dimensions are strings, unknown ones None."""
         dims = self._types[value].tensor_type.shape.dim
         return [dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in dims]
+
+    def dtype(self, value: str) -> int:
+        """Return a value's ONNX type."""
+        return self._types[value].tensor_type.elem_type
+
+    def cast(self, value: str, dtype: int) -> str:
+        """Return a value as another ONNX type; itself if it has that type."""
+        return value if self.dtype(value) == dtype else self.op("Cast", value, to=dtype)
 
     def leading_shape(self, value: str) -> str:
         """Return the sizes of all but the last dimension as an int64 vector, computed once per distinct sizes."""

@@ -6,6 +6,7 @@ A new precision is a subclass that stores weights its own way, and a line in `PR
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from onnx import TensorProto
 
 from fluxonnx.checkpoint import Tensor
 from fluxonnx.errors import UsageError
-from fluxonnx.export import quantise
+from fluxonnx.export import half, quantise
 from fluxonnx.export.graph import MICROSOFT, Part
 from fluxonnx.machine import adds_int8_products_exactly
 
@@ -68,6 +69,14 @@ class Precision:
             return rows
         return g.op("Cast", rows, to=TensorProto.FLOAT)
 
+    def conv(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str, **attributes: Any) -> str:
+        """Convolve `x` [batch, in, height, width] with `tensor` [out, in, height, width], and add `bias` [out]."""
+        return g.op("Conv", x, self.weight(g, tensor), bias, **attributes)
+
+    def attention(self, g: GraphBuilder, q: str, k: str, v: str, attend: Callable[[str, str, str], str]) -> str:
+        """Return attend(q, k, v), all float32 [batch, seq, heads * head_dim]; `attend` takes float16, too."""
+        return attend(q, k, v)
+
 
 class Float32(Precision):
     """Weights converted to float32, in a file of their own: twice the size, no casts."""
@@ -77,6 +86,39 @@ class Float32(Precision):
     def stored_dtype(self, tensor: Tensor) -> str:
         """Return F32, whatever the checkpoint has."""
         return "F32"
+
+
+class Float16(Precision):
+    """Weights converted to float16, half of float32's size, and products computed so; see `half` for what is not."""
+
+    name = "fp16"
+    self_contained = True
+
+    def stored_dtype(self, tensor: Tensor) -> str:
+        """Return F32: what is not a matrix is small, and errors in it reach everything."""
+        return "F32"
+
+    def weight(self, g: GraphBuilder, tensor: Tensor) -> str:
+        """Return `tensor` as a float32 value."""
+        return half.weight(g, tensor) if len(tensor.shape) > 1 else super().weight(g, tensor)
+
+    def linear(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str | None) -> str:
+        """Multiply as `Precision.linear` does."""
+        if not tensor.name.startswith(BLOCKS):
+            return super().linear(g, x, tensor, bias)
+        return half.linear(g, x, tensor, bias)
+
+    def embedding(self, g: GraphBuilder, ids: str, tensor: Tensor) -> str:
+        """Look rows up as `Precision.embedding` does."""
+        return half.embedding(g, ids, tensor)
+
+    def conv(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str, **attributes: Any) -> str:
+        """Convolve as `Precision.conv` does."""
+        return half.conv(g, x, tensor, bias, **attributes)
+
+    def attention(self, g: GraphBuilder, q: str, k: str, v: str, attend: Callable[[str, str, str], str]) -> str:
+        """Attend in float16 in the blocks; in the autoencoder nothing bounds the products of q and k."""
+        return half.attention(g, q, k, v, attend) if g.path("").startswith(BLOCKS) else attend(q, k, v)
 
 
 class Quantised(Precision):
@@ -268,7 +310,7 @@ ROTATION = 256
 INT4_BLOCKS = (32, 64, 128)
 # The module lists whose linears hold nearly all of the weights.
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.", "model.layers.")
-PRECISIONS: dict[str, type[Precision]] = {cls.name: cls for cls in (Precision, Float32, Int8, Int4)}
+PRECISIONS: dict[str, type[Precision]] = {cls.name: cls for cls in (Precision, Float32, Float16, Int8, Int4)}
 
 
 def make_precision(name: str, keep: str | None = None, block: int | None = None, rotate: bool = False) -> Precision:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from fluxonnx.checkpoint import Tensor
+from fluxonnx.errors import CheckpointError
 
 # Rows are converted so many at a time: the float32 copy of one piece stays in the processor's caches.
 ROWS = 128
 # A row or block of zeros has to have some scale.
 TINY = np.float32(1e-30)
+# float16 ends at 65504; half of that leaves room for the rounding of weights, activations and sums.
+HALF_SUM = 2.0**15
 
 
 def float_rows(tensor: Tensor, start: int = 0, end: int | None = None) -> np.ndarray:
@@ -33,6 +38,31 @@ def int8_rows(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
         rows, scales[i : i + ROWS] = _rounded(float_rows(tensor, i, i + ROWS))
         quantised[i : i + ROWS] = rows
     return quantised, scales
+
+
+def half(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Round to float16, divided by a power of two where float16 ends too early or is too coarse.
+
+    Trained weights are left as they are: the magnitudes of an output's weights add up to some hundreds.
+
+    Returns:
+        float16 of the tensor's shape, in which they add up to `HALF_SUM` at most; and what was divided by: float32 [].
+
+    Raises:
+        CheckpointError: It holds infinities or NaNs.
+    """
+    starts = range(0, tensor.shape[0], ROWS)
+    pieces = (np.abs(float_rows(tensor, i, i + ROWS)) for i in starts)
+    largest = max(float(piece.sum(tuple(range(1, piece.ndim)), np.float64).max()) for piece in pieces)
+    if not np.isfinite(largest):
+        raise CheckpointError(f"{tensor.file}: {tensor.name} holds values that are no numbers: download it again")
+    scale = np.float32(1)
+    if largest > 0 and not 1 <= largest <= HALF_SUM:
+        scale = np.float32(2.0 ** max(math.ceil(math.log2(largest / HALF_SUM)), -126))
+    rounded = np.empty(tensor.shape, np.float16)
+    for i in starts:
+        rounded[i : i + ROWS] = float_rows(tensor, i, i + ROWS) / scale
+    return rounded, np.asarray(scale)
 
 
 def hadamard(size: int) -> np.ndarray:
