@@ -188,6 +188,7 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
         "write a checkpoint's ONNX graphs",
         "-d DIR [-o DIR] [options]",
         "fluxonnx export -d model --flavour portable -o graphs",
+        "fluxonnx export -d model --transformer flux-2-klein-4b-int8.safetensors",
     )
     parser.add_argument("-d", "--dir", required=True, metavar="DIR", help="model directory, Hugging Face layout")
     parser.add_argument(
@@ -197,12 +198,18 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
         help="make a self-contained copy here instead of writing into the model directory",
     )
     parser.add_argument(
+        "--transformer",
+        type=Path,
+        metavar="FILE",
+        help="take the transformer's weights from this safetensors file, with diffusers' or the original's names; "
+        "ComfyUI's int8_tensorwise integers are kept as they are, and make an int8 build",
+    )
+    parser.add_argument(
         "--precision",
-        default="bf16",
         metavar="NAME",
         help="bf16: weights stay in the checkpoint's files as they are; fp32: converted; fp16: half of that, and "
         "computed so, for GPUs and runtimes without bfloat16; int8, int4: quantised; auto: what suits this machine. "
-        "Files of fp16, int8 and int4 need no others (default: %(default)s)",
+        "Files of fp16, int8 and int4 need no others (default: bf16, or int8 if that is what the weights are)",
     )
     parser.add_argument(
         "--keep",

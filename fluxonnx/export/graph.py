@@ -36,6 +36,9 @@ ONNX_DTYPES = {
     "U8": TensorProto.UINT8,
 }
 
+# What a weight can be without more being known about it.
+FLOATS = ("BF16", "F16", "F32", "F64")
+
 Dim = int | str | None
 T = TypeVar("T")
 
@@ -286,8 +289,12 @@ class GraphBuilder:
                 f"{self.name}: tensor {path} has shape {list(tensor.shape)}, expected {list(shape)}: "
                 "config.json and weights do not belong together"
             )
-        if tensor.dtype not in ONNX_DTYPES:
+        if tensor.dtype not in FLOATS and not tensor.quantisation:
             raise CheckpointError(f"{self.name}: tensor {path} is {tensor.dtype}, expected BF16, F16 or F32")
+        if tensor.quantisation and not self.target.precision.takes_integers:
+            raise CheckpointError(
+                f"{tensor.file}: {tensor.name} is quantised to 8-bit integers: export it with --precision int8"
+            )
         self.used.add(path)
         return tensor
 
@@ -295,7 +302,7 @@ class GraphBuilder:
         """Return an initializer of `dtype` for `tensor`, its bytes outside the graph."""
         if tensor.name not in self._weights:
             entry = self._entry(tensor.name, dtype, tensor.shape, ONNX_DTYPES[dtype], tensor.shape)
-            in_place = dtype == tensor.dtype and not self.target.precision.self_contained
+            in_place = dtype == tensor.dtype and not tensor.swapped and not self.target.precision.self_contained
             self._weights[tensor.name] = StoredWeight(tensor, [entry], None, in_place)
         return tensor.name
 

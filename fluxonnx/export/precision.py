@@ -33,6 +33,8 @@ class Precision:
     name = "bf16"
     # Whether a build has files for all its weights, instead of pointing into the checkpoint's.
     self_contained = False
+    # Whether it can multiply by weights that are integers in the checkpoint.
+    takes_integers = False
 
     def settings(self) -> dict[str, str]:
         """Return what distinguishes this build from others of the same name."""
@@ -148,7 +150,9 @@ class Quantised(Precision):
         return {"keep": self.keep.pattern if self.keep else ""}
 
     def quantises(self, tensor: Tensor) -> bool:
-        """Whether the linear with this weight has few bits."""
+        """Whether the linear with this weight has few bits; what has few bits already keeps them."""
+        if tensor.quantisation:
+            return True
         return tensor.name.startswith(BLOCKS) and not (self.keep and self.keep.search(tensor.name))
 
     def linear(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str | None) -> str:
@@ -166,11 +170,14 @@ class Quantised(Precision):
 class Int8(Quantised):
     """W8A8: 8-bit weights with a scale per output channel, activations rounded to 8 bits with a scale per row.
 
+    Weights that are integers in the checkpoint stay those integers, rotated or not as they are there.
+
     The product of integers is exact. Activations are unsigned around 128, which is what processors multiply fastest;
     so are weights where the processor would saturate otherwise (`machine.adds_int8_products_exactly`).
     """
 
     name = "int8"
+    takes_integers = True
 
     def __init__(self, keep: str | None = None, rotate: bool = False, zero_point: int | None = None) -> None:
         """Choose how.
@@ -190,16 +197,25 @@ class Int8(Quantised):
         rotate, weights = str(self.rotate).lower(), "uint8" if self.zero_point else "int8"
         return {**super().settings(), "rotate": rotate, "weights": weights}
 
+    def rotation(self, tensor: Tensor) -> int:
+        """Return how many inputs at a time are multiplied by a Hadamard matrix, 0 for none."""
+        if tensor.quantisation:
+            return tensor.quantisation.rotation
+        return ROTATION if self.rotate and tensor.shape[1] % ROTATION == 0 else 0
+
     def product(self, g: GraphBuilder, x: str, tensor: Tensor) -> str:
         """Round the rows once for all linears that share them, multiply integers, scale back."""
         n_out, n_in = tensor.shape
-        rotation = ROTATION if self.rotate and n_in % ROTATION == 0 else 0
+        rotation = self.rotation(tensor)
         if rotation:
-            x = g.once(("rotated", x), lambda: rotated(g, x, n_in))
+            x = g.once(("rotated", rotation, x), lambda: rotated(g, x, n_in, rotation))
         rows, row_scale = g.once(("int8", x), lambda: int8_activations(g, x))
         parts = (Part("", "U8" if self.zero_point else "I8", (n_in, n_out)), Part(".scale", "F32", (n_out,)))
         zero_point = self.zero_point
-        g.encoded(tensor, parts, lambda source: quantise.int8_columns(source, zero_point, rotation))
+        if tensor.quantisation:
+            g.encoded(tensor, parts, lambda source: quantise.stored_columns(source, zero_point))
+        else:
+            g.encoded(tensor, parts, lambda source: quantise.int8_columns(source, zero_point, rotation))
         weight, scale = tensor.name, tensor.name + ".scale"
         zero_points = [g.constant(128, np.uint8), *([g.constant(128, np.uint8)] if zero_point else [])]
         if g.target.fused:
@@ -211,10 +227,10 @@ class Int8(Quantised):
         return g.op("Mul", g.op("Mul", product, row_scale), scale)
 
 
-def rotated(g: GraphBuilder, x: str, n_in: int) -> str:
-    """Multiply [rows, in] by a Hadamard matrix, `ROTATION` columns at a time."""
-    groups = g.op("Reshape", x, g.constant([-1, ROTATION], np.int64))
-    product = g.op("MatMul", groups, g.constant(quantise.hadamard(ROTATION)))
+def rotated(g: GraphBuilder, x: str, n_in: int, group: int) -> str:
+    """Multiply [rows, in] by a Hadamard matrix, `group` columns at a time."""
+    groups = g.op("Reshape", x, g.constant([-1, group], np.int64))
+    product = g.op("MatMul", groups, g.constant(quantise.hadamard(group)))
     return g.op("Reshape", product, g.constant([-1, n_in], np.int64), shape=g.shape(x))
 
 
@@ -305,7 +321,7 @@ class Int4(Quantised):
         return g.op("Mul", rows, g.op("Gather", tensor.name + ".scale", ids, axis=0))
 
 
-# Inputs that are mixed at a time; the group of ComfyUI's "convrot" checkpoints.
+# Inputs that are mixed at a time, a power of four; as in most of ComfyUI's "convrot" checkpoints.
 ROTATION = 256
 INT4_BLOCKS = (32, 64, 128)
 # The module lists whose linears hold nearly all of the weights.

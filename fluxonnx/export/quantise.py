@@ -66,13 +66,17 @@ def half(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def hadamard(size: int) -> np.ndarray:
-    """Return a symmetric orthogonal matrix of one magnitude, float32 [size, size]; `size` is a power of two.
+    """Return a symmetric orthogonal matrix of one magnitude, float32 [size, size]; `size` is a power of four.
 
     It spreads an outlier over all channels, so that the step of a row gets smaller (QuaRot, Ashkboos et al., 2024).
+    Rows and columns have the same sum (a regular Hadamard matrix), so that a mean is not gathered in one channel
+    (ConvRot, arXiv:2512.03673); these very signs are those of ComfyUI's rotated checkpoints (_build_hadamard,
+    comfy_kitchen/tensor/int8_utils.py in Comfy-Org/comfy-kitchen).
     """
+    signs = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], np.float32)
     matrix = np.ones((1, 1), np.float32)
     while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+        matrix = np.kron(matrix, signs)
     return matrix / np.float32(np.sqrt(size))
 
 
@@ -97,6 +101,16 @@ def int8_columns(tensor: Tensor, zero_point: int, rotation: int = 0) -> tuple[np
         rows += np.float32(zero_point)
         columns[:, i : i + ROWS] = rows.astype(columns.dtype).T
     return columns, scales
+
+
+def stored_columns(tensor: Tensor, zero_point: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return what `int8_columns` does, of a tensor that is quantised: its integers and scales, as they are."""
+    assert tensor.quantisation is not None
+    # with the highest bit flipped, two's complement is unsigned around 128
+    integers = tensor.array().view(np.uint8) ^ np.uint8(zero_point)
+    scale = tensor.quantisation.scale.array().astype(np.float32).reshape(-1)
+    columns = np.ascontiguousarray(integers.T).view(np.uint8 if zero_point else np.int8)
+    return columns, np.ascontiguousarray(np.broadcast_to(scale, tensor.shape[:1]))
 
 
 def _rounded(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
