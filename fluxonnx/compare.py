@@ -192,8 +192,9 @@ def _megabytes(model: Path, build: Build) -> float:
 
 def _run_tapped(model: Path, graph: str, precision: str, inputs: Inputs) -> dict[str, np.ndarray]:
     """Run a graph; returns its output and what leaves each of its layers, by name."""
-    file = model / _build(model, precision).components[graph].graph
-    with _tapped(file) as (path, names), Session(path, graph, SessionOptions(), precision) as session:
+    build = _build(model, precision)
+    file = model / build.components[graph].graph
+    with _tapped(file) as (path, names), Session(path, graph, SessionOptions(), build) as session:
         return dict(zip(names, session.run(**inputs), strict=True))
 
 

@@ -80,42 +80,51 @@ def hadamard(size: int) -> np.ndarray:
     return matrix / np.float32(np.sqrt(size))
 
 
-def int8_columns(tensor: Tensor, zero_point: int, rotation: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def int8_columns(tensor: Tensor, limit: int | None, rotation: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Quantise as `int8_rows` does, for MatMulInteger.
 
     Args:
         tensor: The matrix.
-        zero_point: 0, or what is added to make unsigned integers.
+        limit: What the weights of inputs 2 * i and 2 * i + 1 may add up to, either way; None if it does not matter.
         rotation: So many inputs at a time are multiplied by `hadamard` first; 0 for none.
 
     Returns:
-        [in, out], int8 or, around a zero point, uint8; and the steps: float32 [out].
+        int8 [in, out], and the steps: float32 [out].
     """
-    columns = np.empty(tensor.shape[::-1], np.uint8 if zero_point else np.int8)
+    columns = np.empty(tensor.shape[::-1], np.int8)
     scales = np.empty(tensor.shape[0], np.float32)
     for i in range(0, tensor.shape[0], ROWS):
         rows = float_rows(tensor, i, i + ROWS)
         if rotation:
             rows = (rows.reshape(-1, rotation) @ hadamard(rotation)).reshape(rows.shape)
-        rows, scales[i : i + ROWS] = _rounded(rows)
-        rows += np.float32(zero_point)
-        columns[:, i : i + ROWS] = rows.astype(columns.dtype).T
+        rows, scales[i : i + ROWS] = _rounded(rows, limit)
+        columns[:, i : i + ROWS] = rows.astype(np.int8).T
     return columns, scales
 
 
-def stored_columns(tensor: Tensor, zero_point: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return what `int8_columns` does, of a tensor that is quantised: its integers and scales, as they are."""
+def given_columns(tensor: Tensor, unsigned: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return the integers and scales of a tensor that is quantised, as they are.
+
+    Returns:
+        [in, out], int8 or uint8 around 128; and the steps: float32 [out].
+    """
     assert tensor.quantisation is not None
-    # with the highest bit flipped, two's complement is unsigned around 128
-    integers = tensor.array().view(np.uint8) ^ np.uint8(zero_point)
+    columns = np.ascontiguousarray(tensor.array().T)
+    if unsigned:
+        # two's complement with the highest bit flipped
+        columns = columns.view(np.uint8)
+        columns ^= np.uint8(128)
     scale = tensor.quantisation.scale.array().astype(np.float32).reshape(-1)
-    columns = np.ascontiguousarray(integers.T).view(np.uint8 if zero_point else np.int8)
     return columns, np.ascontiguousarray(np.broadcast_to(scale, tensor.shape[:1]))
 
 
-def _rounded(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Divide rows by their steps and round, in place."""
+def _rounded(rows: np.ndarray, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Divide rows by their steps and round, in place; `limit` as for `int8_columns`."""
     scales = np.maximum(rows.max(1), -rows.min(1)) / np.float32(127)
+    if limit is not None:
+        pairs = rows[:, 0 : rows.shape[1] // 2 * 2 : 2] + rows[:, 1::2]
+        # rounding can add a half to each of the two
+        np.maximum(scales, np.maximum(pairs.max(1), -pairs.min(1)) / np.float32(limit - 1), out=scales)
     np.maximum(scales, TINY, out=scales)
     rows *= (np.float32(1) / scales)[:, None]
     return np.rint(rows, out=rows), scales

@@ -9,10 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from fluxonnx.errors import CheckpointError
+from fluxonnx.machine import available_memory
 from fluxonnx.manifest import COMPONENTS, Build
 from fluxonnx.runtime.sampler import Velocity
 from fluxonnx.runtime.schedule import timestep
 from fluxonnx.runtime.session import Session, SessionOptions
+
+# Packing 8-bit weights costs 1.9 ns a byte, and saves 1.2 ps a byte and token (measured on the 4B transformer).
+WORTH_PACKING = 1600
+# What has to be free besides the packed weights.
+SPARE = 2 << 30
 
 
 class Models:
@@ -33,9 +39,9 @@ class Models:
         self._root, self._build, self._options = root, build, options
         self._text_encoder: Session | None = None
 
-    def _open(self, component: str) -> Session:
+    def _open(self, component: str, pack: bool = False) -> Session:
         graph = self._root / self._build.components[component].graph
-        return Session(graph, component, self._options, self._build.precision)
+        return Session(graph, component, self._options, self._build, pack)
 
     def prompt_embeds(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         """int64 [batch, seq] twice -> f32 [batch, seq, 3 * hidden]; the encoder stays loaded until it is released."""
@@ -60,10 +66,14 @@ class Models:
             return np.concatenate([session.run(latents=one[None])[0] for one in latents])
 
     @contextmanager
-    def transformer(self) -> Iterator[Transformer]:
-        """Load the transformer for the length of a `with` block."""
-        with self._open("conditioning") as conditioning, self._open("transformer") as transformer:
+    def transformer(self, tokens: int) -> Iterator[Transformer]:
+        """Load the transformer for the length of a `with` block, in which it will see so many tokens in all."""
+        pack = tokens >= WORTH_PACKING and self._weight_bytes("transformer") + SPARE < available_memory()
+        with self._open("conditioning") as conditioning, self._open("transformer", pack) as transformer:
             yield Transformer(conditioning, transformer)
+
+    def _weight_bytes(self, component: str) -> int:
+        return sum((self._root / name).stat().st_size for name in self._build.components[component].weights)
 
 
 class Transformer:

@@ -11,6 +11,7 @@ from types import TracebackType
 import numpy as np
 
 from fluxonnx.errors import FluxonnxError, UsageError
+from fluxonnx.manifest import Build
 from fluxonnx.runtime.profile import Profile
 
 # ConstantFolding would turn the casts of these graphs' bf16 weights into 16 GB of float32. The VAE is small, and its
@@ -45,8 +46,18 @@ class SessionOptions:
 class Session:
     """One graph, loaded: a context manager, since its memory is worth giving back early."""
 
-    def __init__(self, path: Path, component: str, options: SessionOptions, precision: str = "bf16") -> None:
-        """Load the graph at `path`, a `component` in some `precision`.
+    def __init__(
+        self, path: Path, component: str, options: SessionOptions, build: Build | None = None, pack: bool = False
+    ) -> None:
+        """Load the graph at `path`, a `component` of some `build`.
+
+        Args:
+            path: The graph.
+            component: Which one it is.
+            options: How graphs are run.
+            build: What is known about how it was made.
+            pack: Whether 8-bit weights are laid out for the processor first: a copy of them in memory and seconds of
+                start-up, for faster products.
 
         Raises:
             FluxonnxError: onnxruntime can't load it.
@@ -60,11 +71,11 @@ class Session:
         settings.enable_mem_pattern = False
         if options.threads is not None:
             settings.intra_op_num_threads = options.threads
-        # Without VNNI, products with signed 8-bit weights are wrong unless onnxruntime makes them unsigned; on other
-        # processors, and for other weights, this does nothing.
-        settings.add_session_config_entry("session.x64quantprecision", "1")
-        if component in STREAMED and precision == "int8":
-            # Packed weights are a copy in memory and seconds of start-up; unpacked ones are the mapped file.
+        if build is None or build.settings.get("products") != "pairs":
+            # Without VNNI, products with signed 8-bit weights saturate unless onnxruntime makes them unsigned, which is
+            # slower; on other processors, and for other weights, this does nothing.
+            settings.add_session_config_entry("session.x64quantprecision", "1")
+        if component in STREAMED and build is not None and build.precision == "int8" and not pack:
             settings.add_session_config_entry("session.disable_prepacking", "1")
         if options.profile is not None:
             options.profile.start(settings, component)

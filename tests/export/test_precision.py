@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import fluxonnx
 from fluxonnx.checkpoint import read_header
 from fluxonnx.errors import ExportError, UsageError
-from fluxonnx.export import export, exporter, precision, weights
-from fluxonnx.manifest import COMPONENTS, graph_file, read_manifest
+from fluxonnx.export import export, exporter, precision, quantise, weights
+from fluxonnx.manifest import COMPONENTS, build_name, graph_file, read_manifest
 from fluxonnx.runtime.session import Session, SessionOptions
 from tests.conftest import Case
 from tests.test_other_runtimes import inputs_of
@@ -29,7 +30,8 @@ TOLERANCE = {"int8": 0.02, "int4": 0.12}
 
 
 def run(root: Path, component: str, name: str, flavour: str = "ort") -> np.ndarray:
-    with Session(root / graph_file(component, name, flavour), component, SessionOptions(), name) as session:
+    build = read_manifest(root).builds[build_name(name, flavour)]
+    with Session(root / graph_file(component, name, flavour), component, SessionOptions(), build) as session:
         return session.run(**inputs_of(component))[0]
 
 
@@ -87,16 +89,53 @@ def test_what_is_not_quantised_is_the_same(built, component):
     np.testing.assert_array_equal(run(built, component, "int8"), run(built, component, "bf16"))
 
 
-def test_signed_and_unsigned_weights_are_the_same_numbers(copy, built, monkeypatch):
-    """Which of them is stored depends on the processor; the results do not."""
-    stored = {}
-    for zero_point in (0, 128):
-        monkeypatch.setattr(precision, "adds_int8_products_exactly", lambda z=zero_point: z == 0)
-        export(copy, precision="int8", components=["transformer"], force=True)
-        dtypes = {tensor.dtype for tensor in read_header(copy / "transformer/int8.safetensors").values()}
-        assert ("I8" in dtypes, "U8" in dtypes) == (zero_point == 0, zero_point == 128)
-        stored[zero_point] = run(copy, "transformer", "int8")
-    np.testing.assert_array_equal(stored[0], stored[128])
+@pytest.mark.parametrize("exact", [True, False], ids=["VNNI", "no VNNI"])
+def test_integers_suit_the_processor(copy, built, monkeypatch, exact):
+    """Without VNNI, pairs of products must fit into 16 bits whatever the activations are."""
+    monkeypatch.setattr(precision, "adds_int8_products_exactly", lambda: exact)
+    export(copy, precision="int8", components=["transformer"], force=True)
+    weights = [
+        t.array().astype(int) for t in read_header(copy / "transformer/int8.safetensors").values() if t.dtype == "I8"
+    ]
+    worst = max(np.abs(w[0::2] + w[1::2]).max() for w in weights)
+    levels = 127 if exact else precision.PAIRED_LEVELS
+    assert (2 * levels * worst < 2**15) is not exact
+    assert distance(run(copy, "transformer", "int8"), run(built, "transformer", "bf16")) < TOLERANCE["int8"]
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize("packed", [True, False])
+def test_paired_products_are_exact(tmp_path, rows, packed):
+    """The worst activations there can be, in onnxruntime's own kernels, against integers in numpy."""
+    rng = np.random.default_rng(0)
+    save_file({"w": rng.standard_normal((96, 256)).astype(np.float32)}, tmp_path / "w.safetensors")
+    source = read_header(tmp_path / "w.safetensors")["w"]
+    levels = precision.PAIRED_LEVELS
+    weights, _ = quantise.int8_columns(source, (2**15 - 1) // (2 * levels))
+    # for each column some row that makes every product positive, or every product negative
+    signs = [weights.T[:rows] > 0, weights.T[:rows] <= 0]
+    for sign in signs:
+        activations = np.where(sign, 2 * levels, 0).astype(np.uint8)
+        assert (activations.astype(int) @ weights.astype(int)).max() > 2**15
+        found = multiplied(activations, weights, levels, packed)
+        np.testing.assert_array_equal(found, (activations.astype(int) - levels) @ weights.astype(int))
+
+
+def multiplied(activations: np.ndarray, weights: np.ndarray, zero_point: int, packed: bool) -> np.ndarray:
+    """MatMulInteger in onnxruntime."""
+    node = onnx.helper.make_node("MatMulInteger", ["x", "w", "zero"], ["y"])
+    graph = onnx.helper.make_graph(
+        [node],
+        "product",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.UINT8, activations.shape)],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.INT32, None)],
+        [onnx.numpy_helper.from_array(weights, "w"), onnx.numpy_helper.from_array(np.uint8(zero_point), "zero")],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_prepacking", "0" if packed else "1")
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": activations})[0]
 
 
 def test_activations_are_rounded_once_for_all_linears_that_share_them(built):
@@ -141,6 +180,8 @@ def test_kept_layers(copy, built):
 def test_rotation_takes_outliers_out(monkeypatch, checkpoints, tmp_path, flavour):
     """A few channels of the text encoder's embeddings that are fifty times as large as the rest, as Qwen3 has them."""
     monkeypatch.setattr(precision, "ROTATION", 16)  # rows of 48 are no multiple of 256
+    monkeypatch.setattr(precision, "NARROWING_ROTATION", 1 << 20)  # none without `rotate`
+    monkeypatch.setattr(precision, "adds_int8_products_exactly", lambda: True)  # the limit on pairs is another matter
     root = Path(shutil.copytree(checkpoints.get(Case("odd-heads", "fp32")), tmp_path / "model"))
     path = root / "text_encoder/model.safetensors"
     tensors = load_file(path)
@@ -154,6 +195,19 @@ def test_rotation_takes_outliers_out(monkeypatch, checkpoints, tmp_path, flavour
         export(root, precision="int8", flavour=flavour, rotate=rotate, components=["text_encoder"], force=True)
         found.append(distance(run(root, "text_encoder", "int8", flavour), run(root, "text_encoder", "fp32")))
     assert found[1] < 0.6 * found[0]
+
+
+def test_what_narrows_is_rotated(monkeypatch, checkpoints, tmp_path):
+    """Products of activations have outliers; without any in the weights, most of the error comes from there."""
+    root = Path(shutil.copytree(checkpoints.get(Case("one-double-three-single")), tmp_path / "model"))
+    export(root, components=["transformer"])
+    found = []
+    for group in (64, 1 << 20):
+        monkeypatch.setattr(precision, "NARROWING_ROTATION", group)
+        (root / "transformer/int8.safetensors").unlink(missing_ok=True)
+        export(root, precision="int8", components=["transformer"], force=True)
+        found.append(distance(run(root, "transformer", "int8"), run(root, "transformer", "bf16")))
+    assert found[0] < 0.85 * found[1]
 
 
 def test_rows_that_are_no_whole_blocks_are_kept(copy):

@@ -111,7 +111,7 @@ def test_computes_with_the_files_integers(copy, tmp_path, form):
         )
 
 
-@pytest.mark.parametrize("zero_point", [0, 128])
+@pytest.mark.parametrize("zero_point", [0, 128], ids=["exact", "pairs"])
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.id)
 def test_integers_are_stored_as_they_are(copy, tmp_path, monkeypatch, form, zero_point):
     monkeypatch.setattr(precision, "adds_int8_products_exactly", lambda: zero_point == 0)
@@ -138,7 +138,7 @@ def test_every_integer(tmp_path):
     tensors = read_header(tmp_path / "w.safetensors")
     tensor = resolve(tensors)["w.weight"]
     for zero_point in (0, 128):
-        columns, scales = quantise.stored_columns(tensor, zero_point)
+        columns, scales = quantise.given_columns(tensor, zero_point == 128)
         np.testing.assert_array_equal(columns.astype(int) - zero_point, values.T)
         np.testing.assert_array_equal(scales, np.full(4, 0.5, np.float32))
 
@@ -152,7 +152,7 @@ def test_our_own_rotation_makes_the_same_integers(tmp_path):
     """So what --rotate stores could be theirs, and the other way round."""
     weight = np.random.default_rng(0).standard_normal((40, 512), np.float32)
     save_file({"w": weight}, tmp_path / "w.safetensors")
-    found, steps = quantise.int8_columns(read_header(tmp_path / "w.safetensors")["w"], 0, precision.ROTATION)
+    found, steps = quantise.int8_columns(read_header(tmp_path / "w.safetensors")["w"], None, precision.ROTATION)
     integers, scale = comfyui.quantise(weight, Form(group=256))
     assert precision.ROTATION == 256
     np.testing.assert_allclose(steps, scale[:, 0], rtol=1e-5)
