@@ -208,8 +208,8 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
         "--precision",
         metavar="NAME",
         help="bf16: weights stay in the checkpoint's files as they are; fp32: converted; fp16: half of that, and "
-        "computed so, for GPUs and runtimes without bfloat16; int8, int4: quantised; auto: what suits this machine. "
-        "Files of fp16, int8 and int4 need no others (default: bf16, or int8 if that is what the weights are)",
+        "computed so, for GPUs (on a CPU it takes fp32's memory); int8, int4: quantised; auto: what suits this "
+        "machine. Files of fp16, int8 and int4 need no others (default: bf16, or int8 if that is what the weights are)",
     )
     parser.add_argument(
         "--keep",

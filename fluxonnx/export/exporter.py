@@ -107,8 +107,9 @@ def export(
         transformer: A safetensors file to take the transformer's weights from instead, with diffusers' or the
             original's names. The integers of one that ComfyUI's tools quantised (int8_tensorwise) are kept: "int8".
         precision: "bf16" leaves the weights in the checkpoint's files as they are; "fp32" converts them; "fp16" does,
-            to half the size, and computes the products of the blocks and of the autoencoder in float16, for GPUs (a
-            CPU converts back); "int8" and "int4" quantise the linears of the blocks.
+            to half the size, and computes the products of the blocks and of the autoencoder in float16, for GPUs (on
+            a CPU onnxruntime makes float32 of them when it loads them); "int8" and "int4" quantise the linears of the
+            blocks.
         flavour: "ort" for onnxruntime, with its fused operators; "portable" for any runtime.
         components: Which graphs, by the names of the files; all by default.
         opset: The ai.onnx opset; by default 23 for ort and 17 for portable (21 with int4).
