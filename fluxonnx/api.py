@@ -73,6 +73,7 @@ def load(
     precision: str | None = None,
     flavour: str = DEFAULT_FLAVOUR,
     threads: int | None = None,
+    low_memory: bool = False,
     cache_dir: str | Path | None = None,
     on_export: Callable[[Path], None] | None = None,
     on_choice: Callable[[str, str], None] | None = None,
@@ -88,6 +89,7 @@ def load(
             this machine; by default bf16, or, in a directory that holds only a build with files of its own, that one.
         flavour: "ort" or "portable".
         threads: Threads per operator; None for one per core.
+        low_memory: Take less memory, and more time: pictures above 576x576 are encoded and decoded in tiles.
         cache_dir: A folder for prompt embeddings, so that a known prompt never loads the text encoder.
         on_export: Called with the directory if graphs have to be exported.
         on_choice: Called with the precision that "auto" chose, and the reason.
@@ -102,7 +104,7 @@ def load(
     from fluxonnx.runtime.pipeline import Flux
     from fluxonnx.runtime.session import SessionOptions
 
-    options = SessionOptions(threads, profile, observe)
+    options = SessionOptions(threads, profile, observe, low_memory)
     checkpoint = Checkpoint(find_model(path))
     precision = _resolve_precision(checkpoint, precision, flavour, on_choice)
     name = build_name(precision, flavour)

@@ -54,6 +54,7 @@ class Plan:
     repeat: int = 1
     export: bool = False
     profile: bool = False
+    low_memory: bool = False
 
 
 @dataclass
@@ -211,6 +212,7 @@ def _measure(plan: Plan, result: Result, turn: str, say: Callable[[str], None]) 
         "model": str(plan.model),
         "prompt": plan.prompt,
         "steps": plan.steps,
+        "low_memory": plan.low_memory,
         **asdict(result.configuration),
     }
     try:
@@ -265,6 +267,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "seed": SEED,
         "steps": plan.steps or next(steps, None),
         "repeat": plan.repeat,
+        "low_memory": plan.low_memory,
         "exports": report.exports,
         "results": [
             {
@@ -295,6 +298,8 @@ def render(report: Report) -> str:
     """Return the tables that are printed, in Markdown."""
     here = machine()
     parts = [f"{here['processor']}, {here['cores']} cores, onnxruntime {here['onnxruntime']}"]
+    if report.plan.low_memory:
+        parts[0] += ", with --low-memory"
     if report.exports:
         rows = [
             [precision, number(export["seconds"]), *_gigabytes(export), f"{export['bytes_written'] / 1e6:.2f}"]

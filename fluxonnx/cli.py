@@ -177,6 +177,11 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
     )
     model.add_argument("--precision", metavar="NAME", help="bf16 (default), fp32, fp16, int8, int4, or auto")
     model.add_argument("--threads", type=int, metavar="N", help="default: one per core")
+    model.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="take less memory, and more time: pictures above 576x576 are decoded in tiles, with small differences",
+    )
     _add_verbosity(parser)
 
 
@@ -277,6 +282,7 @@ def _add_bench(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--repeat", type=int, default=1, metavar="N", help="rounds, whose medians are reported (default: %(default)s)"
     )
+    parser.add_argument("--low-memory", action="store_true", help="measure as generate --low-memory runs")
     parser.add_argument("--export", action="store_true", help="also measure the export: graphs are written anew")
     parser.add_argument(
         "--profile",

@@ -36,6 +36,7 @@ def generate(arguments: argparse.Namespace) -> None:
         precision=precision,
         flavour=flavour,
         threads=arguments.threads,
+        low_memory=arguments.low_memory,
         cache_dir=arguments.cache_dir,
         on_export=lambda root: say(f"Exporting {root} ..."),
         on_choice=lambda name, reason: say(f"Precision {name}: {reason}"),
@@ -119,6 +120,7 @@ def bench(arguments: argparse.Namespace) -> None:
         repeat=arguments.repeat,
         export=arguments.export,
         profile=arguments.profile,
+        low_memory=arguments.low_memory,
     )
     if arguments.json is not None:
         benchmark.check_output(arguments.json)

@@ -181,12 +181,16 @@ def measure_picture(
     prompt: str,
     guidance: float | None = None,
     flavour: str = "ort",
+    low_memory: bool = False,
 ) -> dict[str, Any]:
     """Make a picture; returns seconds and peaks of memory per phase, seconds in all and per step after the first."""
     from fluxonnx import api
 
     ends: list[float] = []
-    with api.load(model, precision=precision, flavour=flavour, threads=threads) as flux, Watch() as watch:
+    with (
+        api.load(model, precision=precision, flavour=flavour, threads=threads, low_memory=low_memory) as flux,
+        Watch() as watch,
+    ):
         flux.on_phase = watch.phase
         start = time.perf_counter()
         flux.generate(
@@ -204,14 +208,21 @@ def measure_picture(
 
 
 def measure_operators(
-    model: str, precision: str, threads: int | None, width: int, height: int, steps: int | None, prompt: str
+    model: str,
+    precision: str,
+    threads: int | None,
+    width: int,
+    height: int,
+    steps: int | None,
+    prompt: str,
+    low_memory: bool = False,
 ) -> dict[str, Any]:
     """Make a picture under onnxruntime's profiler; returns a table of operator types per graph."""
     from fluxonnx import api
     from fluxonnx.runtime.profile import Profile
 
     with Profile() as profile:
-        with api.load(model, precision=precision, threads=threads, profile=profile) as flux:
+        with api.load(model, precision=precision, threads=threads, low_memory=low_memory, profile=profile) as flux:
             flux.generate(prompt, width, height, steps, SEED)
         return {graph: [asdict(row) for row in rows] for graph, rows in profile.operators().items()}
 

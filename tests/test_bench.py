@@ -76,6 +76,13 @@ def test_one_step_has_no_median_after_the_first(model, capsys):
     assert [row[3] for row in cells(capsys.readouterr().out)[2:]] == [*PHASES, "in all"]
 
 
+def test_low_memory(model, tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    assert main(["bench", "-d", model, "--size", "64", "--steps", "1", "--low-memory", "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["low_memory"] is True
+    assert capsys.readouterr().out.splitlines()[0].endswith(", with --low-memory")
+
+
 def test_profile(model, tmp_path, capsys):
     path = tmp_path / "bench.json"
     assert main(["bench", "-d", model, "--size", "64", "--steps", "2", "--profile", "--json", str(path)]) == 0

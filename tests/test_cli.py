@@ -237,3 +237,13 @@ def test_package_never_imports_torch(model, tmp_path):
         "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_drawing_imports_nothing_of_the_exporter(model, tmp_path):
+    """Once a model is exported: onnx alone takes longer to import than a small picture to draw."""
+    code = (
+        "import sys; from fluxonnx.cli import main; "
+        f"assert main(['generate', '-q', '-d', {model!r}, '-p', 'x', '-o', {str(tmp_path / 'a.png')!r}]) == 0; "
+        "assert not {'onnx', 'fluxonnx.export', 'fluxonnx.compare'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

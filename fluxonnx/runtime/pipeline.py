@@ -7,6 +7,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +30,7 @@ from fluxonnx.runtime.sampler import Velocity, sample
 from fluxonnx.runtime.schedule import make_sigmas, start_step
 from fluxonnx.runtime.session import SessionOptions
 from fluxonnx.runtime.text import Tokenizer
+from fluxonnx.runtime.tiles import TILE, Tiling, whole_bytes
 
 # callback(step, steps, sigma, latents f32 [batch, image_seq, channels]); returning False stops the run
 Callback = Callable[[int, int, float, np.ndarray], object]
@@ -85,6 +87,8 @@ class Flux:
         self._channels = manifest.architecture["transformer"]["in_channels"]
         self._dim = manifest.architecture["transformer"]["heads"] * manifest.architecture["transformer"]["head_dim"]
         self._threads = options.threads if options else None
+        self._low_memory = options is not None and options.low_memory
+        self._vae_width = max(manifest.architecture["vae"]["decoder_channels"][:2])
         self._defaults = {**DEFAULTS, **manifest.defaults}
         self._multiple = 2 ** len(manifest.architecture["vae"]["decoder_channels"])
 
@@ -178,12 +182,13 @@ class Flux:
         with self.phases("encode prompt"):
             prompts = [request.prompt, request.negative_prompt] if request.guided else [request.prompt]
             embeds = self._prompts.encode(prompts, request.max_sequence_length)
+        request = replace(request, tile=self._tile(request))
         start, references = self._encode_inputs(request)
         images = []
         for group in _groups(seeds, self._at_once(request, references)):
             latents = self._denoise(request, group, embeds, start, references, callback)
             with self.phases("decode"):
-                samples = self._models.decode_latents(latents)
+                samples = self._models.decode_latents(latents, Tiling(request.tile, self._multiple))
             images += [
                 self._sign(sample_to_image(sample), request, seed) for sample, seed in zip(samples, group, strict=True)
             ]
@@ -253,8 +258,30 @@ class Flux:
         if not images:
             return None, []
         with self.phases("encode image"):
-            latents = self._models.encode_images([image_to_sample(image) for image in images])
+            samples = [image_to_sample(image) for image in images]
+            latents = self._models.encode_images(samples, Tiling(request.tile, self._multiple))
         return (latents[0], latents[1:]) if painted_over else (None, latents)
+
+    def _tile(self, request: Request) -> int | None:
+        """Return the side of the tiles for the autoencoder; None if no picture needs any.
+
+        What is decided is written into the picture, since tiles change it a little.
+        """
+        assert request.width is not None
+        assert request.height is not None
+        sizes = [(request.width, request.height), *(reference.size for reference in request.references)]
+        tile = request.tile or TILE
+        if max(map(max, sizes)) <= tile:
+            return None
+        if request.tile or self._low_memory:
+            return tile
+        largest = max(width * height for width, height in sizes)
+        needed, available = whole_bytes(largest, self._vae_width), available_memory()
+        if needed <= available:
+            return None
+        short = f"memory is short ({needed / 1e9:.1f} GB needed, {available / 1e9:.1f} GB free)"
+        warnings.warn(f"{short}: the picture is decoded in tiles, with small differences", stacklevel=4)
+        return tile
 
     def _start_image(self, request: Request) -> Image.Image:
         """Return the picture that image-to-image starts from, at the size of the output.
@@ -271,7 +298,7 @@ class Flux:
 
     def _at_once(self, request: Request, references: list[np.ndarray]) -> int:
         """Return how many pictures to make in one pass: what fits into memory, by a guess, and stays reproducible."""
-        if self._dim // (self._threads or os.cpu_count() or 1) <= BITWISE_COLUMNS:
+        if self._low_memory or self._dim // (self._threads or os.cpu_count() or 1) <= BITWISE_COLUMNS:
             return 1
         rows, columns = self._grid(request)
         assert request.max_sequence_length is not None

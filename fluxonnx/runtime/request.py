@@ -14,6 +14,7 @@ from fluxonnx.runtime.images import as_rgb, fit_reference
 from fluxonnx.runtime.sampler import SOLVERS
 from fluxonnx.runtime.schedule import SCHEDULES, custom_sigmas
 from fluxonnx.runtime.text import MAX_LENGTH
+from fluxonnx.runtime.tiles import SMALLEST
 
 # The sides that the model can draw (FLUX_VAE_MAX_DIM, antirez/flux2.c).
 MIN_SIDE, MAX_SIDE = 64, 1792
@@ -52,6 +53,8 @@ class Request:
         noise: "torch" (as diffusers draws it) or "size-independent" (alike at all sizes).
         max_sequence_length: To how many tokens a prompt is padded or cut: a multiple of 8 up to 512; None for the
             model's own, which is 512 unless its manifest says otherwise.
+        tile: The side in pixels of the tiles in which larger pictures are encoded and decoded, which costs a little
+            exactness, at least 384; None for 576 if memory is short, else whole pictures.
     """
 
     prompt: str
@@ -69,6 +72,7 @@ class Request:
     sampler: str = "euler"
     noise: str = "torch"
     max_sequence_length: int | None = None
+    tile: int | None = None
 
     def parameters(self) -> dict[str, Any]:
         """Return what can be written down: all fields that matter, except the pictures."""
@@ -79,6 +83,8 @@ class Request:
             skipped.add("power_alpha")
         if self.image is None:
             skipped.add("strength")
+        if self.tile is None:
+            skipped.add("tile")
         if self.guidance_scale == 1:
             skipped.add("negative_prompt")
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in skipped}
@@ -122,6 +128,8 @@ def resolve(request: Request, is_distilled: bool, multiple: int, defaults: Mappi
     ):
         if value not in known:
             raise UsageError(f"{name} {value!r} is unknown: choose one of {', '.join(known)}")
+    if request.tile is not None and (request.tile < SMALLEST or request.tile % multiple):
+        raise UsageError(f"tile is {request.tile}, but must be a multiple of {multiple} and at least {SMALLEST}")
     guidance = _guidance(request, is_distilled)
     return replace(
         request,
