@@ -289,7 +289,13 @@ ARCHITECTURES = {
         VaeSize((128, 256, 512, 512)),
         text_encoder_shards=2,
     ),
-    # the model in the box until a trained one ships
+    # as wide, but with few layers: for measurements of what happens in one
+    "4b-short": Architecture(
+        TextEncoderSize(2560, 4, 32, 8, 128, 9728, vocab=384),
+        TransformerSize(24, 128, 1, 4, text_dim=7680, in_channels=128, axes=(32, 32, 32, 32)),
+        VaeSize((128, 256, 512, 512)),
+    ),
+    # the smallest
     "tiny-random": tiny(
         replace(_TEXT, hidden=32, intermediate=64), replace(_VAE, channels=(16, 16, 16, 16)), 2, 32, 1, 1
     ),

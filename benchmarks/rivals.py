@@ -13,9 +13,9 @@ are printed. All draw the same prompt at the same size and number of steps, with
   fluxonnx's own sampler;
 - antirez/flux2.c and leejet/stable-diffusion.cpp, where a binary is given. The latter reads other files than DIR.
 
-A step is the median of all but the first; stable-diffusion.cpp tells only the sum, so there it is the mean of all. The
-total is the life of the process: start, imports, loading, picture. Resident memory counts the mapped pages of weight
-files, anonymous does not; both are known on Linux only. Programs that are not there are skipped.
+A step is the median of all but the first, in which some programs load their weights. The total is the life of the
+process: start, imports, loading, picture. Resident memory counts the mapped pages of weight files, anonymous does not;
+both are known on Linux only. Programs that are not there are skipped.
 """
 
 from __future__ import annotations
@@ -205,12 +205,13 @@ def sdcpp_contender(binary: str, files: dict[str, str], work: dict[str, Any], fo
     command += ["--diffusion-fa", "-o", f"{folder}/sdcpp.png"]
     if work["threads"] is not None:
         command += ["-t", str(work["threads"])]
-    return Contender("stable-diffusion.cpp", command, lambda done: sdcpp_steps(done, work["steps"]))
+    return Contender("stable-diffusion.cpp", command, sdcpp_steps)
 
 
-def sdcpp_steps(done: Finished, steps: int) -> list[float]:
-    found = re.search(r"sampling completed, taking ([\d.]+)s", done.output + done.messages)
-    return [float(found[1]) / steps] if found else []
+def sdcpp_steps(done: Finished) -> list[float]:
+    # "| 2/4 - 28.87s/it", rewritten in place; weights are loaded within the first
+    found = re.findall(r"\d+/\d+ - ([\d.]+)(s/it|it/s)", done.output)
+    return [float(value) if unit == "s/it" else 1 / float(value) for value, unit in found][1:]
 
 
 # All of them, in turns.

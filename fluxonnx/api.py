@@ -13,7 +13,16 @@ from fluxonnx.auto import choose
 from fluxonnx.checkpoint import Checkpoint
 from fluxonnx.errors import CheckpointError
 from fluxonnx.files import explain, replacing
-from fluxonnx.manifest import COMPONENTS, DEFAULT_FLAVOUR, DEFAULT_PRECISION, build_name, is_current, read_manifest
+from fluxonnx.manifest import (
+    COMPONENTS,
+    DEFAULT_FLAVOUR,
+    DEFAULT_PRECISION,
+    Build,
+    build_name,
+    is_current,
+    read_manifest,
+)
+from fluxonnx.single_file import transformer_tensors
 
 if TYPE_CHECKING:
     from fluxonnx.runtime.pipeline import Flux
@@ -76,8 +85,8 @@ def load(
     Args:
         path: A model directory in the Hugging Face layout of FLUX.2-klein; by default $FLUXONNX_MODEL, else ./model,
             else the small model in the box.
-        precision: "bf16" (weights as the checkpoint has them), "fp32", "int8", "int4", or "auto" for what suits this
-            machine; by default bf16, or, in a directory that holds only a quantised build, that one.
+        precision: "bf16" (weights as the checkpoint has them), "fp32", "fp16", "int8", "int4", or "auto" for what suits
+            this machine; by default bf16, or, in a directory that holds only a build with files of its own, that one.
         flavour: "ort" or "portable".
         threads: Threads per operator; None for one per core.
         low_memory: Take less memory, and more time: pictures above 576x576 are encoded and decoded in tiles.
@@ -115,6 +124,7 @@ def load(
             keep=settings.get("keep") or None,
             block=int(settings["block"]) if "block" in settings else None,
             rotate=settings.get("rotate") == "true",
+            transformer=_transformer_of(checkpoint.root, stale) if stale else None,
             force=stale is not None,
         )
     manifest = read_manifest(checkpoint.root)
@@ -134,11 +144,36 @@ def _resolve_precision(
             if build.flavour == flavour and _is_exported(checkpoint.root, build_name(build.precision, flavour)):
                 return build.precision
     if precision is None:
-        return DEFAULT_PRECISION
+        return default_precision(checkpoint)
     chosen, reason = choose(checkpoint)
     if on_choice:
         on_choice(chosen, reason)
     return chosen
+
+
+def default_precision(checkpoint: Checkpoint) -> str:
+    """Return the precision that leaves a checkpoint's weights as they are: bf16, or int8 if they are integers.
+
+    Raises:
+        CheckpointError: The transformer's weights are missing or corrupt.
+    """
+    quantised = any(tensor.quantisation for tensor in transformer_tensors(checkpoint).values())
+    return "int8" if quantised else DEFAULT_PRECISION
+
+
+def _transformer_of(root: Path, build: Build) -> Path | None:
+    """Return the file that --transformer named when a build was made."""
+    if "transformer" not in build.settings:
+        return None
+    name = build.settings["transformer"].rpartition(" ")[0]
+    sources = build.components["transformer"].sources if "transformer" in build.components else {}
+    file = next((root / source for source in sources if Path(source).name == name), None)
+    if file is None or not file.is_file():
+        raise CheckpointError(
+            f"the {build.precision} build of {root} is out of date, and {name}, which it was made from, is gone: "
+            "export it again with --transformer FILE"
+        )
+    return file
 
 
 def _is_exported(root: Path, name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fluxonnx.checkpoint import Checkpoint
 from fluxonnx.machine import adds_int8_products_exactly, available_memory
+from fluxonnx.single_file import transformer_tensors
 
 # Below this a transformer's weights cost neither time nor memory worth saving.
 SMALL = 500e6
@@ -28,7 +29,10 @@ def choose(checkpoint: Checkpoint, available: int | None = None) -> tuple[str, s
     Raises:
         CheckpointError: The transformer's weights are missing or corrupt.
     """
-    weights = sum(tensor.nbytes for tensor in checkpoint.tensors("transformer").values())
+    tensors = transformer_tensors(checkpoint).values()
+    if any(tensor.quantisation for tensor in tensors):
+        return "int8", "the transformer's weights are 8-bit integers already"
+    weights = sum(tensor.nbytes for tensor in tensors)
     if weights < SMALL:
         return "bf16", f"the transformer's {weights / 1e6:.0f} MB of weights cost nothing as they are"
     free = available_memory() if available is None else available

@@ -62,6 +62,8 @@ class Tensor:
         file: The file that holds it.
         offset: First byte, counted from the start of the file.
         nbytes: Length in bytes.
+        swapped: Whether the second half of its first dimension is to come first.
+        quantisation: For integers that stand for weights: which.
     """
 
     name: str
@@ -70,11 +72,27 @@ class Tensor:
     file: Path
     offset: int
     nbytes: int
+    swapped: bool = False
+    quantisation: Quantisation | None = None
 
     def array(self) -> np.ndarray:
-        """Map the tensor's bytes, read-only and without copying, as an array of `shape`."""
+        """Map the tensor's bytes, read-only and, unless `swapped`, without copying, as an array of `shape`."""
         raw = np.memmap(self.file, np.uint8, "r", self.offset, (self.nbytes,)) if self.nbytes else np.empty(0, np.uint8)
-        return raw.view(DTYPES[self.dtype]).reshape(self.shape)
+        array = raw.view(DTYPES[self.dtype]).reshape(self.shape)
+        return np.concatenate(np.split(array, 2)[::-1]) if self.swapped else array
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How integers [out, in] stand for weights: they are multiplied by a scale.
+
+    Attributes:
+        scale: One number, or one for each output: [], [1], [out] or [out, 1].
+        rotation: So many inputs at a time have been multiplied by a Hadamard matrix; 0 for none.
+    """
+
+    scale: Tensor
+    rotation: int = 0
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -108,6 +126,24 @@ def read_header(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: The file is missing, truncated or corrupt; the message says which check failed.
     """
+    header, start, size = _header(path)
+    header.pop("__metadata__", None)
+    tensors = [_header_entry(path, name, entry, start, size) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    for before, after in itertools.pairwise(tensors):
+        if before.offset + before.nbytes > after.offset:
+            raise CheckpointError(f"{path}: the bytes of {before.name} and {after.name} overlap: download it again")
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return the metadata in the header of a safetensors file; raises as `read_header` does."""
+    metadata = _header(path)[0].get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Return a file's header, where its data starts, and its size."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -127,14 +163,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} has a header that is not JSON: download it again") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a header that is not a JSON object: download it again")
-
-    header.pop("__metadata__", None)
-    tensors = [_header_entry(path, name, entry, 8 + length, size) for name, entry in header.items()]
-    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
-    for before, after in itertools.pairwise(tensors):
-        if before.offset + before.nbytes > after.offset:
-            raise CheckpointError(f"{path}: the bytes of {before.name} and {after.name} overlap: download it again")
-    return {tensor.name: tensor for tensor in tensors}
+    return header, 8 + length, size
 
 
 def _header_entry(path: Path, name: str, entry: Any, data_start: int, file_size: int) -> Tensor:
@@ -279,19 +308,32 @@ class Config:
             raise CheckpointError(f'{self.path}: "{key}" is {json.dumps(value)}, but fluxonnx knows only {names}')
 
 
+def _placed(file: Path, root: Path) -> Path:
+    """Return a file's path such that it starts with `root` if it lies there, and is absolute if not."""
+    absolute, folder = file.parent.resolve() / file.name, root.resolve()
+    return root / absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute
+
+
 class Checkpoint:
     """A model directory in the Hugging Face layout of FLUX.2-klein."""
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, transformer: str | Path | None = None) -> None:
         """Open the directory and check what kind of model it is.
+
+        Args:
+            root: The directory.
+            transformer: A safetensors file to take the transformer's weights from instead.
 
         Raises:
             CheckpointError: It does not exist, has no model_index.json, or is another kind of pipeline.
         """
         self.root = Path(root)
+        self.transformer = _placed(Path(transformer), self.root) if transformer else None
         if not self.root.is_dir():
             why = "is not a directory" if self.root.exists() else "does not exist"
             raise CheckpointError(f"model directory {self.root} {why}: pass the folder that holds model_index.json")
+        if self.transformer and not self.transformer.is_file():
+            raise CheckpointError(f"--transformer {self.transformer} is not a file: pass a .safetensors file")
         self.index = Config(self.root / "model_index.json")
         found = self.index.values.get("_class_name")
         if found != PIPELINE_CLASS:
@@ -327,7 +369,9 @@ class Checkpoint:
         return config
 
     def tensors(self, component: str) -> dict[str, Tensor]:
-        """Read the tensor table of `component` (text_encoder, transformer or vae)."""
+        """Read the tensor table of `component` (text_encoder, transformer or vae), by the names in its files."""
+        if component == "transformer" and self.transformer:
+            return read_header(self.transformer)
         return read_tensors(self.root / component)
 
     def has_weights(self, component: str) -> bool:
@@ -336,12 +380,14 @@ class Checkpoint:
         return any((folder / f"{stem}.safetensors{end}").exists() for stem in STEMS for end in ("", ".index.json"))
 
     def files(self) -> Iterator[Path]:
-        """Yield every file the model needs: configs, tokenizer, weights."""
+        """Yield every file in the directory that the model needs: configs, tokenizer, weights."""
         yield self.index.path
         for folder in ("scheduler", "tokenizer"):
             yield from sorted(path for path in (self.root / folder).glob("*") if path.is_file())
         for component in COMPONENT_CLASSES:
             yield self.root / component / "config.json"
+            if component == "transformer" and self.transformer:
+                continue
             index, files = weight_files(self.root / component)
             if index is not None:
                 yield index

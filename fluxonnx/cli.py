@@ -175,7 +175,7 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
         metavar="DIR",
         help="model directory (default: $FLUXONNX_MODEL, else ./model, else a tiny one in the box, which draws noise)",
     )
-    model.add_argument("--precision", metavar="NAME", help="bf16 (default), fp32, int8, int4, or auto")
+    model.add_argument("--precision", metavar="NAME", help="bf16 (default), fp32, fp16, int8, int4, or auto")
     model.add_argument("--threads", type=int, metavar="N", help="default: one per core")
     model.add_argument(
         "--low-memory",
@@ -193,6 +193,7 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
         "write a checkpoint's ONNX graphs",
         "-d DIR [-o DIR] [options]",
         "fluxonnx export -d model --flavour portable -o graphs",
+        "fluxonnx export -d model --transformer flux-2-klein-4b-int8.safetensors",
     )
     parser.add_argument("-d", "--dir", required=True, metavar="DIR", help="model directory, Hugging Face layout")
     parser.add_argument(
@@ -202,11 +203,18 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
         help="make a self-contained copy here instead of writing into the model directory",
     )
     parser.add_argument(
+        "--transformer",
+        type=Path,
+        metavar="FILE",
+        help="take the transformer's weights from this safetensors file, with diffusers' or the original's names; "
+        "ComfyUI's int8_tensorwise integers are kept as they are, and make an int8 build",
+    )
+    parser.add_argument(
         "--precision",
-        default="bf16",
         metavar="NAME",
-        help="bf16: weights stay in the checkpoint's files as they are; fp32: converted; int8, int4: quantised, "
-        "in files that need no others; auto: what suits this machine (default: %(default)s)",
+        help="bf16: weights stay in the checkpoint's files as they are; fp32: converted; fp16: half of that, and "
+        "computed so, for GPUs (on a CPU it takes fp32's memory); int8, int4: quantised; auto: what suits this "
+        "machine. Files of fp16, int8 and int4 need no others (default: bf16, or int8 if that is what the weights are)",
     )
     parser.add_argument(
         "--keep",
@@ -259,7 +267,12 @@ def _add_bench(subparsers: argparse._SubParsersAction) -> None:
         "--size", nargs="+", action="extend", default=[], metavar="WxH", help="256x512, or 256 (default) for a square"
     )
     varied.add_argument(
-        "--precision", nargs="+", action="extend", default=[], metavar="NAME", help="bf16 (default), fp32, int8 or int4"
+        "--precision",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="bf16 (default), fp32, fp16, int8 or int4",
     )
     varied.add_argument(
         "--threads", type=int, nargs="+", action="extend", default=[], metavar="N", help="default: one per core"

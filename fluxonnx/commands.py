@@ -75,20 +75,22 @@ def _make(flux: Flux, job: Job, arguments: argparse.Namespace, say: Callable[[st
 
 def export(arguments: argparse.Namespace) -> None:
     """Export graphs and print a table of what was written."""
-    from fluxonnx.api import AUTO
+    from fluxonnx.api import AUTO, default_precision
     from fluxonnx.auto import choose
     from fluxonnx.checkpoint import Checkpoint
     from fluxonnx.export import export as run
 
     say = _speaker(arguments)
-    precision = arguments.precision
+    checkpoint = Checkpoint(arguments.dir, arguments.transformer)
+    precision = arguments.precision or default_precision(checkpoint)
     if precision == AUTO:
-        precision, reason = choose(Checkpoint(arguments.dir))
+        precision, reason = choose(checkpoint)
         say(f"Precision {precision}: {reason}")
     with Progress(arguments.quiet) as bar:
         reports = run(
             arguments.dir,
             arguments.output,
+            transformer=arguments.transformer,
             precision=precision,
             keep=arguments.keep,
             block=arguments.block,

@@ -115,11 +115,14 @@ def read_manifest(root: Path) -> Manifest | None:
 def is_current(root: Path, component: Component, version: str) -> bool:
     """Whether a graph and its weights are still there, made by this version from the checkpoint as it is now.
 
-    A build that has all its weights in files of its own stays current when the checkpoint's are deleted.
+    A build that has all its weights in files of its own stays current when the checkpoint's are deleted; so does one
+    with weights from a file elsewhere, which are always copied.
     """
-    sources = component.sources
-    if component.self_contained:
-        sources = {name: digest for name, digest in sources.items() if (root / name).exists()}
+    sources = {
+        name: digest
+        for name, digest in component.sources.items()
+        if (root / name).exists() or not (component.self_contained or Path(name).is_absolute())
+    }
     return (
         component.exporter_version == version
         and all((root / name).is_file() for name in (component.graph, *component.weights, *sources))

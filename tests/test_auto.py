@@ -21,7 +21,7 @@ FOUR_BILLION = 7_750_000_000
 def large(checkpoints, monkeypatch) -> Checkpoint:
     """A checkpoint that says it has as many weights as the 4B model."""
     tensor = Tensor("w", "BF16", (FOUR_BILLION // 2,), Path("w"), 0, FOUR_BILLION)
-    monkeypatch.setattr(Checkpoint, "tensors", lambda self, component: {"w": tensor})
+    monkeypatch.setattr(auto, "transformer_tensors", lambda checkpoint: {"w": tensor})
     return Checkpoint(checkpoints.get(CASE))
 
 

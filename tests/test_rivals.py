@@ -23,7 +23,7 @@ echo "  Step 3: 750.0 ms" >&2
 """
 SDCPP = """#!/bin/sh
 case "$*" in *"--steps 3 "*"-t 1"*) ;; *) exit 5 ;; esac
-echo "[INFO ] stable-diffusion.cpp:1 - sampling completed, taking 6.00s"
+printf '\r  |====>     | 1/3 - 9.50s/it\r  |=======>  | 2/3 - 2.00s/it\r  |==========| 3/3 - 0.50it/s\n'
 """
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the stand-ins are shell scripts")

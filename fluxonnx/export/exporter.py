@@ -30,6 +30,7 @@ from fluxonnx.manifest import (
     is_current,
     read_manifest,
 )
+from fluxonnx.single_file import transformer_tensors
 
 # Opset 23 has RMSNormalization; 17 is the oldest with LayerNormalization and all that the other runtimes load.
 FLAVOURS = {"ort": 23, "portable": 17}
@@ -85,6 +86,7 @@ def export(
     directory: str | Path,
     output: str | Path | None = None,
     *,
+    transformer: str | Path | None = None,
     precision: str = "bf16",
     flavour: str = "ort",
     components: Sequence[str] | None = None,
@@ -100,10 +102,14 @@ def export(
     Args:
         directory: A model directory in the Hugging Face layout of FLUX.2-klein.
         output: A folder for a self-contained copy (weights, configs, tokenizer, graphs); by default the graphs are
-            written beside the checkpoint's folders. The copy of an int8 or int4 build has no other weights than its
-            own.
-        precision: "bf16" leaves the weights in the checkpoint's files as they are; "fp32" converts them; "int8" and
-            "int4" quantise the linears of the blocks.
+            written beside the checkpoint's folders. The copy of an fp16, int8 or int4 build has no other weights than
+            its own.
+        transformer: A safetensors file to take the transformer's weights from instead, with diffusers' or the
+            original's names. The integers of one that ComfyUI's tools quantised (int8_tensorwise) are kept: "int8".
+        precision: "bf16" leaves the weights in the checkpoint's files as they are; "fp32" converts them; "fp16" does,
+            to half the size, and computes the products of the blocks and of the autoencoder in float16, for GPUs (on
+            a CPU onnxruntime makes float32 of them when it loads them); "int8" and "int4" quantise the linears of the
+            blocks.
         flavour: "ort" for onnxruntime, with its fused operators; "portable" for any runtime.
         components: Which graphs, by the names of the files; all by default.
         opset: The ai.onnx opset; by default 23 for ort and 17 for portable (21 with int4).
@@ -125,7 +131,7 @@ def export(
     names = select(components)
     say = progress or (lambda what, done, total: None)
     try:
-        checkpoint = Checkpoint(directory)
+        checkpoint = Checkpoint(directory, transformer)
         root = checkpoint.root
         if output is not None:
             copy = weights.copy_model(checkpoint, Path(output), say, not target.precision.self_contained)
@@ -219,20 +225,24 @@ def _export_components(
     precision, flavour = target.precision.name, target.flavour
     name = build_name(precision, flavour)
     build = manifest.builds.get(name)
-    settings = target.precision.settings()
+    settings = target.precision.settings() | _transformer(checkpoint)
     if build is None or (build.opset, build.settings) != (target.opset, settings):
         # Graphs of another opset or other settings are never mixed into one build.
         build = manifest.builds[name] = Build(precision, flavour, target.opset, settings)
 
+    current = (
+        {} if force else {key: done for key, done in build.components.items() if is_current(root, done, __version__)}
+    )
+    for component in names:
+        if component not in current and not force:
+            metadata = _metadata(checkpoint, component, target, sizes)
+            _refuse_foreign(root / graph_file(component, precision, flavour), metadata)
     reports = []
     for component in names:
         file = graph_file(component, precision, flavour)
-        known = build.components.get(component)
-        if known is not None and not force and is_current(root, known, __version__):
+        if known := current.get(component):
             reports.append(Report(component, file, known.nodes, known.parameters, 0, None))
             continue
-        if not force:
-            _refuse_foreign(root / file, _metadata(checkpoint, component, target, sizes))
         start = time.perf_counter()
         build.components[component] = done = _export_component(checkpoint, root, component, sizes, target, say)
         manifest.save(root)
@@ -270,7 +280,11 @@ def _export_component(
 ) -> Component:
     folder, precision = COMPONENTS[component], target.precision
     say(component, 0, 0)
-    tensors = {} if component == "conditioning" else checkpoint.tensors(folder)
+    tensors: dict[str, Tensor] = {}
+    if component == "transformer":
+        tensors = transformer_tensors(checkpoint)
+    elif component != "conditioning":
+        tensors = checkpoint.tensors(folder)
     graph = build_graph(component, sizes, target, tensors, _metadata(checkpoint, component, target, sizes))
     # What is made of a checkpoint elsewhere can't go stale with it.
     sources = sorted({weight.source.file for weight in graph.weights}) if root == checkpoint.root else []
@@ -284,13 +298,23 @@ def _export_component(
     return Component(
         graph=file,
         exporter_version=__version__,
-        sources={path.relative_to(root).as_posix(): fingerprint(path) for path in sources},
+        sources={_location(root, path): fingerprint(path) for path in sources},
         weights=[stored.name] if stored else [],
         nodes=len(graph.model.graph.node),
         parameters=graph.parameters,
         self_contained=precision.self_contained,
         bytes_written=(root / file).stat().st_size + (stored.bytes_written if stored else 0),
     )
+
+
+def _location(root: Path, path: Path) -> str:
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+
+
+def _transformer(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return what tells a build with this transformer from one with the checkpoint's own."""
+    file = checkpoint.transformer
+    return {"transformer": f"{file.name} {fingerprint(file)[:12]}"} if file else {}
 
 
 def _metadata(checkpoint: Checkpoint, component: str, target: Target, sizes: Sizes) -> dict[str, str]:
@@ -303,5 +327,6 @@ def _metadata(checkpoint: Checkpoint, component: str, target: Target, sizes: Siz
         "flavour": target.flavour,
         "opset": str(target.opset),
         **target.precision.settings(),
+        **(_transformer(checkpoint) if component == "transformer" else {}),
         "architecture": json.dumps(asdict(getattr(sizes, COMPONENTS[component]))),
     }

@@ -36,6 +36,9 @@ ONNX_DTYPES = {
     "U8": TensorProto.UINT8,
 }
 
+# What a weight can be without more being known about it.
+FLOATS = ("BF16", "F16", "F32", "F64")
+
 Dim = int | str | None
 T = TypeVar("T")
 
@@ -175,7 +178,7 @@ class GraphBuilder:
 
     def output(self, name: str, value: str, shape: Sequence[Dim], doc: str) -> None:
         """Declare `value` an output of the graph, called `name`."""
-        dtype = self._types[value].tensor_type.elem_type
+        dtype = self.dtype(value)
         scopes, self._scopes = self._scopes, []
         self.op("Identity", value, output=name)
         self._scopes = scopes
@@ -247,6 +250,14 @@ class GraphBuilder:
         dims = self._types[value].tensor_type.shape.dim
         return [dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in dims]
 
+    def dtype(self, value: str) -> int:
+        """Return a value's ONNX type."""
+        return self._types[value].tensor_type.elem_type
+
+    def cast(self, value: str, dtype: int) -> str:
+        """Return a value as another ONNX type; itself if it has that type."""
+        return value if self.dtype(value) == dtype else self.op("Cast", value, to=dtype)
+
     def leading_shape(self, value: str) -> str:
         """Return the sizes of all but the last dimension as an int64 vector, computed once per distinct sizes."""
         key = tuple(self.shape(value)[:-1])
@@ -278,8 +289,12 @@ class GraphBuilder:
                 f"{self.name}: tensor {path} has shape {list(tensor.shape)}, expected {list(shape)}: "
                 "config.json and weights do not belong together"
             )
-        if tensor.dtype not in ONNX_DTYPES:
+        if tensor.dtype not in FLOATS and not tensor.quantisation:
             raise CheckpointError(f"{self.name}: tensor {path} is {tensor.dtype}, expected BF16, F16 or F32")
+        if tensor.quantisation and not self.target.precision.takes_integers:
+            raise CheckpointError(
+                f"{tensor.file}: {tensor.name} is quantised to 8-bit integers: export it with --precision int8"
+            )
         self.used.add(path)
         return tensor
 
@@ -287,7 +302,7 @@ class GraphBuilder:
         """Return an initializer of `dtype` for `tensor`, its bytes outside the graph."""
         if tensor.name not in self._weights:
             entry = self._entry(tensor.name, dtype, tensor.shape, ONNX_DTYPES[dtype], tensor.shape)
-            in_place = dtype == tensor.dtype and not self.target.precision.self_contained
+            in_place = dtype == tensor.dtype and not tensor.swapped and not self.target.precision.self_contained
             self._weights[tensor.name] = StoredWeight(tensor, [entry], None, in_place)
         return tensor.name
 

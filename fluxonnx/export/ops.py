@@ -10,9 +10,11 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from fluxonnx.export.graph import MICROSOFT, GraphBuilder
+
+LOWEST_HALF = float(np.finfo(np.float16).min)
 
 
 def add(g: GraphBuilder, a: str, b: str) -> str:
@@ -194,18 +196,31 @@ def repeat_heads(g: GraphBuilder, x: str, kv_heads: int, times: int, head_dim: i
 
 def attention(g: GraphBuilder, q: str, k: str, v: str, heads: int, head_dim: int, bias: str = "") -> str:
     """Attend over [batch, seq, heads * head_dim]; `bias` [batch, 1, seq, seq] is added to the scaled scores."""
-    scale = 1.0 / math.sqrt(head_dim)
+
+    def attend(q: str, k: str, v: str) -> str:
+        return _attention(g, q, k, v, heads, head_dim, bias)
+
+    return g.target.precision.attention(g, q, k, v, attend)
+
+
+def _attention(g: GraphBuilder, q: str, k: str, v: str, heads: int, head_dim: int, bias: str) -> str:
+    """Attend with q, k and v of float32 or float16, of which the result is, too; `bias` is float32."""
+    scale, dtype = 1.0 / math.sqrt(head_dim), g.dtype(q)
     if g.target.fused:
+        if bias and dtype != TensorProto.FLOAT:
+            bias = g.once(("half", bias), lambda: g.cast(g.op("Max", bias, g.constant(LOWEST_HALF)), dtype))
         optional = ["", "", bias] if bias else []
         return g.op("MultiHeadAttention", q, k, v, *optional, domain=MICROSOFT, like=q, num_heads=heads, scale=scale)
 
     def by_head(x: str, perm: list[int]) -> str:
         return g.op("Transpose", split_heads(g, x, head_dim), perm=perm)
 
-    scores = g.op("MatMul", mul(g, by_head(q, [0, 2, 1, 3]), g.constant(scale)), by_head(k, [0, 2, 3, 1]))
+    scaled = mul(g, by_head(q, [0, 2, 1, 3]), g.constant(scale, helper.tensor_dtype_to_np_dtype(dtype)))
+    scores = g.cast(g.op("MatMul", scaled, by_head(k, [0, 2, 3, 1])), TensorProto.FLOAT)
     if bias:
         scores = add(g, scores, bias)
-    mixed = g.op("MatMul", g.op("Softmax", scores, axis=-1), by_head(v, [0, 2, 1, 3]))
+    weights = g.cast(g.op("Softmax", scores, axis=-1), dtype)
+    mixed = g.op("MatMul", weights, by_head(v, [0, 2, 1, 3]))
     return merge_heads(g, g.op("Transpose", mixed, perm=[0, 2, 1, 3]))
 
 
@@ -244,10 +259,10 @@ def conv(g: GraphBuilder, x: str, name: str, n_in: int, n_out: int, kernel: int 
     Padded to keep the size; with stride 2 padded only right and below, as diffusers' Downsample2D does.
     """
     with g.scope(name):
-        weight, bias = g.weight("weight", n_out, n_in, kernel, kernel), g.weight("bias", n_out)
+        weight, bias = g.tensor("weight", (n_out, n_in, kernel, kernel)), g.weight("bias", n_out)
         pad = kernel // 2
-        pads = [0, 0, 1, 1] if stride == 2 else [pad] * 4
-        return g.op("Conv", x, weight, bias, kernel_shape=[kernel] * 2, strides=[stride] * 2, pads=pads)
+        sizes = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2}
+        return g.target.precision.conv(g, x, weight, bias, pads=[0, 0, 1, 1] if stride == 2 else [pad] * 4, **sizes)
 
 
 def group_norm(g: GraphBuilder, x: str, name: str, channels: int, groups: int, eps: float) -> str:

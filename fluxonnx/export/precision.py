@@ -6,6 +6,7 @@ A new precision is a subclass that stores weights its own way, and a line in `PR
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from onnx import TensorProto
 
 from fluxonnx.checkpoint import Tensor
 from fluxonnx.errors import UsageError
-from fluxonnx.export import quantise
+from fluxonnx.export import half, quantise
 from fluxonnx.export.graph import MICROSOFT, Part
 from fluxonnx.machine import adds_int8_products_exactly
 
@@ -32,6 +33,8 @@ class Precision:
     name = "bf16"
     # Whether a build has files for all its weights, instead of pointing into the checkpoint's.
     self_contained = False
+    # Whether it can multiply by weights that are integers in the checkpoint.
+    takes_integers = False
 
     def settings(self) -> dict[str, str]:
         """Return what distinguishes this build from others of the same name."""
@@ -68,6 +71,14 @@ class Precision:
             return rows
         return g.op("Cast", rows, to=TensorProto.FLOAT)
 
+    def conv(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str, **attributes: Any) -> str:
+        """Convolve `x` [batch, in, height, width] with `tensor` [out, in, height, width], and add `bias` [out]."""
+        return g.op("Conv", x, self.weight(g, tensor), bias, **attributes)
+
+    def attention(self, g: GraphBuilder, q: str, k: str, v: str, attend: Callable[[str, str, str], str]) -> str:
+        """Return attend(q, k, v), all float32 [batch, seq, heads * head_dim]; `attend` takes float16, too."""
+        return attend(q, k, v)
+
 
 class Float32(Precision):
     """Weights converted to float32, in a file of their own: twice the size, no casts."""
@@ -77,6 +88,39 @@ class Float32(Precision):
     def stored_dtype(self, tensor: Tensor) -> str:
         """Return F32, whatever the checkpoint has."""
         return "F32"
+
+
+class Float16(Precision):
+    """Weights converted to float16, half of float32's size, and products computed so; see `half` for what is not."""
+
+    name = "fp16"
+    self_contained = True
+
+    def stored_dtype(self, tensor: Tensor) -> str:
+        """Return F32: what is not a matrix is small, and errors in it reach everything."""
+        return "F32"
+
+    def weight(self, g: GraphBuilder, tensor: Tensor) -> str:
+        """Return `tensor` as a float32 value."""
+        return half.weight(g, tensor) if len(tensor.shape) > 1 else super().weight(g, tensor)
+
+    def linear(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str | None) -> str:
+        """Multiply as `Precision.linear` does."""
+        if not tensor.name.startswith(BLOCKS):
+            return super().linear(g, x, tensor, bias)
+        return half.linear(g, x, tensor, bias)
+
+    def embedding(self, g: GraphBuilder, ids: str, tensor: Tensor) -> str:
+        """Look rows up as `Precision.embedding` does."""
+        return half.embedding(g, ids, tensor)
+
+    def conv(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str, **attributes: Any) -> str:
+        """Convolve as `Precision.conv` does."""
+        return half.conv(g, x, tensor, bias, **attributes)
+
+    def attention(self, g: GraphBuilder, q: str, k: str, v: str, attend: Callable[[str, str, str], str]) -> str:
+        """Attend in float16 in the blocks; in the autoencoder nothing bounds the products of q and k."""
+        return half.attention(g, q, k, v, attend) if g.path("").startswith(BLOCKS) else attend(q, k, v)
 
 
 class Quantised(Precision):
@@ -106,7 +150,9 @@ class Quantised(Precision):
         return {"keep": self.keep.pattern if self.keep else ""}
 
     def quantises(self, tensor: Tensor) -> bool:
-        """Whether the linear with this weight has few bits."""
+        """Whether the linear with this weight has few bits; what has few bits already keeps them."""
+        if tensor.quantisation:
+            return True
         return tensor.name.startswith(BLOCKS) and not (self.keep and self.keep.search(tensor.name))
 
     def linear(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str | None) -> str:
@@ -128,9 +174,13 @@ class Int8(Quantised):
     add products in pairs, in 16 bits that saturate (`machine.adds_int8_products_exactly`), get fewer levels of
     activations, and weights of which no two neighbours add up to what could overflow: a sixth more rounding error at
     most, and a quarter faster than the kernel for unsigned weights, which would be exact, too.
+
+    Weights that are integers in the checkpoint stay those integers, rotated or not as they are there; where pairs of
+    products would overflow they are stored around 128, for the kernel for unsigned weights.
     """
 
     name = "int8"
+    takes_integers = True
 
     def __init__(self, keep: str | None = None, rotate: bool = False, paired: bool | None = None) -> None:
         """Choose how.
@@ -157,6 +207,8 @@ class Int8(Quantised):
         Linears that narrow read products of activations, whose outliers cost most: a few are mixed even if none need
         be (measured at full width, random weights: 0.94 % error without, 0.66 % with these, 0.62 % with all).
         """
+        if tensor.quantisation:
+            return tensor.quantisation.rotation
         n_out, n_in = tensor.shape
         if self.rotate and n_in % ROTATION == 0:
             return ROTATION
@@ -165,20 +217,25 @@ class Int8(Quantised):
     def product(self, g: GraphBuilder, x: str, tensor: Tensor) -> str:
         """Round the rows once for all linears that share them, multiply integers, scale back."""
         n_out, n_in = tensor.shape
-        levels, rotation = self.levels, self.rotation(tensor)
+        given = tensor.quantisation is not None
+        unsigned = given and self.paired
+        levels, rotation = 127 if given else self.levels, self.rotation(tensor)
         limit = np.iinfo(np.int16).max // (2 * levels) if self.paired else None
         if rotation:
             x = g.once(("rotated", rotation, x), lambda: rotated(g, x, n_in, rotation))
-        rows, row_scale = g.once(("int8", x), lambda: int8_activations(g, x, levels))
-        parts = (Part("", "I8", (n_in, n_out)), Part(".scale", "F32", (n_out,)))
-        g.encoded(tensor, parts, lambda source: quantise.int8_columns(source, limit, rotation))
+        rows, row_scale = g.once(("int8", levels, x), lambda: int8_activations(g, x, levels))
+        parts = (Part("", "U8" if unsigned else "I8", (n_in, n_out)), Part(".scale", "F32", (n_out,)))
+        if given:
+            g.encoded(tensor, parts, lambda source: quantise.given_columns(source, unsigned))
+        else:
+            g.encoded(tensor, parts, lambda source: quantise.int8_columns(source, limit, rotation))
         weight, scale = tensor.name, tensor.name + ".scale"
-        zero_point = g.constant(levels, np.uint8)
+        zero_points = [g.constant(levels, np.uint8), *([g.constant(128, np.uint8)] if unsigned else [])]
         if g.target.fused:
-            inputs = [rows, weight, g.constant(1.0), scale, zero_point]
+            inputs = [rows, weight, g.constant(1.0), scale, *zero_points]
             product = g.op("MatMulIntegerToFloat", *inputs, domain=MICROSOFT, like=x, shape=[*g.shape(x)[:-1], n_out])
             return g.op("Mul", product, row_scale)
-        product = g.op("Cast", g.op("MatMulInteger", rows, weight, zero_point), to=TensorProto.FLOAT)
+        product = g.op("Cast", g.op("MatMulInteger", rows, weight, *zero_points), to=TensorProto.FLOAT)
         return g.op("Mul", g.op("Mul", product, row_scale), scale)
 
 
@@ -276,7 +333,7 @@ class Int4(Quantised):
         return g.op("Mul", rows, g.op("Gather", tensor.name + ".scale", ids, axis=0))
 
 
-# Inputs that are mixed at a time; the group of ComfyUI's "convrot" checkpoints.
+# Inputs that are mixed at a time, a power of four; as in most of ComfyUI's "convrot" checkpoints.
 ROTATION = 256
 # Enough to make the products of SwiGLU look normal, at a quarter of the work.
 NARROWING_ROTATION = 64
@@ -285,7 +342,7 @@ PAIRED_LEVELS = 112
 INT4_BLOCKS = (32, 64, 128)
 # The module lists whose linears hold nearly all of the weights.
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.", "model.layers.")
-PRECISIONS: dict[str, type[Precision]] = {cls.name: cls for cls in (Precision, Float32, Int8, Int4)}
+PRECISIONS: dict[str, type[Precision]] = {cls.name: cls for cls in (Precision, Float32, Float16, Int8, Int4)}
 
 
 def make_precision(name: str, keep: str | None = None, block: int | None = None, rotate: bool = False) -> Precision:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from fluxonnx.checkpoint import Tensor
+from fluxonnx.errors import CheckpointError
 
 # Rows are converted so many at a time: the float32 copy of one piece stays in the processor's caches.
 ROWS = 128
 # A row or block of zeros has to have some scale.
 TINY = np.float32(1e-30)
+# float16 ends at 65504; half of that leaves room for the rounding of weights, activations and sums.
+HALF_SUM = 2.0**15
 
 
 def float_rows(tensor: Tensor, start: int = 0, end: int | None = None) -> np.ndarray:
@@ -35,14 +40,43 @@ def int8_rows(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return quantised, scales
 
 
+def half(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Round to float16, divided by a power of two where float16 ends too early or is too coarse.
+
+    Trained weights are left as they are: the magnitudes of an output's weights add up to some hundreds.
+
+    Returns:
+        float16 of the tensor's shape, in which they add up to `HALF_SUM` at most; and what was divided by: float32 [].
+
+    Raises:
+        CheckpointError: It holds infinities or NaNs.
+    """
+    starts = range(0, tensor.shape[0], ROWS)
+    pieces = (np.abs(float_rows(tensor, i, i + ROWS)) for i in starts)
+    largest = max(float(piece.sum(tuple(range(1, piece.ndim)), np.float64).max()) for piece in pieces)
+    if not np.isfinite(largest):
+        raise CheckpointError(f"{tensor.file}: {tensor.name} holds values that are no numbers: download it again")
+    scale = np.float32(1)
+    if largest > 0 and not 1 <= largest <= HALF_SUM:
+        scale = np.float32(2.0 ** max(math.ceil(math.log2(largest / HALF_SUM)), -126))
+    rounded = np.empty(tensor.shape, np.float16)
+    for i in starts:
+        rounded[i : i + ROWS] = float_rows(tensor, i, i + ROWS) / scale
+    return rounded, np.asarray(scale)
+
+
 def hadamard(size: int) -> np.ndarray:
-    """Return a symmetric orthogonal matrix of one magnitude, float32 [size, size]; `size` is a power of two.
+    """Return a symmetric orthogonal matrix of one magnitude, float32 [size, size]; `size` is a power of four.
 
     It spreads an outlier over all channels, so that the step of a row gets smaller (QuaRot, Ashkboos et al., 2024).
+    Rows and columns have the same sum (a regular Hadamard matrix), so that a mean is not gathered in one channel
+    (ConvRot, arXiv:2512.03673); these very signs are those of ComfyUI's rotated checkpoints (_build_hadamard,
+    comfy_kitchen/tensor/int8_utils.py in Comfy-Org/comfy-kitchen).
     """
+    signs = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], np.float32)
     matrix = np.ones((1, 1), np.float32)
     while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+        matrix = np.kron(matrix, signs)
     return matrix / np.float32(np.sqrt(size))
 
 
@@ -66,6 +100,22 @@ def int8_columns(tensor: Tensor, limit: int | None, rotation: int = 0) -> tuple[
         rows, scales[i : i + ROWS] = _rounded(rows, limit)
         columns[:, i : i + ROWS] = rows.astype(np.int8).T
     return columns, scales
+
+
+def given_columns(tensor: Tensor, unsigned: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return the integers and scales of a tensor that is quantised, as they are.
+
+    Returns:
+        [in, out], int8 or uint8 around 128; and the steps: float32 [out].
+    """
+    assert tensor.quantisation is not None
+    columns = np.ascontiguousarray(tensor.array().T)
+    if unsigned:
+        # two's complement with the highest bit flipped
+        columns = columns.view(np.uint8)
+        columns ^= np.uint8(128)
+    scale = tensor.quantisation.scale.array().astype(np.float32).reshape(-1)
+    return columns, np.ascontiguousarray(np.broadcast_to(scale, tensor.shape[:1]))
 
 
 def _rounded(rows: np.ndarray, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -64,7 +64,7 @@ def place(
     """
     made = []
     for weight in graph.weights:
-        if not weight.in_place:
+        if not weight.in_place or not weight.source.file.is_relative_to(root):
             made.append(weight)
             continue
         _refuse_link(root, weight.source.file)
@@ -213,7 +213,7 @@ def copy_model(
             shutil.copyfile(file, temporary)
         done += file.stat().st_size
         say("copy", done, total)
-    return Checkpoint(output)
+    return Checkpoint(output, checkpoint.transformer)
 
 
 def _same(source: Path, target: Path) -> bool:

@@ -20,7 +20,7 @@ from fluxonnx.manifest import COMPONENTS, graph_file, read_manifest
 from tests.conftest import Case
 
 CASE = Case("one-double-three-single", shards=3)
-BUILDS = [("bf16", "ort"), ("bf16", "portable"), ("fp32", "ort"), ("fp32", "portable")]
+BUILDS = [(precision, flavour) for precision in ("bf16", "fp32", "fp16") for flavour in ("ort", "portable")]
 
 
 def graphs(root: Path, precision: str, flavour: str) -> dict[str, onnx.ModelProto]:

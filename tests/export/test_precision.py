@@ -286,7 +286,7 @@ def test_two_exports_at_once(copy):
             export(copy, precision="int8", components=["transformer"])
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["fp16", "int8", "int4"])
 def test_copy_has_no_other_weights(checkpoints, tmp_path, name):
     """-o makes a folder that is small, needs nothing else, and is used without --precision."""
     source = shutil.copytree(checkpoints.get(CASE), tmp_path / "source")
@@ -324,7 +324,7 @@ def test_checkpoint_may_be_deleted_after_quantising(copy):
         ({"precision": "bf16", "keep": "ff"}, "--keep is for int8 and int4"),
         ({"precision": "int8", "keep": "("}, "not a regular expression"),
         ({"precision": "int4", "flavour": "portable", "opset": 20}, "int4 portable graphs can be 21 to 21"),
-        ({"precision": "int3"}, "choose one of bf16, fp32, int8, int4"),
+        ({"precision": "int3"}, "choose one of bf16, fp32, fp16, int8, int4"),
     ],
 )
 def test_impossible_options(copy, options, message):
