@@ -173,7 +173,7 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
         "-d",
         "--dir",
         metavar="DIR",
-        help="model directory (default: $FLUXONNX_MODEL, else ./model, else a tiny one in the box, which draws noise)",
+        help="model directory (default: $FLUXONNX_MODEL, else ./model, else the small one in the box: coloured shapes)",
     )
     model.add_argument("--precision", metavar="NAME", help="bf16 (default), fp32, fp16, int8, int4, or auto")
     model.add_argument("--threads", type=int, metavar="N", help="default: one per core")

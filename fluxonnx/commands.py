@@ -171,8 +171,8 @@ def _find_model(arguments: argparse.Namespace, say: Callable[[str], None]) -> Pa
     model = api.find_model(arguments.dir)
     if api.is_shipped(model):
         say(
-            "Using the tiny model in the box, whose weights are random: it draws noise. "
-            "Pass -d DIR for FLUX.2-klein (see models/README.md)"
+            f"Using {model.name}, the small model in the box: it knows coloured shapes on backgrounds, nothing else. "
+            "Pass -d DIR for the real FLUX.2-klein (hf download black-forest-labs/FLUX.2-klein-4B --local-dir DIR)"
         )
     return model
 

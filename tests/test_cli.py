@@ -101,8 +101,8 @@ def test_model_is_found_without_d(copy_of, tmp_path, model):
     elsewhere.mkdir()
     result = run(*arguments, cwd=elsewhere, XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert result.returncode == 0, result.stderr
-    assert "draws noise" in result.stderr
-    assert "models/README.md" in result.stderr
+    assert "Using tiny-klein" in result.stderr
+    assert "FLUX.2-klein-4B" in result.stderr
 
 
 def test_cache_home_that_can_not_be_written(tmp_path, fails, monkeypatch):
@@ -110,7 +110,7 @@ def test_cache_home_that_can_not_be_written(tmp_path, fails, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FLUXONNX_MODEL", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    fails(1, "can't write .*tiny-random", "generate", "-q", "-p", "x")
+    fails(1, "can't write .*tiny-klein", "generate", "-q", "-p", "x")
 
 
 def test_long_prompt_is_cut_with_a_warning(model, tmp_path, capsys):
