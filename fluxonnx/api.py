@@ -117,25 +117,13 @@ def load(
     checkpoint = Checkpoint(find_model(path))
     precision = _resolve_precision(checkpoint, precision, flavour, on_choice)
     name = build_name(precision, flavour)
-    if not _is_exported(checkpoint.root, name):
-        from fluxonnx.export import export
-
-        if on_export:
-            on_export(checkpoint.root)
-        known = read_manifest(checkpoint.root)
-        stale = known.builds.get(name) if known else None
-        settings = stale.settings if stale else {}
-        # A stale build is our own derived file: replacing it, with its settings, loses nothing.
-        export(
-            checkpoint.root,
-            precision=precision,
-            flavour=flavour,
-            keep=settings.get("keep") or None,
-            block=int(settings["block"]) if "block" in settings else None,
-            rotate=settings.get("rotate") == "true",
-            transformer=_transformer_of(checkpoint.root, stale) if stale else None,
-            force=stale is not None,
-        )
+    missing = _missing(checkpoint.root, name)
+    if missing and on_export:
+        on_export(checkpoint.root)
+    while missing:
+        _export(checkpoint.root, precision, flavour, missing)
+        # Where settings follow the machine, and it is another one, the build starts anew.
+        missing = _missing(checkpoint.root, name)
     manifest = read_manifest(checkpoint.root)
     assert manifest is not None
     cache = Path(cache_dir) if cache_dir else None
@@ -150,7 +138,7 @@ def _resolve_precision(
     manifest = read_manifest(checkpoint.root)
     if manifest and not checkpoint.has_weights("transformer"):
         for build in manifest.builds.values():
-            if build.flavour == flavour and _is_exported(checkpoint.root, build_name(build.precision, flavour)):
+            if build.flavour == flavour and not _missing(checkpoint.root, build_name(build.precision, flavour)):
                 return build.precision
     if precision is None:
         return default_precision(checkpoint)
@@ -185,10 +173,30 @@ def _transformer_of(root: Path, build: Build) -> Path | None:
     return file
 
 
-def _is_exported(root: Path, name: str) -> bool:
+def _export(root: Path, precision: str, flavour: str, components: list[str]) -> None:
+    """Export what a build lacks, with the settings of what is there."""
+    from fluxonnx.export import export
+
+    manifest = read_manifest(root)
+    stale = manifest.builds.get(build_name(precision, flavour)) if manifest else None
+    settings = stale.settings if stale else {}
+    export(
+        root,
+        precision=precision,
+        flavour=flavour,
+        components=components,
+        keep=settings.get("keep") or None,
+        block=int(settings["block"]) if "block" in settings else None,
+        rotate=settings.get("rotate") == "true",
+        transformer=_transformer_of(root, stale) if stale else None,
+        # A stale graph is our own derived file: replacing it loses nothing.
+        force=stale is not None,
+    )
+
+
+def _missing(root: Path, name: str) -> list[str]:
+    """Return the components of a build that are not there, or were made from other weights or by another version."""
     manifest = read_manifest(root)
     build = manifest.builds.get(name) if manifest else None
-    return build is not None and all(
-        component in build.components and is_current(root, build.components[component], __version__)
-        for component in COMPONENTS
-    )
+    known = build.components if build else {}
+    return [part for part in COMPONENTS if part not in known or not is_current(root, known[part], __version__)]

@@ -233,6 +233,24 @@ def test_loading_a_stale_build_keeps_its_settings(copy, monkeypatch):
     assert (settings["block"], settings["keep"]) == ("32", "ff")
 
 
+def test_loading_adds_only_what_is_missing(copy, monkeypatch):
+    """What an interrupted export finished is kept; a build for another processor is made anew, whole."""
+    export(copy, precision="int8", components=["text_encoder", "transformer"])
+    before = {
+        name: content for name, content in files(copy).items() if name.endswith((".int8.onnx", "int8.safetensors"))
+    }
+    stamps = {name: (copy / name).stat().st_mtime_ns for name in before}
+    fluxonnx.load(copy, precision="int8").close()
+    assert stamps == {name: (copy / name).stat().st_mtime_ns for name in before}
+    (copy / "vae_decoder.int8.onnx").unlink()
+    products = read_manifest(copy).builds["int8"].settings["products"]
+    monkeypatch.setattr(precision, "adds_int8_products_exactly", lambda: products == "pairs")
+    fluxonnx.load(copy, precision="int8").close()
+    build = read_manifest(copy).builds["int8"]
+    assert build.settings["products"] != products
+    assert set(build.components) == set(COMPONENTS)
+
+
 class Stop(Exception):
     pass
 
