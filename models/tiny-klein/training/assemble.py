@@ -45,7 +45,9 @@ def main() -> None:
     text_encoder.pop("lm_head.weight", None)  # tied to the embeddings
     save_file(text_encoder, output / "text_encoder/model.safetensors", metadata={"format": "pt"})
     flow.transformer.to(torch.bfloat16).save_pretrained(output / "transformer")
-    AutoencoderKLFlux2.from_pretrained(work / "vae").to(torch.bfloat16).save_pretrained(output / "vae")
+    refined = work / "vae-refined"
+    vae = refined if refined.exists() else work / "vae"
+    AutoencoderKLFlux2.from_pretrained(vae).to(torch.bfloat16).save_pretrained(output / "vae")
     manifest = {
         "format_version": 1,
         "text_encoder_out_layers": CONFIG["flow"]["out_layers"],
@@ -53,7 +55,8 @@ def main() -> None:
         "builds": {},
     }
     write_json(output / "fluxonnx.json", manifest)
-    total = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    parts = [output / name for name in ("text_encoder", "transformer", "vae", "tokenizer", "scheduler")]
+    total = sum(path.stat().st_size for part in parts for path in part.iterdir())
     print(f"{output}: {total / 1e6:.1f} MB")
 
 

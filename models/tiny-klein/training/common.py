@@ -46,15 +46,19 @@ class Budget:
         if until:
             clock = datetime.strptime(until, "%H:%M").time()
             self.end = datetime.combine(datetime.now().date(), clock).timestamp()
-        self.before, self.pace = time.time(), 0.0
+        self.calls, self.before, self.pace = 0, time.time(), 0.0
 
     def fraction(self, step: int) -> float:
         """Return the share that is done before this step; 1 or more: stop."""
         if self.end is None:
             return step / self.steps
         now = time.time()
-        self.pace += (now - self.before - self.pace) * (0.02 if self.pace else 1)
-        self.before = now
+        took = now - self.before
+        if self.calls > 20:  # a pause is no slow step
+            took = min(took, 3 * self.pace)
+        if self.calls:
+            self.pace += (took - self.pace) * max(0.02, 1 / self.calls)
+        self.before, self.calls = now, self.calls + 1
         left = self.end - now
         return 1.0 if left <= 0 else step / (step + left / max(self.pace, 1e-3))
 

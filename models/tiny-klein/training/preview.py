@@ -35,7 +35,8 @@ def main() -> None:
     arguments = parser.parse_args()
     work = arguments.work
     tokenizer = Tokenizer.from_file(str(work / "tokenizer/tokenizer.json"))
-    vae = AutoencoderKLFlux2.from_pretrained(work / "vae").eval()
+    refined = work / "vae-refined"
+    vae = AutoencoderKLFlux2.from_pretrained(refined if refined.exists() else work / "vae").eval()
     flow = Flow(tokenizer.get_vocab_size(), 4 * vae.config.latent_channels).eval()
     saved = torch.load(work / "flow.pt")
     flow.load_state_dict(saved["average"]["flow"])

@@ -30,7 +30,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.multiprocessing.spawn(train, (arguments,), CONFIG["processes"])
     work = arguments.work
-    vae = AutoencoderKLFlux2.from_pretrained(work / "vae").eval()
+    vae = AutoencoderKLFlux2.from_pretrained(work / "vae", low_cpu_mem_usage=False).eval()
     saved = torch.load(work / "decoder.pt")
     vae.load_state_dict(saved["average"]["vae"])
     vae.save_pretrained(work / "vae-refined")
@@ -41,7 +41,7 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
     """What one of the processes does."""
     work, config = arguments.work, CONFIG["decoder"]
     join(rank, CONFIG["processes"], 29532)
-    vae = AutoencoderKLFlux2.from_pretrained(work / "vae").eval().requires_grad_(False)
+    vae = AutoencoderKLFlux2.from_pretrained(work / "vae", low_cpu_mem_usage=False).eval().requires_grad_(False)
     vae.decoder.requires_grad_(True)
     vae.post_quant_conv.requires_grad_(True)
     parameters = [p for p in vae.parameters() if p.requires_grad]
