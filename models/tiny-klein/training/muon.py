@@ -26,21 +26,21 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take a step."""
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape[parameter.shape].append(parameter)
-            for shape, parameters in by_shape.items():
+                    by_shape[parameter.shape].append((parameter, parameter.grad))
+            for shape, pairs in by_shape.items():
                 updates = []
-                for parameter in parameters:
+                for parameter, gradient in pairs:
                     state = self.state[parameter]
                     if not state:
                         state["momentum"] = torch.zeros_like(parameter)
-                    state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                    updates.append(torch.lerp(parameter.grad, state["momentum"], group["momentum"]))
+                    state["momentum"].lerp_(gradient, 1 - group["momentum"])
+                    updates.append(torch.lerp(gradient, state["momentum"], group["momentum"]))
                 scale = group["lr"] * max(1.0, shape[0] / shape[1:].numel()) ** 0.5
                 steps = orthogonal(torch.stack(updates).flatten(2)).view(-1, *shape)
-                for parameter, update in zip(parameters, steps, strict=True):
+                for (parameter, _), update in zip(pairs, steps, strict=True):
                     parameter.add_(update, alpha=-scale)
 
 

@@ -395,6 +395,7 @@ def finish(random: Random, prompt: str, background: Background) -> str:
     first = spell(random, background.colour)
     if background == Background("white") and random.random() < 0.4:
         return polish(random, prompt)
+    after: tuple[str, ...]
     if background.second is None:
         before, after = f"{article(first)} background", ("on {}", "with {}", "against {}", "in front of {}", "and {}")
     else:
