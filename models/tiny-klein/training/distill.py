@@ -19,7 +19,7 @@ import torch
 import torch.multiprocessing
 from common import CONFIG, SIDE, Average, Budget, Log, learning_rate, save, set_learning_rate
 from flow import Batch, Flow, Pool, padded, text_ids, training_positions
-from parallel import join, mean
+from parallel import join, leave, mean
 from torch import Tensor
 from train_flow import optimizers
 
@@ -74,6 +74,7 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
             save({"average": average.state, "step": step}, work / "student.pt")
     if rank == 0:
         save({"average": average.state, "step": step}, work / "student.pt")
+    leave()
 
 
 @torch.no_grad()

@@ -18,6 +18,12 @@ def join(rank: int, count: int, port: int = 29531) -> None:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=count)
 
 
+def leave() -> None:
+    """Wait for the others, then be one no more."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
 @overload
 def mean(what: float) -> float: ...
 @overload

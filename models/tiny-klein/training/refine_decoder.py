@@ -16,7 +16,7 @@ import torch.multiprocessing
 from common import CONFIG, Average, Budget, Log, learning_rate, save, set_learning_rate, to_tensor
 from diffusers import AutoencoderKLFlux2
 from muon import Muon
-from parallel import join, mean
+from parallel import join, leave, mean
 from scenes import draw
 from torch.nn import functional as F
 from train_vae import checkpoint, example, loss_of, matrices_of, psnr, test_psnr
@@ -86,6 +86,7 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
             save(checkpoint(vae, muon, adam, average, step), work / "decoder.pt")
     if rank == 0:
         save(checkpoint(vae, muon, adam, average, step), work / "decoder.pt")
+    leave()
 
 
 if __name__ == "__main__":

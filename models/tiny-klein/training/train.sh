@@ -14,4 +14,6 @@ python distill.py "$work"
 python assemble.py "$work" ..
 python assemble.py "$work" ../../tiny-klein-base --base
 python plot.py "$work" logs
-python evaluate.py .. --sheet ../contact-sheet.png
+# Scores of a copy, as graphs are written into it.
+cp -r .. "$work/model"
+python evaluate.py "$work/model" --sheet ../contact-sheet.png

@@ -17,7 +17,7 @@ import torch.multiprocessing
 from common import CONFIG, Average, Budget, Log, learning_rate, save, set_learning_rate
 from flow import Flow, Pool, text_ids, training_positions
 from muon import Muon
-from parallel import join, mean
+from parallel import join, leave, mean
 from train_text import Reader
 
 
@@ -89,6 +89,7 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
             save(checkpoint(flow, reader, muon, adam, average, step), work / "flow.pt")
     if rank == 0:
         save(checkpoint(flow, reader, muon, adam, average, step), work / "flow.pt")
+    leave()
 
 
 def optimizers(flow: Flow, reader: Reader | None = None) -> tuple[Muon, torch.optim.AdamW]:

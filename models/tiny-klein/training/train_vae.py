@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from common import CONFIG, Average, Budget, Log, learning_rate, save, set_learning_rate, to_tensor
 from diffusers import AutoencoderKLFlux2
 from muon import Muon
-from parallel import join, mean
+from parallel import join, leave, mean
 from scenes import Scene, draw
 from tasks import put, random_thing, training_task, usable_background
 
@@ -88,6 +88,7 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
 
     if rank == 0:
         save(checkpoint(vae, muon, adam, average, step), work / "vae.pt")
+    leave()
 
 
 def finish(work: Path) -> None:
