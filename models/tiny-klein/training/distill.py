@@ -30,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="distill the base model")
     parser.add_argument("work", type=Path, help="folder with the pool and the base model")
     parser.add_argument("--until", metavar="HH:MM", help="end at this time, whatever the number of steps")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     torch.multiprocessing.spawn(train, (parser.parse_args(),), CONFIG["processes"])
 
 
@@ -50,6 +51,12 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
     pool.seed(CONFIG["seed"] + 30, rank)
 
     step, mean_loss = 0, 0.0
+    if arguments.resume:
+        saved = torch.load(work / "student.pt")
+        student.load_state_dict(saved["average"]["flow"])
+        average.state, average.steps, step = saved["average"], saved["step"], saved["step"]
+        torch.manual_seed(CONFIG["seed"] + 1 + step + 100_000_000 * rank)
+        pool.seed(CONFIG["seed"] + 30 + step, rank)
     budget = Budget(config["steps"], arguments.until)
     while (fraction := mean(budget.fraction(step))) < 1:
         set_learning_rate(muon, learning_rate(step, fraction, config["matrix_learning_rate"], 50))
