@@ -1,4 +1,4 @@
-"""Step 5: a model directory that fluxonnx and diffusers load, of the base or the distilled model.
+"""Step 6: a model directory that fluxonnx and diffusers load, of the base or the distilled model.
 
 python models/tiny-klein/training/assemble.py WORK OUT [--base]
 """
@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from common import CONFIG, SIDE
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler
-from flow import Flow, Pool
+from flow import Flow
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 from benchmarks.architectures import TextEncoderSize
 from benchmarks.make_checkpoint import SCHEDULER, model_index
@@ -27,12 +28,10 @@ def main() -> None:
     parser.add_argument("--base", action="store_true", help="the base model instead of the distilled one")
     arguments = parser.parse_args()
     work, output = arguments.work, arguments.output
-    pool = Pool(work, 0)
-    vocabulary = pool.tokenizer.get_vocab_size()
-    flow = Flow(vocabulary, pool.latents.shape[-1])
-    flow.load_state_dict(torch.load(work / "flow.pt")["average"]["flow"])
-    if not arguments.base:
-        flow.transformer.load_state_dict(torch.load(work / "student.pt"))
+    vocabulary = Tokenizer.from_file(str(work / "tokenizer/tokenizer.json")).get_vocab_size()
+    flow = Flow(vocabulary, 4 * CONFIG["vae"]["model"]["latent_channels"])
+    weights = work / ("flow.pt" if arguments.base else "student.pt")
+    flow.load_state_dict(torch.load(weights)["average"]["flow"])
 
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "model_index.json", model_index(is_distilled=not arguments.base))
@@ -42,11 +41,13 @@ def main() -> None:
     shutil.copytree(work / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
     size = TextEncoderSize(**CONFIG["flow"]["text_encoder"], vocab=vocabulary)
     write_json(output / "text_encoder/config.json", size.config("bfloat16"))
-    weights = {name: value.bfloat16().contiguous() for name, value in flow.text_encoder.state_dict().items()}
-    weights.pop("lm_head.weight", None)  # tied to the embeddings
-    save_file(weights, output / "text_encoder/model.safetensors", metadata={"format": "pt"})
+    text_encoder = {name: value.bfloat16().contiguous() for name, value in flow.text_encoder.state_dict().items()}
+    text_encoder.pop("lm_head.weight", None)  # tied to the embeddings
+    save_file(text_encoder, output / "text_encoder/model.safetensors", metadata={"format": "pt"})
     flow.transformer.to(torch.bfloat16).save_pretrained(output / "transformer")
-    AutoencoderKLFlux2.from_pretrained(work / "vae").to(torch.bfloat16).save_pretrained(output / "vae")
+    refined = work / "vae-refined"
+    vae = refined if refined.exists() else work / "vae"
+    AutoencoderKLFlux2.from_pretrained(vae).to(torch.bfloat16).save_pretrained(output / "vae")
     manifest = {
         "format_version": 1,
         "text_encoder_out_layers": CONFIG["flow"]["out_layers"],
@@ -54,7 +55,8 @@ def main() -> None:
         "builds": {},
     }
     write_json(output / "fluxonnx.json", manifest)
-    total = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    parts = [output / name for name in ("text_encoder", "transformer", "vae", "tokenizer", "scheduler")]
+    total = sum(path.stat().st_size for part in parts for path in part.iterdir())
     print(f"{output}: {total / 1e6:.1f} MB")
 
 

@@ -167,7 +167,7 @@ def judge(task: Task, picture: np.ndarray) -> dict[str, bool]:
     marks["all"] = all(marks.values())
     if task.sources:
         changed, kept = split_aspects(task.sources[0], wanted)
-        right = {(i, aspect): same(aspect, *couple) for i, couple in enumerate(pairs) for aspect in ASPECTS}
+        right: dict = {(i, aspect): same(aspect, *couple) for i, couple in enumerate(pairs) for aspect in ASPECTS}
         right["count"], right["background"] = marks["count"], marks["background"]
         marks["change"], marks["rest"] = all(right[key] for key in changed), all(right[key] for key in kept)
     return marks

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ sys.path.insert(0, str(HERE.parents[2]))
 
 # Tokens along each side of a picture.
 SIDE = 8
-CONFIG: dict[str, Any] = json.loads((HERE / "config.json").read_text("utf-8"))
+CONFIG: dict[str, Any] = json.loads(Path(os.environ.get("KLEIN_CONFIG", HERE / "config.json")).read_text("utf-8"))
 
 
 def to_tensor(pictures: Iterable[np.ndarray]) -> torch.Tensor:
@@ -35,17 +37,42 @@ def tokens_of(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return list(tokenizer.encode(CHAT_TEMPLATE.format(prompt=prompt)).ids)
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, then a cosine down to a fiftieth."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+class Budget:
+    """How far a training is: by its steps, or by the clock if it has to end at a time of day, "09:25"."""
+
+    def __init__(self, steps: int, until: str | None):
+        self.steps = steps
+        self.end = None
+        if until:
+            clock = datetime.strptime(until, "%H:%M").time()
+            self.end = datetime.combine(datetime.now().date(), clock).timestamp()
+        self.calls, self.before, self.pace = 0, time.time(), 0.0
+
+    def fraction(self, step: int) -> float:
+        """Return the share that is done before this step; 1 or more: stop."""
+        if self.end is None:
+            return step / self.steps
+        now = time.time()
+        took = now - self.before
+        if self.calls > 20:  # a pause is no slow step
+            took = min(took, 3 * self.pace)
+        if self.calls:
+            self.pace += (took - self.pace) * max(0.02, 1 / self.calls)
+        self.before, self.calls = now, self.calls + 1
+        left = self.end - now
+        return 1.0 if left <= 0 else step / (step + left / max(self.pace, 1e-3))
+
+
+def learning_rate(step: int, fraction: float, peak: float, warmup: int = 100) -> float:
+    """Linear warm-up, then constant, then a cosine over the second half down to a fiftieth."""
+    late = max(0.0, 2 * fraction - 1)
+    return peak * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * late)))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Set the learning rate of all parameters."""
+    """Set the learning rate of all parameters; a group may have a `scale`."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group.get("scale", 1.0)
 
 
 class Average:
@@ -69,6 +96,12 @@ class Average:
                     mean.lerp_(value, 1 - decay)
                 else:
                     mean.copy_(value)
+
+
+def save(state: Any, path: Path) -> None:
+    """Write a checkpoint whole or not at all."""
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
 
 
 class Log:

@@ -1,4 +1,4 @@
-"""Step 6: scores on prompts whose compositions were never seen in training, and a contact sheet.
+"""Step 7: scores on prompts whose compositions were never seen in training, and a contact sheet.
 
 python models/tiny-klein/training/evaluate.py MODEL [--count 200] [--sheet FILE] [--precision NAME]
 """
@@ -6,7 +6,8 @@ python models/tiny-klein/training/evaluate.py MODEL [--count 200] [--sheet FILE]
 from __future__ import annotations
 
 import argparse
-from collections import defaultdict
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -19,6 +20,8 @@ from tasks import Task, held_out_task
 import fluxonnx
 
 SEED = 1000
+
+Painter = Callable[[Sequence[Task], Sequence[int]], Sequence[np.ndarray]]
 # What is asked about each kind of task; the first of a pair are for the table.
 QUESTIONS = {
     "single": ("colour", "shape", "background", "place", "texture", "all"),
@@ -40,9 +43,13 @@ def main() -> None:
     arguments = parser.parse_args()
     options = {"steps": arguments.steps, "guidance_scale": arguments.guidance}
     with fluxonnx.load(arguments.model, precision=arguments.precision) as flux:
-        print(table(score(flux, arguments.count, options)))
+
+        def painter(tasks: Sequence[Task], seeds: Sequence[int]) -> list[np.ndarray]:
+            return [paint(flux, task, seed, options) for task, seed in zip(tasks, seeds, strict=True)]
+
+        print(table(score(painter, arguments.count)))
         if arguments.sheet:
-            contact_sheet(flux, options).save(arguments.sheet)
+            contact_sheet(painter).save(arguments.sheet)
 
 
 def paint(flux: fluxonnx.Flux, task: Task, seed: int, options: dict) -> np.ndarray:
@@ -53,17 +60,15 @@ def paint(flux: fluxonnx.Flux, task: Task, seed: int, options: dict) -> np.ndarr
     return np.asarray(flux.generate(task.prompt, 128, 128, seed=seed, **options))
 
 
-def score(flux: fluxonnx.Flux, count: int, options: dict) -> dict[str, dict[str, float]]:
+def score(painter: Painter, count: int) -> dict[str, dict[str, float]]:
     """Return, per kind of task and question, the share of pictures that are right."""
     scores: dict[str, dict[str, float]] = {}
     for kind, questions in QUESTIONS.items():
         random = Random(SEED)
-        marks = defaultdict(list)
-        for i in range(count):
-            task = held_out_task(random, kind)
-            for question, right in judge(task, paint(flux, task, SEED + i, options)).items():
-                marks[question].append(right)
-        scores[kind] = {question: float(np.mean(marks[question])) for question in questions}
+        tasks = [held_out_task(random, kind) for _ in range(count)]
+        pictures = painter(tasks, [SEED + i for i in range(count)])
+        marks = [judge(task, picture) for task, picture in zip(tasks, pictures, strict=True)]
+        scores[kind] = {question: float(np.mean([mark[question] for mark in marks])) for question in questions}
     return scores
 
 
@@ -75,26 +80,20 @@ def table(scores: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(flux: fluxonnx.Flux, options: dict) -> Image.Image:
+def contact_sheet(painter: Painter) -> Image.Image:
     """Draw the first 64 held-out prompts of a fixed seed, with what was asked below each."""
     random = Random(SEED + 1)
-    width, height = 8 * 140, 8 * 176
-    sheet = Image.new("RGB", (width, height), "white")
+    kinds = [random.choices(("single", "relation", "several"), (0.5, 0.3, 0.2))[0] for _ in range(64)]
+    tasks = [held_out_task(random, kind) for kind in kinds]
+    pictures = painter(tasks, [SEED + i for i in range(64)])
+    sheet = Image.new("RGB", (8 * 140, 8 * 176), "white")
     pen = ImageDraw.Draw(sheet)
-    for i in range(64):
-        task = held_out_task(random, random.choices(("single", "relation", "several"), (0.5, 0.3, 0.2))[0])
+    for i, (task, picture) in enumerate(zip(tasks, pictures, strict=True)):
         left, top = 140 * (i % 8) + 6, 176 * (i // 8) + 4
-        sheet.paste(Image.fromarray(paint(flux, task, SEED + i, options)), (left, top))
-        for line, words in enumerate(wrapped(task.prompt, 25)[:4]):
+        sheet.paste(Image.fromarray(picture), (left, top))
+        for line, words in enumerate(textwrap.wrap(task.prompt, 25)[:4]):
             pen.text((left, top + 130 + 10 * line), words, fill="black", font_size=9)
     return sheet
-
-
-def wrapped(text: str, width: int) -> list[str]:
-    """Break a text into lines."""
-    import textwrap
-
-    return textwrap.wrap(text, width)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from benchmarks.architectures import TextEncoderSize
 
 PAD = "<|endoftext|>"
+# Prompts are padded to a multiple of this.
+STRIDE = 8
 
 
 @dataclass
@@ -27,47 +30,64 @@ class Batch:
         ids, mask: int64 [batch, text_seq].
         target: float32 [batch, 64, channels].
         references: float32 [batch, 64 * references, channels].
+        labels: int64 [batch, questions], see text_labels.py; -1 where the prompt was dropped.
     """
 
     ids: Tensor
     mask: Tensor
     target: Tensor
     references: Tensor
+    labels: Tensor
 
 
 class Pool:
     """The tasks that make_pool.py wrote."""
 
-    def __init__(self, work: Path, seed: int):
+    def __init__(self, work: Path):
         with np.load(work / "pool.npz") as file:
             self.latents, self.ids, self.pictures = file["latents"], file["ids"].astype(np.int64), file["pictures"]
+            self.labels = file["labels"].astype(np.int64)
         self.tokenizer = Tokenizer.from_file(str(work / "tokenizer/tokenizer.json"))
-        self.pad = self.tokenizer.token_to_id(PAD)
-        self.nothing = np.array(tokens_of(self.tokenizer, ""))
-        self.rng = np.random.default_rng(seed)
+        self.nothing = tokens_of(self.tokenizer, "")
+        self.seed(0)
         counts = (self.pictures >= 0).sum(1) - 1
-        self.by_count = [np.flatnonzero(counts == n) for n in range(3)]
-        self.share = np.array([len(rows) for rows in self.by_count]) / len(counts)
+        lengths = -(-(self.ids >= 0).sum(1) // STRIDE)
+        # Tasks with as many references and about as long prompts, so that little of a batch is padding.
+        self.groups = [
+            (n, np.flatnonzero((counts == n) & (lengths == length)))
+            for n in range(3)
+            for length in np.unique(lengths[counts == n])
+        ]
 
-    def batch(self, size: int, dropout: float = 0.0) -> Batch:
+    def seed(self, seed: int, rank: int = 0) -> None:
+        """Start the random choices anew; those of the form of a batch are the same in all processes."""
+        self.shared = np.random.default_rng(seed)
+        self.rng = np.random.default_rng((seed, rank))
+
+    def batch(self, size: int, dropout: float = 0.0, edits: float = 0.35) -> Batch:
         """Draw some tasks; a share of the prompts is replaced by the empty one."""
-        count = self.rng.choice(3, p=self.share)
-        rows = self.rng.choice(self.by_count[count], size)
-        prompts = [row[row >= 0] for row in self.ids[rows]]
-        prompts = [self.nothing if self.rng.random() < dropout else prompt for prompt in prompts]
-        ids, mask = self.padded(prompts, int(self.rng.choice([0, 8, 16, 32], p=[0.6, 0.2, 0.1, 0.1])))
+        edit = self.shared.random() < edits
+        share = np.array([len(rows) * ((count > 0) == edit) for count, rows in self.groups], np.float64)
+        count, group = self.groups[self.shared.choice(len(share), p=share / share.sum())]
+        rows = self.rng.choice(group, size)
+        dropped = self.rng.random(size) < dropout
+        prompts = [self.nothing if no else list(row[row >= 0]) for row, no in zip(self.ids[rows], dropped, strict=True)]
+        # Now and then as long as prompts are padded to when the model is used.
+        ids, mask = padded(self.tokenizer, prompts, CONFIG["flow"]["text_length"] if self.shared.random() < 0.2 else 0)
         pictures = torch.from_numpy(self.latents[self.pictures[rows, : count + 1]]).float()
-        return Batch(ids, mask, pictures[:, 0], pictures[:, 1:].flatten(1, 2))
+        labels = np.where(dropped[:, None], -1, self.labels[rows])
+        return Batch(ids, mask, pictures[:, 0], pictures[:, 1:].flatten(1, 2), torch.from_numpy(labels))
 
-    def padded(self, prompts: list[np.ndarray], extra: int = 0) -> tuple[Tensor, Tensor]:
-        """Pad on the right, to a multiple of 8 and then some more."""
-        length = -(-max(map(len, prompts)) // 8) * 8 + extra
-        ids = np.full((len(prompts), length), self.pad)
-        mask = np.zeros((len(prompts), length), np.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = prompt
-            mask[row, : len(prompt)] = 1
-        return torch.from_numpy(ids), torch.from_numpy(mask)
+
+def padded(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], length: int = 0) -> tuple[Tensor, Tensor]:
+    """Pad prompts on the right, to a multiple of 8 and to a length: int64 ids and mask, [batch, text_seq]."""
+    length = max(length, -(-max(map(len, prompts)) // STRIDE) * STRIDE)
+    ids = np.full((len(prompts), length), tokenizer.token_to_id(PAD))
+    mask = np.zeros((len(prompts), length), np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+        mask[row, : len(prompt)] = 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 class Flow(nn.Module):

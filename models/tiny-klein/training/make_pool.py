@@ -1,21 +1,26 @@
 """Step 2: the tokenizer, and tasks with their pictures as latents, so that training never draws or encodes.
 
 python models/tiny-klein/training/make_pool.py WORK
+
+The pictures that edits refer to have captions too, so that each is a task of its own that costs nothing more.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
+import torch.multiprocessing
 from common import CONFIG, to_tensor, tokens_of
 from diffusers import AutoencoderKLFlux2
 from scenes import Scene, draw
 from tasks import Task, training_task
+from text_labels import labels
 from tokenizers import Tokenizer
 from train_vae import patchify
 
@@ -25,24 +30,46 @@ from benchmarks.make_checkpoint import write_tokenizer
 def main() -> None:
     parser = argparse.ArgumentParser(description="make the tokenizer and the pool of tasks")
     parser.add_argument("work", type=Path, help="folder with the trained autoencoder")
-    work = parser.parse_args().work
-    config = CONFIG["pool"]
+    parser.add_argument("--only-tokenizer", action="store_true", help="all that the text encoder's first step needs")
+    arguments = parser.parse_args()
+    work, config = arguments.work, CONFIG["pool"]
+    if not (work / "tokenizer").exists():
+        random = Random(CONFIG["seed"] + 11)
+        words = ["user assistant", *(training_task(random).prompt for _ in range(8000))]
+        write_tokenizer(work / "tokenizer", words, config["vocabulary"])
+    if arguments.only_tokenizer:
+        return
+
     random = Random(CONFIG["seed"] + 10)
     tasks = [training_task(random) for _ in range(config["tasks"])]
-    words = ["user assistant", *(task.prompt for task in tasks)]
-    write_tokenizer(work / "tokenizer", words, config["vocabulary"])
-
-    vae = AutoencoderKLFlux2.from_pretrained(work / "vae").eval().to(memory_format=torch.channels_last)
     scenes = [scene for task in tasks for scene in (task.target, *task.sources)]
-    latents = np.concatenate([encode(vae, scenes[i : i + 64]) for i in range(0, len(scenes), 64)])
-    np.savez(work / "pool.npz", latents=latents, **index(tasks, work / "tokenizer"))
+    parts = [(work, scenes[i : i + 64]) for i in range(0, len(scenes), 64)]
+    latents = []
+    with torch.multiprocessing.get_context("spawn").Pool(CONFIG["processes"]) as processes:
+        for part in processes.imap(encode_part, parts):
+            latents.append(part)
+            if len(latents) % 50 == 0:
+                print(f"{len(latents)} of {len(parts)} parts", flush=True)
+    np.savez(work / "pool.npz", latents=np.concatenate(latents), **index(tasks, work / "tokenizer"))
     print(f"{len(tasks)} tasks, {len(scenes)} pictures")
+
+
+def encode_part(part: tuple[Path, Sequence[Scene]]) -> np.ndarray:
+    """Encode some pictures in a process of its own."""
+    torch.set_num_threads(1)
+    return encode(load_vae(part[0]), part[1])
+
+
+@cache
+def load_vae(work: Path) -> AutoencoderKLFlux2:
+    """Load the trained autoencoder."""
+    return AutoencoderKLFlux2.from_pretrained(work / "vae").eval()
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKLFlux2, scenes: Sequence[Scene]) -> np.ndarray:
     """Normalised tokens of some pictures: float16 [pictures, 64, channels]."""
-    pictures = to_tensor(draw(scene) for scene in scenes).contiguous(memory_format=torch.channels_last)
+    pictures = to_tensor(draw(scene) for scene in scenes)
     latents = patchify(vae.encode(pictures).latent_dist.mode())
     mean, variance = (v.view(1, -1, 1, 1) for v in (vae.bn.running_mean, vae.bn.running_var))
     normal = (latents - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
@@ -50,18 +77,28 @@ def encode(vae: AutoencoderKLFlux2, scenes: Sequence[Scene]) -> np.ndarray:
 
 
 def index(tasks: Sequence[Task], tokenizer: Path) -> dict[str, np.ndarray]:
-    """The token ids of each task's prompt (-1: none), and which pictures are its target and its sources (-1: none)."""
+    """Describe the tasks.
+
+    Returns:
+        ids (int16, the tokens of each prompt, -1: none), pictures (int32 [tasks, 3], target and sources, -1: none),
+        labels (int8, see text_labels.py).
+    """
     encoder = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
-    prompts = [tokens_of(encoder, task.prompt) for task in tasks]
-    ids = np.full((len(tasks), max(map(len, prompts))), -1, np.int16)
-    pictures = np.full((len(tasks), 3), -1, np.int32)
+    rows: list[tuple[Task, list[int]]] = []
     drawn = 0
-    for row, (task, prompt) in enumerate(zip(tasks, prompts, strict=True)):
+    for task in tasks:
+        own = [drawn + i for i in range(1 + len(task.sources))]
+        drawn += len(own)
+        rows.append((task, own))
+        for picture, scene, prompt in zip(own[1:], task.sources, task.source_prompts, strict=True):
+            rows.append((Task("source", prompt, scene), [picture]))
+    prompts = [tokens_of(encoder, task.prompt) for task, _ in rows]
+    ids = np.full((len(rows), max(map(len, prompts))), -1, np.int16)
+    pictures = np.full((len(rows), 3), -1, np.int32)
+    for row, ((_, own), prompt) in enumerate(zip(rows, prompts, strict=True)):
         ids[row, : len(prompt)] = prompt
-        count = 1 + len(task.sources)
-        pictures[row, :count] = range(drawn, drawn + count)
-        drawn += count
-    return {"ids": ids, "pictures": pictures}
+        pictures[row, : len(own)] = own
+    return {"ids": ids, "pictures": pictures, "labels": np.array([labels(task) for task, _ in rows], np.int8)}
 
 
 if __name__ == "__main__":

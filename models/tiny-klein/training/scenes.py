@@ -28,7 +28,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "ring", "cross", "heart", "moon")
 TEXTURES = ("solid", "striped", "dotted", "outlined")
-SIZES = {"small": (11.0, 13.0), "medium": (17.0, 20.0), "large": (27.0, 31.0)}
+SIZES = {"small": (11.5, 12.5), "medium": (18.0, 19.0), "large": (28.0, 30.0)}
 
 # Where the centre of a thing is, by name.
 NEAR, MIDDLE, FAR = 28.0, 64.0, 100.0

@@ -16,19 +16,23 @@ from scenes import COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Background, Scene, 
 T = TypeVar("T")
 
 # How far a thing may lie from where its caption puts it.
-JITTER = 3.0
+JITTER = 1.0
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt, the pictures it refers to, and the picture it asks for; `kind` and `names` are for scoring."""
+    """A prompt, the pictures it refers to, and the picture it asks for; `kind` is for scoring.
+
+    `source_prompts` are captions of the pictures it refers to, which make tasks of their own.
+    """
 
     kind: str
     prompt: str
     target: Scene
     sources: tuple[Scene, ...] = ()
+    source_prompts: tuple[str, ...] = ()
 
 
 def held_out(scene: Scene) -> bool:
@@ -91,7 +95,7 @@ def textures(shape: str) -> tuple[str, ...]:
 
 def radius(random: Random, size: str, count: int = 1) -> float:
     """A radius for a size by name; three things have to be smaller to fit in a row."""
-    return random.uniform(14.0, 16.0) if count == 3 else random.uniform(*SIZES[size])
+    return random.uniform(14.5, 15.5) if count == 3 else random.uniform(*SIZES[size])
 
 
 def put(random: Random, thing: Thing, place: tuple[float, float], jitter: float = JITTER) -> Thing:
@@ -198,10 +202,8 @@ def arrange(random: Random, things: tuple[Thing, ...], across: bool, flip: bool 
     """Put things in a row or a column; `flip` puts the first one last."""
     spots = [36.0, 92.0] if len(things) == 2 else [22.0, 64.0, 106.0]
     spots = spots[::-1] if flip else spots
-    jitter = JITTER if len(things) == 2 else 1.5
     return tuple(
-        put(random, thing, (spot, 64.0) if across else (64.0, spot), jitter)
-        for thing, spot in zip(things, spots, strict=True)
+        put(random, thing, (spot, 64.0) if across else (64.0, spot)) for thing, spot in zip(things, spots, strict=True)
     )
 
 
@@ -214,11 +216,12 @@ def edit(random: Random) -> Task:
         return combine(random)
     make = some(random, (recolour, move, recolour_background, add, remove, retexture, reshape))
     while True:
-        source = (several_things if random.random() < 0.3 else single_thing)(random).target
+        origin = (several_things if random.random() < 0.3 else single_thing)(random)
+        source = origin.target
         changed = make(random, source)
         if changed and changed[1] != source:
             name, target, prompt = changed
-            return Task(f"edit {name}", polish(random, prompt), target, (source,))
+            return Task(f"edit {name}", polish(random, prompt), target, (source,), (origin.prompt,))
 
 
 Change = tuple[str, Scene, str] | None
@@ -316,7 +319,8 @@ def reshape(random: Random, source: Scene) -> Change:
 def combine(random: Random) -> Task:
     """The shape of the first in the colour of the second: everything but the colour comes from the first."""
     while True:
-        first, second = single_thing(random).target, single_thing(random).target
+        origins = single_thing(random), single_thing(random)
+        first, second = (origin.target for origin in origins)
         if not first.things or not second.things or first.things[0].colour == second.things[0].colour:
             continue
         colour = second.things[0].colour
@@ -328,7 +332,8 @@ def combine(random: Random) -> Task:
             "give the first one the color of the second",
         )
         target = first.with_thing(0, colour=colour)
-        return Task("two references", polish(random, some(random, prompts)), target, (first, second))
+        captions = tuple(origin.prompt for origin in origins)
+        return Task("two references", polish(random, some(random, prompts)), target, (first, second), captions)
 
 
 def pick(random: Random, scene: Scene) -> tuple[int | None, str]:
@@ -390,6 +395,7 @@ def finish(random: Random, prompt: str, background: Background) -> str:
     first = spell(random, background.colour)
     if background == Background("white") and random.random() < 0.4:
         return polish(random, prompt)
+    after: tuple[str, ...]
     if background.second is None:
         before, after = f"{article(first)} background", ("on {}", "with {}", "against {}", "in front of {}", "and {}")
     else:

@@ -8,71 +8,126 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from random import Random
+from typing import Any
 
-import numpy as np
 import torch
+import torch.multiprocessing
 import torch.nn.functional as F
-from common import CONFIG, Average, Log, learning_rate, set_learning_rate, to_tensor
+from common import CONFIG, Average, Budget, Log, learning_rate, save, set_learning_rate, to_tensor
 from diffusers import AutoencoderKLFlux2
-from scenes import draw
-from tasks import training_task
+from muon import Muon
+from parallel import join, leave, mean
+from scenes import Scene, draw
+from tasks import put, random_thing, training_task, usable_background
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="train the autoencoder")
     parser.add_argument("work", type=Path, help="folder for checkpoints and logs")
-    work = parser.parse_args().work
-    config = CONFIG["vae"]
+    parser.add_argument("--until", metavar="HH:MM", help="end at this time, whatever the number of steps")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    arguments = parser.parse_args()
+    torch.multiprocessing.spawn(train, (arguments,), CONFIG["processes"])
+    finish(arguments.work)
+
+
+def train(rank: int, arguments: argparse.Namespace) -> None:
+    """What one of the processes does."""
+    work, config = arguments.work, CONFIG["vae"]
+    join(rank, CONFIG["processes"], 29530)
     torch.manual_seed(CONFIG["seed"])
-    random = Random(CONFIG["seed"])
     vae = AutoencoderKLFlux2(**config["model"]).train().to(memory_format=torch.channels_last)
     with torch.no_grad():  # little noise in the latents at first, or there is nothing to learn from
         vae.quant_conv.bias[config["model"]["latent_channels"] :] -= 5
     vae.bn.eval()  # its statistics are measured at the end
-    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
-    average = Average({"vae": vae}, 0.998)
+    matrices = matrices_of(vae)
+    known, muon = set(matrices), Muon(matrices)
+    adam = torch.optim.AdamW([p for p in vae.parameters() if p not in known], betas=(0.9, 0.98), weight_decay=0.0)
+    average = Average({"vae": vae}, config["average"])
+    step = 0
+    if arguments.resume:
+        saved = torch.load(work / "vae.pt")
+        vae.load_state_dict(saved["weights"])
+        muon.load_state_dict(saved["muon"])
+        adam.load_state_dict(saved["adam"])
+        average.state, average.steps, step = saved["average"], saved["step"], saved["step"]
+    random = Random(CONFIG["seed"] + step + 100_000_000 * rank)
+    torch.manual_seed(CONFIG["seed"] + step + 100_000_000 * rank)
+    parameters = list(vae.parameters())
     log = Log(work / "vae.jsonl")
     mean_psnr = 0.0
 
-    for step in range(config["steps"]):
-        set_learning_rate(optimizer, learning_rate(step, config["steps"], config["learning_rate"]))
-        whole = step >= config["steps"] - config["whole_steps"]
-        pictures = to_tensor(example(random, whole) for _ in range(config["batch"] // (2 if whole else 1)))
-        pictures = pictures.contiguous(memory_format=torch.channels_last)
+    def forward(pictures: torch.Tensor, kl_weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         posterior = vae.encode(pictures).latent_dist
         restored = vae.decode(posterior.sample()).sample
-        loss = loss_of(restored, pictures, config["edge_weight"]) + config["kl_weight"] * posterior.kl().mean()
-        optimizer.zero_grad()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return loss_of(restored, pictures, config["edge_weight"]) + kl_weight * kl, kl, restored
+
+    budget = Budget(config["steps"], arguments.until)
+    while (fraction := mean(budget.fraction(step))) < 1:
+        set_learning_rate(muon, learning_rate(step, fraction, config["matrix_learning_rate"], 20))
+        set_learning_rate(adam, learning_rate(step, fraction, config["learning_rate"], 20))
+        pictures = to_tensor(draw(example(random)) for _ in range(config["batch"]))
+        pictures = pictures.contiguous(memory_format=torch.channels_last)
+        # From zero: before the decoder reads the latents, there is nothing to hold against their collapse.
+        kl_weight = torch.tensor(config["kl_weight"] * min(1.0, step / config["kl_warmup"]))
+        loss, kl, restored = forward(pictures, kl_weight)
+        vae.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        mean(parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        muon.step()
+        adam.step()
         average.update()
         mean_psnr += (psnr(restored.detach(), pictures) - mean_psnr) * (0.05 if step else 1)
-        if step % 50 == 49:
-            log.write(step=step + 1, loss=loss.item(), psnr=mean_psnr, kl=posterior.kl().mean().item())
-        if step % 500 == 499:
-            save(vae, average, work)
+        step += 1
+        if rank == 0 and step % 25 == 0:
+            log.write(step=step, loss=loss.item(), psnr=mean_psnr, kl=kl.item())
+        if rank == 0 and step % 100 == 0:
+            save(checkpoint(vae, muon, adam, average, step), work / "vae.pt")
 
-    save(vae, average, work)
-    vae.load_state_dict(average.state["vae"])
-    measure_statistics(vae.eval(), Random(CONFIG["seed"] + 1), 1024)
+    if rank == 0:
+        save(checkpoint(vae, muon, adam, average, step), work / "vae.pt")
+    leave()
+
+
+def finish(work: Path) -> None:
+    """Measure the statistics of the latents, write the averaged autoencoder, and say how well it restores pictures."""
+    saved = torch.load(work / "vae.pt")
+    vae = AutoencoderKLFlux2(**CONFIG["vae"]["model"]).eval()
+    vae.load_state_dict(saved["average"]["vae"])
+    measure_statistics(vae, Random(CONFIG["seed"] + 1), 1024)
     vae.save_pretrained(work / "vae")
-    with torch.no_grad():
-        held_out = Random(CONFIG["seed"] + 2)
-        pictures = to_tensor(draw(training_task(held_out).target) for _ in range(256))
-        restored = torch.cat([vae(part).sample for part in pictures.split(32)])
-    log.write(step=config["steps"], test_psnr=psnr(restored, pictures))
+    Log(work / "vae.jsonl").write(step=saved["step"], test_psnr=test_psnr(vae))
 
 
-def example(random: Random, whole: bool) -> np.ndarray:
-    """A picture, or a quarter of one with a thing in it: most of a whole picture is background, and costs as much."""
-    scene = training_task(random).target
-    picture = draw(scene)
-    if whole or not scene.things:
-        return picture if whole else picture[:64, :64]
-    thing = random.choice(scene.things)
-    left, top = (int(min(max(c - 32 + random.uniform(-24, 24), 0), 64)) for c in (thing.x, thing.y))
-    return picture[top : top + 64, left : left + 64]
+@torch.no_grad()
+def test_psnr(vae: AutoencoderKLFlux2) -> float:
+    """Mean PSNR of pictures that were not trained on, in dB."""
+    held_out = Random(CONFIG["seed"] + 2)
+    pictures = to_tensor(draw(training_task(held_out).target) for _ in range(256))
+    return psnr(torch.cat([vae(part).sample for part in pictures.split(16)]), pictures)
+
+
+def example(random: Random) -> Scene:
+    """The target of a task, or a crowd: most of a task's picture is background, and costs as much."""
+    if random.random() < 0.4:
+        return training_task(random).target
+    background = usable_background(random)
+    things = tuple(
+        put(random, random_thing(random, background, random.choice((2, 3))), (24.0 + 40 * column, 24.0 + 40 * row), 6.0)
+        for column in range(3)
+        for row in range(3)
+        if random.random() < 0.7
+    )
+    return Scene(things, background)
+
+
+def matrices_of(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """What Muon trains: all but biases, norms, and the first and last layers."""
+    last = ("decoder.conv_out.weight", "conv_out.weight")
+    parameters = [(name, p) for name, p in module.named_parameters() if p.ndim > 1]
+    return [p for name, p in parameters if "conv_in" not in name and name not in last]
 
 
 def loss_of(restored: torch.Tensor, pictures: torch.Tensor, edge_weight: float) -> torch.Tensor:
@@ -106,9 +161,12 @@ def patchify(latents: torch.Tensor) -> torch.Tensor:
     return F.pixel_unshuffle(latents, 2)
 
 
-def save(vae: AutoencoderKLFlux2, average: Average, work: Path) -> None:
-    """Keep the averaged weights, so that an interrupted run is not lost."""
-    torch.save(average.state["vae"], work / "vae.pt")
+def checkpoint(
+    vae: AutoencoderKLFlux2, muon: Muon, adam: torch.optim.Optimizer, average: Average, step: int
+) -> dict[str, Any]:
+    """All that is needed to go on."""
+    state = {"weights": vae.state_dict(), "average": average.state, "step": step}
+    return {**state, "muon": muon.state_dict(), "adam": adam.state_dict()}
 
 
 if __name__ == "__main__":

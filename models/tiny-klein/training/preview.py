@@ -1,0 +1,99 @@
+"""Scores of a checkpoint in training, in torch and in batches; evaluate.py's are those of the finished model.
+
+python models/tiny-klein/training/preview.py WORK [--student] [--count N] [--steps N] [--guidance X] [--sheet FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import SIDE, tokens_of
+from diffusers import AutoencoderKLFlux2
+from evaluate import contact_sheet, score, table
+from flow import Flow, padded, text_ids
+from make_pool import encode
+from tasks import Task
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional as F
+
+from fluxonnx.runtime.schedule import flow_sigmas
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="score a checkpoint in training")
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--student", action="store_true", help="the distilled model")
+    parser.add_argument("--count", type=int, default=40, help="tasks of each kind (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4, metavar="N")
+    parser.add_argument("--guidance", type=float, default=1.0, metavar="X")
+    parser.add_argument("--sheet", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    work = arguments.work
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer/tokenizer.json"))
+    refined = work / "vae-refined"
+    vae = AutoencoderKLFlux2.from_pretrained(refined if refined.exists() else work / "vae").eval()
+    flow = Flow(tokenizer.get_vocab_size(), 4 * vae.config.latent_channels).eval()
+    saved = torch.load(work / "flow.pt")
+    flow.load_state_dict(saved["average"]["flow"])
+    print(f"step {saved['step']}")
+    if arguments.student:
+        flow.load_state_dict(torch.load(work / "student.pt")["average"]["flow"])
+
+    def painter(tasks: Sequence[Task], seeds: Sequence[int]) -> list[np.ndarray]:
+        prompts = [tokens_of(tokenizer, task.prompt) for task in tasks]
+        noise = torch.stack(
+            [torch.randn(SIDE * SIDE, 4 * vae.config.latent_channels, generator=torch.manual_seed(s)) for s in seeds]
+        )
+        references = [encode(vae, [task.sources[i] for task in tasks]) for i in range(len(tasks[0].sources))]
+        tokens = torch.from_numpy(np.concatenate(references, 1)).float() if references else noise[:, :0]
+        nothing = padded(tokenizer, [tokens_of(tokenizer, "")] * len(tasks)) if arguments.guidance != 1 else None
+        latents = sample(flow, noise, padded(tokenizer, prompts), nothing, tokens, arguments.steps, arguments.guidance)
+        return pictures(vae, latents)
+
+    print(table(score(painter, arguments.count)))
+    if arguments.sheet:
+        contact_sheet(painter).save(arguments.sheet)
+
+
+@torch.no_grad()
+def sample(
+    flow: Flow,
+    noise: Tensor,
+    prompt: tuple[Tensor, Tensor],
+    nothing: tuple[Tensor, Tensor] | None,
+    references: Tensor,
+    steps: int,
+    guidance: float,
+) -> Tensor:
+    """From noise to latents [batch, 64, channels], with guidance if the tokens of nothing are given."""
+    embeds = [
+        (flow.encode(*tokens), text_ids(torch.arange(tokens[0].shape[1]))) for tokens in (prompt, nothing) if tokens
+    ]
+    latents = noise
+    sigmas = flow_sigmas(SIDE * SIDE, steps)
+    for now, then in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
+        sigma = torch.full((len(noise),), now)
+        velocities = [flow.velocity(latents, sigma, embed, references, ids) for embed, ids in embeds]
+        velocity = velocities[0]
+        if len(velocities) == 2:
+            velocity = velocities[1] + guidance * (velocities[0] - velocities[1])
+        latents = latents + (then - now) * velocity
+    return latents
+
+
+@torch.no_grad()
+def pictures(vae: AutoencoderKLFlux2, latents: Tensor) -> list[np.ndarray]:
+    """Latents [batch, 64, channels] to uint8 [128, 128, 3] each."""
+    tokens = latents * torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps) + vae.bn.running_mean
+    planes = F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (SIDE, SIDE)), 2)
+    decoded = torch.cat([vae.decode(part).sample for part in planes.split(16)])
+    return list(((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What a prompt says, as classes: what the text encoder is first taught to read.
+
+Things are numbered as they are read in the picture, from the top left; what a prompt leaves open is -1.
+"""
+
+from __future__ import annotations
+
+from scenes import COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Thing
+from tasks import NUMBERS, OPPOSITE, Task
+
+# Where the centres of things lie along a side.
+SPOTS = (22, 28, 36, 64, 92, 100, 106)
+EDITS = ("colour", "place", "background", "add", "remove", "texture", "shape")
+_THING = {
+    "shape": len(SHAPES),
+    "colour": len(COLOURS),
+    "texture": len(TEXTURES),
+    "size": len(SIZES),
+    "x": len(SPOTS),
+    "y": len(SPOTS),
+}
+# The questions and how many answers each has.
+QUESTIONS = {
+    "kind": len(EDITS) + 2,
+    "count": len(NUMBERS) + 1,
+    "first": len(COLOURS),
+    "second": len(COLOURS) + 1,
+    "direction": 2,
+    **{f"{aspect} {i}": size for i in range(len(NUMBERS)) for aspect, size in _THING.items()},
+    "named": len(SHAPES) + 1,
+    "place": len(PLACES),
+    "side": len(OPPOSITE),
+}
+
+
+def labels(task: Task) -> list[int]:
+    """Answer each question about a prompt."""
+    answers = dict.fromkeys(QUESTIONS, -1)
+    answers |= _of_edit(task) if task.sources else _of_scene(task)
+    return list(answers.values())
+
+
+def _of_scene(task: Task) -> dict[str, int]:
+    scene, background = task.target, task.target.background
+    answers = {"kind": len(EDITS) + 1, "count": len(scene.things), "first": list(COLOURS).index(background.colour)}
+    answers["second"] = list(COLOURS).index(background.second) if background.second else len(COLOURS)
+    if background.second:
+        answers["direction"] = int(background.direction == "right")
+    for i, thing in enumerate(sorted(scene.things, key=lambda thing: thing.x + thing.y)):
+        answers |= _of_thing(thing, i)
+        for axis, centre in (("x", thing.x), ("y", thing.y)):
+            answers[f"{axis} {i}"] = min(range(len(SPOTS)), key=lambda spot: abs(SPOTS[spot] - centre))
+    return answers
+
+
+def _of_thing(thing: Thing, i: int) -> dict[str, int]:
+    return {
+        f"shape {i}": SHAPES.index(thing.shape),
+        f"colour {i}": list(COLOURS).index(thing.colour),
+        f"texture {i}": TEXTURES.index(thing.texture),
+        f"size {i}": list(SIZES).index(thing.size),
+    }
+
+
+def _of_edit(task: Task) -> dict[str, int]:
+    """What changes, and the shape that is named."""
+    if len(task.sources) == 2:
+        return {"kind": len(EDITS)}
+    name, words, (source,) = task.kind.removeprefix("edit "), task.prompt.lower(), task.sources
+    answers = {"kind": EDITS.index(name)}
+    named = [i for i, shape in enumerate(SHAPES) if f"the {shape}" in words or f"no {shape}" in words]
+    answers["named"] = named[0] if named else len(SHAPES)
+    if name == "background":
+        return answers | {"first": list(COLOURS).index(task.target.background.colour)}
+    if name == "remove":
+        return answers
+    before = source.things
+    new = next(thing for i, thing in enumerate(task.target.things) if i >= len(before) or thing != before[i])
+    if name == "add":
+        dx, dy = new.x - before[0].x, new.y - before[0].y
+        side = ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
+        return answers | _of_thing(new, 0) | {"side": list(OPPOSITE).index(side)}
+    if name == "place":
+        place = min(PLACES.values(), key=lambda at: abs(at[0] - new.x) + abs(at[1] - new.y))
+        return answers | {"place": list(PLACES.values()).index(place)}
+    return answers | {f"{name} 0": _of_thing(new, 0)[f"{name} 0"]}
