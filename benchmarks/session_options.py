@@ -61,7 +61,10 @@ def inputs_of(path: Path, image_tokens: int) -> dict[str, np.ndarray]:
     import onnx
 
     rng = np.random.default_rng(0)
-    sizes = {i.name: i.type.tensor_type.shape.dim[-1].dim_value for i in onnx.load(path, False).graph.input}
+    sizes = {
+        i.name: i.type.tensor_type.shape.dim[-1].dim_value
+        for i in onnx.load(path, load_external_data=False).graph.input
+    }
     angles = rng.uniform(0, 6, (TEXT_TOKENS + image_tokens, sizes["rotary_cos"] // 2)).repeat(2, 1)
     return {
         "hidden_states": rng.standard_normal((1, image_tokens, sizes["hidden_states"]), np.float32),
