@@ -48,6 +48,10 @@ def main() -> None:
     refined = work / "vae-refined"
     vae = refined if refined.exists() else work / "vae"
     AutoencoderKLFlux2.from_pretrained(vae).to(torch.bfloat16).save_pretrained(output / "vae")
+    # diffusers notes down where it was loaded from
+    vae_config = json.loads((output / "vae/config.json").read_text("utf-8"))
+    vae_config.pop("_name_or_path", None)
+    write_json(output / "vae/config.json", vae_config)
     manifest = {
         "format_version": 1,
         "text_encoder_out_layers": CONFIG["flow"]["out_layers"],
