@@ -93,10 +93,11 @@ def int8_columns(tensor: Tensor, limit: int | None, rotation: int = 0) -> tuple[
     """
     columns = np.empty(tensor.shape[::-1], np.int8)
     scales = np.empty(tensor.shape[0], np.float32)
+    matrix = hadamard(rotation) if rotation else None
     for i in range(0, tensor.shape[0], ROWS):
         rows = float_rows(tensor, i, i + ROWS)
-        if rotation:
-            rows = (rows.reshape(-1, rotation) @ hadamard(rotation)).reshape(rows.shape)
+        if matrix is not None:
+            rows = (rows.reshape(-1, rotation) @ matrix).reshape(rows.shape)
         rows, scales[i : i + ROWS] = _rounded(rows, limit)
         columns[:, i : i + ROWS] = rows.astype(np.int8).T
     return columns, scales

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -35,6 +36,15 @@ def tokens_of(tokenizer: Tokenizer, prompt: str) -> list[int]:
     from fluxonnx.runtime.text import CHAT_TEMPLATE
 
     return list(tokenizer.encode(CHAT_TEMPLATE.format(prompt=prompt)).ids)
+
+
+def parse(description: str, folder: str) -> argparse.Namespace:
+    """Read the flags that all long trainings have; `folder` says what has to be in WORK."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("work", type=Path, help=folder)
+    parser.add_argument("--until", metavar="HH:MM", help="end at this time, whatever the number of steps")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    return parser.parse_args()
 
 
 class Budget:

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.multiprocessing
-from common import CONFIG, SIDE, Average, Budget, Log, learning_rate, save, set_learning_rate
+from common import CONFIG, SIDE, Average, Budget, Log, learning_rate, parse, save, set_learning_rate
 from flow import Batch, Flow, Pool, padded, text_ids, training_positions
 from parallel import join, leave, mean
 from torch import Tensor
@@ -27,11 +26,8 @@ from fluxonnx.runtime.schedule import flow_sigmas
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="distill the base model")
-    parser.add_argument("work", type=Path, help="folder with the pool and the base model")
-    parser.add_argument("--until", metavar="HH:MM", help="end at this time, whatever the number of steps")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    torch.multiprocessing.spawn(train, (parser.parse_args(),), CONFIG["processes"])
+    arguments = parse("distill the base model", "folder with the pool and the base model")
+    torch.multiprocessing.spawn(train, (arguments,), CONFIG["processes"])
 
 
 def train(rank: int, arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Step 6: the decoder alone, on latents that are a little off, as the flow's are; the latents stay what they are.
+"""Step 5: the decoder alone, on latents that are a little off, as the flow's are; the latents stay what they are.
 
 python models/tiny-klein/training/refine_decoder.py WORK [--until HH:MM]
 
@@ -8,12 +8,11 @@ It may run at any time after the pool is made, beside the training of the flow.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from random import Random
 
 import torch
 import torch.multiprocessing
-from common import CONFIG, Average, Budget, Log, learning_rate, save, set_learning_rate, to_tensor
+from common import CONFIG, Average, Budget, Log, learning_rate, parse, save, set_learning_rate, to_tensor
 from diffusers import AutoencoderKLFlux2
 from muon import Muon
 from parallel import join, leave, mean
@@ -23,11 +22,7 @@ from train_vae import checkpoint, example, loss_of, matrices_of, psnr, test_psnr
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="train the decoder on")
-    parser.add_argument("work", type=Path, help="folder with the trained autoencoder")
-    parser.add_argument("--until", metavar="HH:MM", help="end at this time, whatever the number of steps")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    arguments = parser.parse_args()
+    arguments = parse("train the decoder on", "folder with the trained autoencoder")
     torch.multiprocessing.spawn(train, (arguments,), CONFIG["processes"])
     work = arguments.work
     vae = AutoencoderKLFlux2.from_pretrained(work / "vae", low_cpu_mem_usage=False).eval()

@@ -9,12 +9,11 @@ process with as many threads, as most operations are small.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing
-from common import CONFIG, Average, Budget, Log, learning_rate, save, set_learning_rate
+from common import CONFIG, Average, Budget, Log, learning_rate, parse, save, set_learning_rate
 from flow import Flow, Pool, text_ids, training_positions
 from muon import Muon
 from parallel import join, leave, mean
@@ -22,11 +21,7 @@ from train_text import Reader
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="train the base model")
-    parser.add_argument("work", type=Path, help="folder with the pool")
-    parser.add_argument("--until", metavar="HH:MM", help="end at this time, whatever the number of steps")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    arguments = parser.parse_args()
+    arguments = parse("train the base model", "folder with the pool")
     torch.multiprocessing.spawn(train, (arguments,), CONFIG["processes"])
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
-from common import CONFIG, Average, Budget, Log, learning_rate, save, set_learning_rate, to_tensor
+from common import CONFIG, Average, Budget, Log, learning_rate, parse, save, set_learning_rate, to_tensor
 from diffusers import AutoencoderKLFlux2
 from muon import Muon
 from parallel import join, leave, mean
@@ -22,11 +22,7 @@ from tasks import put, random_thing, training_task, usable_background
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="train the autoencoder")
-    parser.add_argument("work", type=Path, help="folder for checkpoints and logs")
-    parser.add_argument("--until", metavar="HH:MM", help="end at this time, whatever the number of steps")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    arguments = parser.parse_args()
+    arguments = parse("train the autoencoder", "folder for checkpoints and logs")
     torch.multiprocessing.spawn(train, (arguments,), CONFIG["processes"])
     finish(arguments.work)
 
