@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -75,6 +77,9 @@ class Session:
         # A buffer that waits for the next value of its shape, such as the same weight of the next block, holds memory
         # meanwhile. Giving it back costs no time (measured for the 4B model at 512x512: 1.52 against 1.01 GB).
         settings.enable_mem_reuse = False
+        # An arena grows by doubling. Of the VAE's few huge buffers that is 0.15 GB in vain; without one it takes an
+        # eighth longer (measured for the decoder at 512x512: 1.35 against 1.20 GB).
+        settings.enable_cpu_mem_arena = component in STREAMED or not options.low_memory
         if options.threads is not None:
             settings.intra_op_num_threads = options.threads
         if build is None or build.settings.get("products") != "pairs":
@@ -127,6 +132,7 @@ class Session:
         if self._profile is not None:
             self._profile.collect(self._component, self._session)
         del self._session
+        give_back_free_memory()
 
     def __enter__(self) -> Session:
         return self
@@ -135,6 +141,12 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def give_back_free_memory() -> None:
+    """Have glibc give freed memory back to the system; it keeps pieces of up to 32 MB otherwise. Elsewhere, nothing."""
+    with suppress(OSError, AttributeError, TypeError):  # no such library, no such function, Windows
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _first_line(error: Exception) -> str:
