@@ -1,4 +1,4 @@
-"""Step 6: a model directory that fluxonnx and diffusers load, of the base or the distilled model.
+"""Step 7: a model directory that fluxonnx and diffusers load, of the base or the distilled model.
 
 python models/tiny-klein/training/assemble.py WORK OUT [--base]
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -73,10 +72,10 @@ class Budget:
         return 1.0 if left <= 0 else step / (step + left / max(self.pace, 1e-3))
 
 
-def learning_rate(step: int, fraction: float, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, then constant, then a cosine over the second half down to a fiftieth."""
-    late = max(0.0, 2 * fraction - 1)
-    return peak * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * late)))
+def learning_rate(step: int, fraction: float, peak: float, warmup: int) -> float:
+    """Linear warm-up, then constant up to three tenths, then linearly down to a hundredth."""
+    late = max(0.0, (fraction - 0.3) / 0.7)
+    return peak * min(1.0, (step + 1) / warmup) * (1 - 0.99 * min(late, 1.0))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -1,4 +1,4 @@
-"""Step 7: scores on prompts whose compositions were never seen in training, and a contact sheet.
+"""Step 8: scores on prompts whose compositions were never seen in training, and a contact sheet.
 
 python models/tiny-klein/training/evaluate.py MODEL [--count 200] [--sheet FILE] [--precision NAME]
 """

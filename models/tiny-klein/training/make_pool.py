@@ -16,13 +16,13 @@ from random import Random
 import numpy as np
 import torch
 import torch.multiprocessing
-from common import CONFIG, to_tensor, tokens_of
+from common import CONFIG, tokens_of
 from diffusers import AutoencoderKLFlux2
+from latents import encode
 from scenes import Scene, draw
 from tasks import Task, training_task
 from text_labels import labels
 from tokenizers import Tokenizer
-from train_vae import patchify
 
 from benchmarks.make_checkpoint import write_tokenizer
 
@@ -41,7 +41,7 @@ def main() -> None:
         return
 
     random = Random(CONFIG["seed"] + 10)
-    tasks = [training_task(random) for _ in range(config["tasks"])]
+    tasks = [training_task(random, edits=config["edits"]) for _ in range(config["tasks"])]
     scenes = [scene for task in tasks for scene in (task.target, *task.sources)]
     parts = [(work, scenes[i : i + 64]) for i in range(0, len(scenes), 64)]
     latents = []
@@ -57,23 +57,13 @@ def main() -> None:
 def encode_part(part: tuple[Path, Sequence[Scene]]) -> np.ndarray:
     """Encode some pictures in a process of its own."""
     torch.set_num_threads(1)
-    return encode(load_vae(part[0]), part[1])
+    return encode(load_vae(part[0]), map(draw, part[1])).half().numpy()
 
 
 @cache
 def load_vae(work: Path) -> AutoencoderKLFlux2:
     """Load the trained autoencoder."""
     return AutoencoderKLFlux2.from_pretrained(work / "vae").eval()
-
-
-@torch.no_grad()
-def encode(vae: AutoencoderKLFlux2, scenes: Sequence[Scene]) -> np.ndarray:
-    """Normalised tokens of some pictures: float16 [pictures, 64, channels]."""
-    pictures = to_tensor(draw(scene) for scene in scenes)
-    latents = patchify(vae.encode(pictures).latent_dist.mode())
-    mean, variance = (v.view(1, -1, 1, 1) for v in (vae.bn.running_mean, vae.bn.running_var))
-    normal = (latents - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
-    return normal.flatten(2).transpose(1, 2).half().numpy()
 
 
 def index(tasks: Sequence[Task], tokenizer: Path) -> dict[str, np.ndarray]:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from typing import overload
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, overload
 
 import torch
 import torch.distributed
+import torch.multiprocessing
+from common import CONFIG
 from torch import nn
 
 
-def join(rank: int, count: int, port: int = 29531) -> None:
-    """Be one of several processes."""
+def together(work: Callable[..., None], *arguments: Any) -> None:
+    """Run `work(rank, *arguments)` in as many processes as the config says, and wait for them."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_join, (Path(folder) / "meet", work, arguments), CONFIG["processes"])
+
+
+def _join(rank: int, meet: Path, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(port)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=count)
-
-
-def leave() -> None:
-    """Wait for the others, then be one no more."""
+    torch.distributed.init_process_group("gloo", f"file://{meet}", rank=rank, world_size=CONFIG["processes"])
+    work(rank, *arguments)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -14,12 +14,13 @@ from PIL import Image, ImageDraw
 # Which logs are drawn, and which of their values.
 PANELS = (
     ("vae", "psnr"),
-    ("decoder", "psnr"),
     ("text", "right"),
     ("flow", "pictures"),
     ("flow", "edits"),
     ("flow", "reading"),
-    ("distillation", "loss"),
+    ("student", "pictures"),
+    ("student", "edits"),
+    ("decoder", "psnr_generated"),
 )
 WIDTH, HEIGHT, MARGIN = 300, 200, 34
 # At most so many lines of a log are kept.

@@ -15,11 +15,11 @@ from common import SIDE, tokens_of
 from diffusers import AutoencoderKLFlux2
 from evaluate import contact_sheet, score, table
 from flow import Flow, padded, text_ids
-from make_pool import encode
+from latents import decode, encode
+from scenes import draw
 from tasks import Task
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn import functional as F
 
 from fluxonnx.runtime.schedule import flow_sigmas
 
@@ -49,8 +49,8 @@ def main() -> None:
         noise = torch.stack(
             [torch.randn(SIDE * SIDE, 4 * vae.config.latent_channels, generator=torch.manual_seed(s)) for s in seeds]
         )
-        references = [encode(vae, [task.sources[i] for task in tasks]) for i in range(len(tasks[0].sources))]
-        tokens = torch.from_numpy(np.concatenate(references, 1)).float() if references else noise[:, :0]
+        references = [encode(vae, (draw(t.sources[i]) for t in tasks)) for i in range(len(tasks[0].sources))]
+        tokens = torch.cat([noise[:, :0], *references], 1)
         nothing = padded(tokenizer, [tokens_of(tokenizer, "")] * len(tasks)) if arguments.guidance != 1 else None
         latents = sample(flow, noise, padded(tokenizer, prompts), nothing, tokens, arguments.steps, arguments.guidance)
         return pictures(vae, latents)
@@ -87,11 +87,9 @@ def sample(
 
 
 @torch.no_grad()
-def pictures(vae: AutoencoderKLFlux2, latents: Tensor) -> list[np.ndarray]:
-    """Latents [batch, 64, channels] to uint8 [128, 128, 3] each."""
-    tokens = latents * torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps) + vae.bn.running_mean
-    planes = F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (SIDE, SIDE)), 2)
-    decoded = torch.cat([vae.decode(part).sample for part in planes.split(16)])
+def pictures(vae: AutoencoderKLFlux2, tokens: Tensor) -> list[np.ndarray]:
+    """Tokens [batch, 64, channels] to uint8 [128, 128, 3] each."""
+    decoded = decode(vae, tokens)
     return list(((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
 
 

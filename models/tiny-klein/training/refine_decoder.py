@@ -1,8 +1,10 @@
-"""Step 5: the decoder alone, on latents that are a little off, as the flow's are; the latents stay what they are.
+"""Step 6: the decoder alone, on what the distilled model makes; the latents stay what they are.
 
-python models/tiny-klein/training/refine_decoder.py WORK [--until HH:MM]
+    python models/tiny-klein/training/refine_decoder.py WORK [--until HH:MM] [--resume]
 
-It may run at any time after the pool is made, beside the training of the flow.
+Half of what it learns from are latents of pictures, so that it stays a decoder of those. The other half are the same
+after the last of the four steps: they are a little off in just the way that those of a generated picture are, and
+the decoder is told what they should have been.
 """
 
 from __future__ import annotations
@@ -11,19 +13,23 @@ import argparse
 from random import Random
 
 import torch
-import torch.multiprocessing
-from common import CONFIG, Average, Budget, Log, learning_rate, parse, save, set_learning_rate, to_tensor
+from common import CONFIG, SIDE, Log, parse, to_tensor, tokens_of
 from diffusers import AutoencoderKLFlux2
-from muon import Muon
-from parallel import join, leave, mean
+from flow import Flow, padded, text_ids
+from latents import decode, encode
+from loop import Trainer
+from parallel import together
 from scenes import draw
-from torch.nn import functional as F
-from train_vae import checkpoint, example, loss_of, matrices_of, psnr, test_psnr
+from tasks import training_task
+from tokenizers import Tokenizer
+from train_vae import example, groups, loss_of, psnr, test_psnr
+
+from fluxonnx.runtime.schedule import flow_sigmas
 
 
 def main() -> None:
-    arguments = parse("train the decoder on", "folder with the trained autoencoder")
-    torch.multiprocessing.spawn(train, (arguments,), CONFIG["processes"])
+    arguments = parse("train the decoder on", "folder with the autoencoder and the distilled model")
+    together(train, arguments)
     work = arguments.work
     vae = AutoencoderKLFlux2.from_pretrained(work / "vae", low_cpu_mem_usage=False).eval()
     saved = torch.load(work / "decoder.pt")
@@ -35,53 +41,35 @@ def main() -> None:
 def train(rank: int, arguments: argparse.Namespace) -> None:
     """What one of the processes does."""
     work, config = arguments.work, CONFIG["decoder"]
-    join(rank, CONFIG["processes"], 29532)
     vae = AutoencoderKLFlux2.from_pretrained(work / "vae", low_cpu_mem_usage=False).eval().requires_grad_(False)
     vae.decoder.requires_grad_(True)
     vae.post_quant_conv.requires_grad_(True)
-    parameters = [p for p in vae.parameters() if p.requires_grad]
-    matrices = matrices_of(vae.decoder)
-    known, muon = set(matrices), Muon(matrices)
-    adam = torch.optim.AdamW([p for p in parameters if p not in known], betas=(0.9, 0.98), weight_decay=0.0)
-    average = Average({"vae": vae}, CONFIG["vae"]["average"])
-    step, mean_psnr = 0, 0.0
-    if arguments.resume:
-        saved = torch.load(work / "decoder.pt")
-        vae.load_state_dict(saved["weights"])
-        muon.load_state_dict(saved["muon"])
-        adam.load_state_dict(saved["adam"])
-        average.state, average.steps, step = saved["average"], saved["step"], saved["step"]
-    random = Random(CONFIG["seed"] + 40 + step + 100_000_000 * rank)
-    torch.manual_seed(CONFIG["seed"] + 40 + step + 100_000_000 * rank)
-    log = Log(work / "decoder.jsonl")
-    spread = F.pixel_shuffle(vae.bn.running_var.sqrt().view(1, -1, 1, 1), 2).repeat(1, 1, 8, 8)
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer/tokenizer.json"))
+    student = Flow(tokenizer.get_vocab_size(), 4 * vae.config.latent_channels).eval()
+    student.load_state_dict(torch.load(work / "student.pt")["average"]["flow"])
+    last = flow_sigmas(SIDE * SIDE, CONFIG["distillation"]["student_steps"])[-2]
+    trainer = Trainer("decoder", arguments, config, {"vae": vae}, *groups(vae))
+    random = Random(trainer.seed(40, rank))
 
-    budget = Budget(config["steps"], arguments.until)
-    while (fraction := mean(budget.fraction(step))) < 1:
-        set_learning_rate(muon, learning_rate(step, fraction, config["matrix_learning_rate"], 20))
-        set_learning_rate(adam, learning_rate(step, fraction, config["learning_rate"], 20))
-        pictures = to_tensor(draw(example(random)) for _ in range(CONFIG["vae"]["batch"]))
-        with torch.no_grad():
-            latents = vae.encode(pictures).latent_dist.mode()
-            off = config["noise"] * torch.rand(len(latents), 1, 1, 1) * spread
-            latents = latents + off * torch.randn_like(latents)
-        restored = vae.decode(latents).sample
-        vae.zero_grad()
-        loss_of(restored, pictures, CONFIG["vae"]["edge_weight"]).backward()
-        mean(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        muon.step()
-        adam.step()
-        average.update()
-        step += 1
-        mean_psnr += (psnr(restored.detach(), pictures) - mean_psnr) * max(0.05, 1 / step)
-        if rank == 0 and step % 25 == 0:
-            log.write(step=step, psnr=mean_psnr)
-        if rank == 0 and step % 100 == 0:
-            save(checkpoint(vae, muon, adam, average, step), work / "decoder.pt")
-    if rank == 0:
-        save(checkpoint(vae, muon, adam, average, step), work / "decoder.pt")
-    leave()
+    @torch.no_grad()
+    def generated(tokens: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        noisy = torch.lerp(tokens, torch.randn_like(tokens), last)
+        ids, mask = padded(tokenizer, [tokens_of(tokenizer, prompt) for prompt in prompts])
+        positions = text_ids(torch.arange(ids.shape[1]))
+        sigma = torch.full((len(noisy),), last)
+        return noisy - last * student.velocity(noisy, sigma, student.encode(ids, mask), tokens[:, :0], positions)
+
+    def lesson(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        tasks = [training_task(random, edits=0) for _ in range(config["batch"] // 2)]
+        scenes = [task.target for task in tasks] + [example(random) for _ in tasks]
+        drawings = [draw(scene) for scene in scenes]
+        tokens, pictures = encode(vae, drawings), to_tensor(drawings)
+        tokens = torch.cat([generated(tokens[: len(tasks)], [task.prompt for task in tasks]), tokens[len(tasks) :]])
+        restored = decode(vae, tokens)
+        made, clean = (psnr(*pair) for pair in zip(restored.detach().chunk(2), pictures.chunk(2), strict=True))
+        return loss_of(restored, pictures, CONFIG["vae"]["edge_weight"]), {"psnr": clean, "psnr_generated": made}
+
+    trainer.run(rank, lesson)
 
 
 if __name__ == "__main__":

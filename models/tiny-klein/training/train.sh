@@ -9,8 +9,8 @@ python train_vae.py "$work"
 python make_pool.py "$work"
 python train_text.py "$work"
 python train_flow.py "$work"
-python refine_decoder.py "$work"
 python distill.py "$work"
+python refine_decoder.py "$work"
 python assemble.py "$work" ..
 python assemble.py "$work" ../../tiny-klein-base --base
 python plot.py "$work" logs

@@ -12,50 +12,32 @@ import argparse
 from typing import Any
 
 import torch
-import torch.multiprocessing
-from common import CONFIG, Average, Budget, Log, learning_rate, parse, save, set_learning_rate
-from flow import Flow, Pool, text_ids, training_positions
-from muon import Muon
-from parallel import join, leave, mean
+from common import CONFIG, parse
+from flow import Batch, Flow, Pool, text_ids, training_positions
+from loop import Trainer
+from parallel import together
 from train_text import Reader
 
 
 def main() -> None:
-    arguments = parse("train the base model", "folder with the pool")
-    torch.multiprocessing.spawn(train, (arguments,), CONFIG["processes"])
+    together(train, parse("train the base model", "folder with the pool"))
 
 
 def train(rank: int, arguments: argparse.Namespace) -> None:
     """What one of the processes does."""
     work, config = arguments.work, CONFIG["flow"]
-    join(rank, CONFIG["processes"])
     torch.manual_seed(CONFIG["seed"])
     pool = Pool(work)
     flow = Flow(pool.tokenizer.get_vocab_size(), pool.latents.shape[-1]).train()
     reader = Reader()
-    text = torch.load(work / "text.pt")
+    text = torch.load(work / "text.pt")["weights"]
     flow.text_encoder.load_state_dict(text["encoder"])
     reader.load_state_dict(text["reader"])
-    muon, adam = optimizers(flow, reader)
-    average = Average({"flow": flow}, config["average"])
-    step = 0
-    if arguments.resume:
-        saved = torch.load(work / "flow.pt")
-        flow.load_state_dict(saved["weights"])
-        reader.load_state_dict(saved["reader"])
-        muon.load_state_dict(saved["muon"])
-        adam.load_state_dict(saved["adam"])
-        average.state, average.steps, step = saved["average"], saved["step"], saved["step"]
-    torch.manual_seed(CONFIG["seed"] + 20 + step + 100_000_000 * rank)
-    pool.seed(CONFIG["seed"] + 20 + step, rank)
-    log = Log(work / "flow.jsonl")
-    parameters = [*flow.parameters(), *reader.parameters()]
+    trainer = Trainer("flow", arguments, config, {"flow": flow, "reader": reader}, *groups(flow, reader))
+    trainer.seed(20, rank)
+    pool.seed(CONFIG["seed"] + 20 + trainer.step, rank)
 
-    means: dict[str, float] = {}
-    budget = Budget(config["steps"], arguments.until)
-    while (fraction := mean(budget.fraction(step))) < 1:
-        set_learning_rate(muon, learning_rate(step, fraction, config["matrix_learning_rate"]))
-        set_learning_rate(adam, learning_rate(step, fraction, config["learning_rate"]))
+    def lesson(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         edits = config["edits"] * min(1.0, step / config["edits_from"])
         batch = pool.batch(config["batch"], config["caption_dropout"], edits)
         sigma = noise_levels(config["batch"], config["pure_noise"])
@@ -64,56 +46,43 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
         positions = text_ids(training_positions(batch.mask, pool.shared))
         prompt = flow.encode(batch.ids, batch.mask)
         velocity = flow.velocity(noisy, sigma, prompt, batch.references, positions)
-        loss = (velocity - (noise - batch.target)).square().mean()
+        error = (velocity - (noise - batch.target)).square().mean(-1)
+        weight = changed(batch, config["changed"])
         reading, _ = reader.loss(prompt, batch.mask, batch.labels)
-        muon.zero_grad()
-        adam.zero_grad()
-        (loss + config["reading"] * reading).backward()
-        mean(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        muon.step()
-        adam.step()
-        average.update()
-        step += 1
         kind = "edits" if batch.references.shape[1] else "pictures"
-        for key, value in ((kind, loss), ("reading", reading)):
-            means[key] = means.get(key, value.item()) * 0.97 + 0.03 * value.item()
-        if rank == 0 and step % 25 == 0:
-            log.write(step=step, **means)
-        if rank == 0 and step % 100 == 0:
-            save(checkpoint(flow, reader, muon, adam, average, step), work / "flow.pt")
-    if rank == 0:
-        save(checkpoint(flow, reader, muon, adam, average, step), work / "flow.pt")
-    leave()
+        loss = (weight * error).sum() / weight.sum()
+        return loss + config["reading"] * reading, {kind: error.mean().item(), "reading": reading.item()}
+
+    trainer.run(rank, lesson)
 
 
-def optimizers(flow: Flow, reader: Reader | None = None) -> tuple[Muon, torch.optim.AdamW]:
-    """Muon for the matrices within the blocks, AdamW for the rest; the text encoder has learned most of it already."""
+def groups(flow: Flow, reader: Reader | None = None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Matrices within the blocks for Muon, the rest for AdamW; the text encoder has learned most of it already."""
     transformer, text = flow.transformer, flow.text_encoder
     inner = [*transformer.transformer_blocks.parameters(), *transformer.single_transformer_blocks.parameters()]
     known = {p for p in [*inner, *text.model.layers.parameters()] if p.ndim == 2}
-    groups: tuple[list, list] = ([], [])
+    both: tuple[list, list] = ([], [])
     for module, scale in ((transformer, 1.0), (text, CONFIG["flow"]["text_scale"]), (reader, 1.0)):
         parameters = [p for p in module.parameters() if p.requires_grad] if module else []
-        for group, inside in zip(groups, (True, False), strict=True):
+        for group, inside in zip(both, (True, False), strict=True):
             chosen = [p for p in parameters if (p in known) == inside]
             if chosen:
                 group.append({"params": chosen, "scale": scale})
-    return Muon(groups[0]), torch.optim.AdamW(groups[1], betas=(0.9, 0.97), weight_decay=0.0, fused=True)
+    return both
+
+
+def changed(batch: Batch, weight: float) -> torch.Tensor:
+    """Weights of tokens, [batch, 64]: more for the few that an edit changes, as copying the others is a way out."""
+    if not batch.references.shape[1]:
+        return torch.ones(batch.target.shape[:2])
+    difference = (batch.target - batch.references[:, : batch.target.shape[1]]).abs().mean(-1)
+    return 1 + (weight - 1) * (difference > 0.3)
 
 
 def noise_levels(count: int, pure: float) -> torch.Tensor:
     """Mostly noisy: that is where it is decided what there is and where, and where the four steps lie."""
     sigma = torch.sigmoid(1.6 + 1.2 * torch.randn(count))
     return torch.where(torch.rand(count) < pure, torch.ones(count), sigma)
-
-
-def checkpoint(
-    flow: Flow, reader: Reader, muon: Muon, adam: torch.optim.Optimizer, average: Average, step: int
-) -> dict[str, Any]:
-    """All that is needed to go on."""
-    state = {"weights": flow.state_dict(), "reader": reader.state_dict(), "average": average.state, "step": step}
-    return {**state, "muon": muon.state_dict(), "adam": adam.state_dict()}
 
 
 if __name__ == "__main__":

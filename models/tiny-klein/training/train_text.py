@@ -9,15 +9,15 @@ transformer would have nothing to go by until then. The linear layer that answer
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import CONFIG, Budget, Log, learning_rate, save, set_learning_rate, tokens_of
+from common import CONFIG, parse, tokens_of
 from flow import Flow, padded
-from muon import Muon
+from loop import Trainer
+from parallel import together
 from tasks import training_task
 from text_labels import QUESTIONS, labels
 from tokenizers import Tokenizer
@@ -25,42 +25,29 @@ from torch import Tensor, nn
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="teach the text encoder to read")
-    parser.add_argument("work", type=Path, help="folder with the tokenizer")
-    parser.add_argument("--until", metavar="HH:MM", help="end at this time, whatever the number of steps")
-    arguments = parser.parse_args()
-    work, config = arguments.work, CONFIG["text"]
+    together(train, parse("teach the text encoder to read", "folder with the tokenizer"))
+
+
+def train(rank: int, arguments: argparse.Namespace) -> None:
+    """What one of the processes does."""
+    config = CONFIG["text"]
     torch.manual_seed(CONFIG["seed"] + 2)
-    random = Random(CONFIG["seed"] + 12)
-    tokenizer = Tokenizer.from_file(str(work / "tokenizer/tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(arguments.work / "tokenizer/tokenizer.json"))
     flow = Flow(tokenizer.get_vocab_size(), 4).train()
     encoder, reader = flow.text_encoder, Reader()
-    matrices = [p for n, p in encoder.model.layers.named_parameters() if p.ndim == 2]
+    matrices = [p for p in encoder.model.layers.parameters() if p.ndim == 2]
     known = set(matrices)
     others = [p for p in [*encoder.parameters(), *reader.parameters()] if p not in known]
-    muon = Muon(matrices)
-    adam = torch.optim.AdamW(others, betas=(0.9, 0.97), weight_decay=0.0, fused=True)
-    log = Log(work / "text.jsonl")
-    step, marks = 0, 0.0
-    budget = Budget(config["steps"], arguments.until)
-    while (fraction := budget.fraction(step)) < 1:
-        set_learning_rate(muon, learning_rate(step, fraction, config["matrix_learning_rate"]))
-        set_learning_rate(adam, learning_rate(step, fraction, config["learning_rate"]))
+    trainer = Trainer("text", arguments, config, {"encoder": encoder, "reader": reader}, matrices, others)
+    random = Random(trainer.seed(12, rank))
+
+    def lesson(step: int) -> tuple[Tensor, dict[str, float]]:
         tasks = [training_task(random, edits=0.3) for _ in range(config["batch"])]
         ids, mask = padded(tokenizer, [tokens_of(tokenizer, task.prompt) for task in tasks])
-        loss, share = reader.loss(flow.encode(ids, mask), mask, torch.tensor([labels(task) for task in tasks]))
-        muon.zero_grad()
-        adam.zero_grad()
-        loss.backward()
-        muon.step()
-        adam.step()
-        marks += (share - marks) * (0.05 if step else 1)
-        step += 1
-        if step % 25 == 0:
-            log.write(step=step, loss=loss.item(), right=marks)
-        if step % 100 == 0:
-            save({"encoder": encoder.state_dict(), "reader": reader.state_dict()}, work / "text.pt")
-    save({"encoder": encoder.state_dict(), "reader": reader.state_dict()}, work / "text.pt")
+        loss, right = reader.loss(flow.encode(ids, mask), mask, torch.tensor([labels(task) for task in tasks]))
+        return loss, {"loss": loss.item(), "right": right}
+
+    trainer.run(rank, lesson)
 
 
 class Reader(nn.Module):
