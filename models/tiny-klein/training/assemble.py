@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 from common import CONFIG, SIDE
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler
-from flow import Flow
+from diffusers import FlowMatchEulerDiscreteScheduler
+from flow import load_flow
+from latents import load_vae
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
@@ -28,10 +29,8 @@ def main() -> None:
     parser.add_argument("--base", action="store_true", help="the base model instead of the distilled one")
     arguments = parser.parse_args()
     work, output = arguments.work, arguments.output
-    vocabulary = Tokenizer.from_file(str(work / "tokenizer/tokenizer.json")).get_vocab_size()
-    flow = Flow(vocabulary, 4 * CONFIG["vae"]["model"]["latent_channels"])
-    weights = work / ("flow.pt" if arguments.base else "student.pt")
-    flow.load_state_dict(torch.load(weights)["average"]["flow"])
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer/tokenizer.json"))
+    flow = load_flow(work / ("flow.pt" if arguments.base else "student.pt"), tokenizer)
 
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "model_index.json", model_index(is_distilled=not arguments.base))
@@ -39,15 +38,13 @@ def main() -> None:
         output / "scheduler"
     )
     shutil.copytree(work / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
-    size = TextEncoderSize(**CONFIG["flow"]["text_encoder"], vocab=vocabulary)
+    size = TextEncoderSize(**CONFIG["flow"]["text_encoder"], vocab=tokenizer.get_vocab_size())
     write_json(output / "text_encoder/config.json", size.config("bfloat16"))
     text_encoder = {name: value.bfloat16().contiguous() for name, value in flow.text_encoder.state_dict().items()}
     text_encoder.pop("lm_head.weight", None)  # tied to the embeddings
     save_file(text_encoder, output / "text_encoder/model.safetensors", metadata={"format": "pt"})
     flow.transformer.to(torch.bfloat16).save_pretrained(output / "transformer")
-    refined = work / "vae-refined"
-    vae = refined if refined.exists() else work / "vae"
-    AutoencoderKLFlux2.from_pretrained(vae).to(torch.bfloat16).save_pretrained(output / "vae")
+    load_vae(work).to(torch.bfloat16).save_pretrained(output / "vae")
     # diffusers notes down where it was loaded from
     vae_config = json.loads((output / "vae/config.json").read_text("utf-8"))
     vae_config.pop("_name_or_path", None)

@@ -16,11 +16,11 @@ import copy
 import numpy as np
 import torch
 from common import CONFIG, SIDE, parse
-from flow import Batch, Flow, Pool, padded, text_ids, training_positions
+from flow import Batch, Flow, Pool, load_flow, padded, text_ids, training_positions, velocity_loss
 from loop import Trainer
 from parallel import together
 from torch import Tensor
-from train_flow import changed, groups
+from train_flow import groups
 
 from fluxonnx.runtime.schedule import flow_sigmas
 
@@ -33,8 +33,7 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
     """What one of the processes does."""
     work, config = arguments.work, CONFIG["distillation"]
     pool = Pool(work)
-    teacher = Flow(pool.tokenizer.get_vocab_size(), pool.latents.shape[-1]).eval().requires_grad_(False)
-    teacher.load_state_dict(torch.load(work / "flow.pt")["average"]["flow"])
+    teacher = load_flow(work / "flow.pt", pool.tokenizer).requires_grad_(False)
     student = copy.deepcopy(teacher)
     student.transformer.requires_grad_(True)
     trainer = Trainer("student", arguments, config, {"flow": student}, *groups(student))
@@ -45,10 +44,8 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
         batch = pool.batch(config["batch"], edits=CONFIG["flow"]["edits"])
         positions = text_ids(training_positions(batch.mask, pool.shared))
         noisy, now, prompt, target = question(teacher, pool, batch, positions)
-        error = (student.velocity(noisy, now, prompt, batch.references, positions) - target).square().mean(-1)
-        weight = changed(batch, CONFIG["flow"]["changed"])
-        kind = "edits" if batch.references.shape[1] else "pictures"
-        return (weight * error).sum() / weight.sum(), {kind: error.mean().item()}
+        velocity = student.velocity(noisy, now, prompt, batch.references, positions)
+        return velocity_loss(velocity, target, batch)
 
     trainer.run(rank, lesson)
 

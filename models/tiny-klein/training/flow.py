@@ -132,6 +132,27 @@ class Flow(nn.Module):
         )[0][:, : noisy.shape[1]]
 
 
+def load_flow(checkpoint: Path, tokenizer: Tokenizer) -> Flow:
+    """The averaged weights of a base or distilled model in training, to be used and not trained."""
+    flow = Flow(tokenizer.get_vocab_size(), 4 * CONFIG["vae"]["model"]["latent_channels"])
+    flow.load_state_dict(torch.load(checkpoint)["average"]["flow"])
+    return flow.eval()
+
+
+def velocity_loss(velocity: Tensor, target: Tensor, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    """Squared error, with more weight on the few tokens that an edit changes, as copying the others is a way out.
+
+    Returns:
+        The loss; and for the log, the error without weights.
+    """
+    error = (velocity - target).square().mean(-1)
+    if not batch.references.shape[1]:
+        return error.mean(), {"pictures": error.mean().item()}
+    difference = (batch.target - batch.references[:, : batch.target.shape[1]]).abs().mean(-1)
+    weight = 1 + (CONFIG["flow"]["changed"] - 1) * (difference > 0.3)
+    return (weight * error).sum() / weight.sum(), {"edits": error.mean().item()}
+
+
 def qwen_config(size: TextEncoderSize) -> dict[str, Any]:
     """The config of the text encoder, for transformers."""
     config = size.config("float32")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,13 @@ from torch.nn import functional as F
 
 # So many pictures at a time stay in the cache.
 PART = 4
+
+
+def load_vae(work: Path) -> AutoencoderKLFlux2:
+    """The autoencoder as it is so far: with the refined decoder if there is one."""
+    refined = work / "vae-refined"
+    folder = refined if refined.exists() else work / "vae"
+    return AutoencoderKLFlux2.from_pretrained(folder, low_cpu_mem_usage=False).eval()
 
 
 def patchify(latents: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 from common import SIDE, tokens_of
 from diffusers import AutoencoderKLFlux2
 from evaluate import contact_sheet, score, table
-from flow import Flow, padded, text_ids
-from latents import decode, encode
+from flow import Flow, load_flow, padded, text_ids
+from latents import decode, encode, load_vae
 from scenes import draw
 from tasks import Task
 from tokenizers import Tokenizer
@@ -35,14 +35,8 @@ def main() -> None:
     arguments = parser.parse_args()
     work = arguments.work
     tokenizer = Tokenizer.from_file(str(work / "tokenizer/tokenizer.json"))
-    refined = work / "vae-refined"
-    vae = AutoencoderKLFlux2.from_pretrained(refined if refined.exists() else work / "vae").eval()
-    flow = Flow(tokenizer.get_vocab_size(), 4 * vae.config.latent_channels).eval()
-    saved = torch.load(work / "flow.pt")
-    flow.load_state_dict(saved["average"]["flow"])
-    print(f"step {saved['step']}")
-    if arguments.student:
-        flow.load_state_dict(torch.load(work / "student.pt")["average"]["flow"])
+    vae = load_vae(work)
+    flow = load_flow(work / ("student.pt" if arguments.student else "flow.pt"), tokenizer)
 
     def painter(tasks: Sequence[Task], seeds: Sequence[int]) -> list[np.ndarray]:
         prompts = [tokens_of(tokenizer, task.prompt) for task in tasks]

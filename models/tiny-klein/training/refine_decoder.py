@@ -15,7 +15,7 @@ from random import Random
 import torch
 from common import CONFIG, SIDE, Log, parse, to_tensor, tokens_of
 from diffusers import AutoencoderKLFlux2
-from flow import Flow, padded, text_ids
+from flow import load_flow, padded, text_ids
 from latents import decode, encode
 from loop import Trainer
 from parallel import together
@@ -45,8 +45,7 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
     vae.decoder.requires_grad_(True)
     vae.post_quant_conv.requires_grad_(True)
     tokenizer = Tokenizer.from_file(str(work / "tokenizer/tokenizer.json"))
-    student = Flow(tokenizer.get_vocab_size(), 4 * vae.config.latent_channels).eval()
-    student.load_state_dict(torch.load(work / "student.pt")["average"]["flow"])
+    student = load_flow(work / "student.pt", tokenizer)
     last = flow_sigmas(SIDE * SIDE, CONFIG["distillation"]["student_steps"])[-2]
     trainer = Trainer("decoder", arguments, config, {"vae": vae}, *groups(vae))
     random = Random(trainer.seed(40, rank))

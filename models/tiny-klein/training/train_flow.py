@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from common import CONFIG, parse
-from flow import Batch, Flow, Pool, text_ids, training_positions
+from flow import Flow, Pool, text_ids, training_positions, velocity_loss
 from loop import Trainer
 from parallel import together
 from train_text import Reader
@@ -46,12 +46,9 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
         positions = text_ids(training_positions(batch.mask, pool.shared))
         prompt = flow.encode(batch.ids, batch.mask)
         velocity = flow.velocity(noisy, sigma, prompt, batch.references, positions)
-        error = (velocity - (noise - batch.target)).square().mean(-1)
-        weight = changed(batch, config["changed"])
+        loss, errors = velocity_loss(velocity, noise - batch.target, batch)
         reading, _ = reader.loss(prompt, batch.mask, batch.labels)
-        kind = "edits" if batch.references.shape[1] else "pictures"
-        loss = (weight * error).sum() / weight.sum()
-        return loss + config["reading"] * reading, {kind: error.mean().item(), "reading": reading.item()}
+        return loss + config["reading"] * reading, {**errors, "reading": reading.item()}
 
     trainer.run(rank, lesson)
 
@@ -69,14 +66,6 @@ def groups(flow: Flow, reader: Reader | None = None) -> tuple[list[dict[str, Any
             if chosen:
                 group.append({"params": chosen, "scale": scale})
     return both
-
-
-def changed(batch: Batch, weight: float) -> torch.Tensor:
-    """Weights of tokens, [batch, 64]: more for the few that an edit changes, as copying the others is a way out."""
-    if not batch.references.shape[1]:
-        return torch.ones(batch.target.shape[:2])
-    difference = (batch.target - batch.references[:, : batch.target.shape[1]]).abs().mean(-1)
-    return 1 + (weight - 1) * (difference > 0.3)
 
 
 def noise_levels(count: int, pure: float) -> torch.Tensor:
