@@ -229,21 +229,19 @@ def test_nothing_heavy_is_imported_for_help():
     assert not {"numpy", "onnx", "onnxruntime", "PIL", "tokenizers", "tqdm"} & set(modules)
 
 
-def test_package_never_imports_torch(model, tmp_path):
-    """Not even if it is there."""
+@pytest.mark.parametrize(
+    "modules",
+    [
+        # not even if they are there
+        {"torch", "diffusers", "transformers"},
+        # of the exporter, once a model is exported: onnx alone takes longer to import than a small picture to draw
+        {"onnx", "fluxonnx.export", "fluxonnx.compare"},
+    ],
+)
+def test_drawing_never_imports(model, tmp_path, modules):
     code = (
         "import sys; from fluxonnx.cli import main; "
         f"assert main(['generate', '-q', '-d', {model!r}, '-p', 'x', '-o', {str(tmp_path / 'a.png')!r}]) == 0; "
-        "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_drawing_imports_nothing_of_the_exporter(model, tmp_path):
-    """Once a model is exported: onnx alone takes longer to import than a small picture to draw."""
-    code = (
-        "import sys; from fluxonnx.cli import main; "
-        f"assert main(['generate', '-q', '-d', {model!r}, '-p', 'x', '-o', {str(tmp_path / 'a.png')!r}]) == 0; "
-        "assert not {'onnx', 'fluxonnx.export', 'fluxonnx.compare'} & set(sys.modules)"
+        f"assert not {modules!r} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -258,6 +258,12 @@ class GraphBuilder:
         """Return a value as another ONNX type; itself if it has that type."""
         return value if self.dtype(value) == dtype else self.op("Cast", value, to=dtype)
 
+    def reduce(self, op_type: str, value: str, axes: Sequence[int]) -> str:
+        """Apply ReduceMax or ReduceMean and keep the axes, which were an attribute before opset 18."""
+        if self.target.opset >= 18:
+            return self.op(op_type, value, self.constant(axes, np.int64), keepdims=1)
+        return self.op(op_type, value, axes=list(axes), keepdims=1)
+
     def leading_shape(self, value: str) -> str:
         """Return the sizes of all but the last dimension as an int64 vector, computed once per distinct sizes."""
         key = tuple(self.shape(value)[:-1])

@@ -82,10 +82,6 @@ def _product(
 
 def _divided(g: GraphBuilder, x: str, axes: Sequence[int]) -> tuple[str, str]:
     """Divide float32 `x` by its largest magnitude over `axes`; return float16 of x's shape, and float32 divisors."""
-    magnitude = g.op("Abs", x)
-    if g.target.opset >= 18:
-        largest = g.op("ReduceMax", magnitude, g.constant(axes, np.int64), keepdims=1)
-    else:
-        largest = g.op("ReduceMax", magnitude, axes=list(axes), keepdims=1)
+    largest = g.reduce("ReduceMax", g.op("Abs", x), axes)
     scale = g.op("Max", largest, g.constant(float(quantise.TINY)))
     return g.cast(g.op("Div", x, scale), TensorProto.FLOAT16), scale

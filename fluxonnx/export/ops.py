@@ -90,12 +90,7 @@ def rms_norm(g: GraphBuilder, x: str, name: str, dim: int, eps: float) -> str:
         weight = g.weight("weight", dim)
         if g.target.fused and g.target.opset >= 23:
             return g.op("RMSNormalization", x, weight, axis=-1, epsilon=eps)
-        square = g.op("Mul", x, x)
-        axes = g.constant([-1], np.int64)
-        if g.target.opset >= 18:
-            mean = g.op("ReduceMean", square, axes, keepdims=1)
-        else:
-            mean = g.op("ReduceMean", square, axes=[-1], keepdims=1)
+        mean = g.reduce("ReduceMean", g.op("Mul", x, x), [-1])
         rms = g.op("Sqrt", g.op("Add", mean, g.constant(eps)))
         return g.op("Mul", g.op("Div", x, rms), weight)
 

@@ -252,18 +252,13 @@ def int8_activations(g: GraphBuilder, x: str, levels: int) -> tuple[str, str]:
     Returns:
         uint8 [rows, in] from 0 to 2 * levels, and the steps, float32 [rows, 1].
     """
-    axis = g.constant([-1], np.int64)
-    magnitude = g.op("Abs", x)
-    if g.target.opset >= 18:
-        largest = g.op("ReduceMax", magnitude, axis, keepdims=1)
-    else:
-        largest = g.op("ReduceMax", magnitude, axes=[-1], keepdims=1)
+    largest = g.reduce("ReduceMax", g.op("Abs", x), [-1])
     scale = g.op("Max", g.op("Mul", largest, g.constant(1 / levels)), g.constant(float(quantise.TINY)))
     if not g.target.fused:
         # QuantizeLinear with a scale per row is more than OpenVINO can do
         steps = g.op("Round", g.op("Div", x, scale))
         return g.op("Cast", g.op("Add", steps, g.constant(float(levels))), to=TensorProto.UINT8), scale
-    per_row = g.op("Squeeze", scale, axis)
+    per_row = g.op("Squeeze", scale, g.constant([-1], np.int64))
     middle = g.op("Expand", g.constant(levels, np.uint8), g.op("Shape", per_row), shape=g.shape(per_row))
     return g.op("QuantizeLinear", x, per_row, middle, axis=0), scale
 
