@@ -12,6 +12,7 @@ import pytest
 scenes = pytest.importorskip("scenes")
 tasks = pytest.importorskip("tasks")
 checker = pytest.importorskip("checker")
+sight = pytest.importorskip("sight")
 
 COUNT = 120
 
@@ -77,6 +78,25 @@ def test_edits_are_judged_by_what_changes_and_what_stays():
     assert judged(before) == (False, True)
     assert judged(after.with_thing(0, x=90.0)) == (True, False)
     assert judged(replace(after, background=scenes.Background("yellow"))) == (True, False)
+
+
+def test_tokens_are_labelled_with_the_things_they_show():
+    """Every token in which a thing changes pixels says which thing, and none that is far from all things does."""
+    random = Random(13)
+    questions = list(sight.QUESTIONS)
+    for _ in range(60):
+        scene = tasks.training_task(random).target
+        labels = sight.token_labels(scene).reshape(8, 8, -1)
+        assert (labels < list(sight.QUESTIONS.values())).all()
+        masks = np.array([scenes.outline(t.shape, t.x, t.y, t.r) for t in scene.things]).reshape(-1, 8, 16, 8, 16)
+        shown = masks.sum((2, 4))
+        for thing, covered in zip(scene.things, shown, strict=True):
+            here = covered > 40
+            assert (labels[here][:, questions.index("shape")] == scenes.SHAPES.index(thing.shape)).all()
+            assert (labels[here][:, questions.index("colour")] == list(scenes.COLOURS).index(thing.colour)).all()
+        alone = labels[..., 0] == 0
+        assert (shown.sum(0)[alone] < 40).all()
+        assert (labels[alone][:, 1 : questions.index("first")] == -1).all()
 
 
 def test_nothing_held_out_is_trained_on():

@@ -1,9 +1,10 @@
-"""Step 5: four steps without guidance instead of many with it: the distilled model.
+"""Step 5: four steps without guidance instead of many: the distilled model.
 
-At the noise levels of the sampler's four steps only, it learns the velocity that the base model has with guidance. Of
-what the base model says, only the difference that guidance makes is taken; the rest of the target is the true
-velocity, which the base model is still some way from (after Meng et al., On Distillation of Guided Diffusion Models,
-2023, who take all of it from the base model). Edits, which guidance does not make better, learn the true velocity.
+It starts as the base model, sees the noise levels of the sampler's four steps only, and walks: from pure noise, or from
+the truth with the noise of a later step, it takes the steps that are left, each from where its own last one led, and is
+told at each in which direction the truth lies. So it learns to mend what it did wrong before, which a model that saw
+the truth behind every noise never had to (after Ross et al., A Reduction of Imitation Learning to No-Regret Online
+Learning, 2011).
 
     python models/tiny-klein/training/distill.py WORK [--until HH:MM]
 """
@@ -11,12 +12,12 @@ velocity, which the base model is still some way from (after Meng et al., On Dis
 from __future__ import annotations
 
 import argparse
-import copy
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from common import CONFIG, SIDE, parse
-from flow import Batch, Flow, Pool, load_flow, padded, text_ids, training_positions, velocity_loss
+from flow import Flow, Pool, load_flow, text_ids, training_positions, velocity_loss
 from loop import Trainer
 from parallel import together
 from torch import Tensor
@@ -33,39 +34,30 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
     """What one of the processes does."""
     work, config = arguments.work, CONFIG["distillation"]
     pool = Pool(work)
-    teacher = load_flow(work / "flow.pt", pool.tokenizer).requires_grad_(False)
-    student = copy.deepcopy(teacher)
-    student.transformer.requires_grad_(True)
+    student = load_flow(work / "flow.pt", pool.tokenizer)
+    student.text_encoder.requires_grad_(False)
     trainer = Trainer("student", arguments, config, {"flow": student}, *groups(student))
     trainer.seed(1, rank)
     pool.seed(CONFIG["seed"] + 30 + trainer.step, rank)
-
-    def lesson(step: int) -> tuple[Tensor, dict[str, float]]:
-        batch = pool.batch(config["batch"], edits=CONFIG["flow"]["edits"])
-        positions = text_ids(training_positions(batch.mask, pool.shared))
-        noisy, now, prompt, target = question(teacher, pool, batch, positions)
-        velocity = student.velocity(noisy, now, prompt, batch.references, positions)
-        return velocity_loss(velocity, target, batch)
-
-    trainer.run(rank, lesson)
+    steps = walks(student, pool)
+    trainer.run(rank, lambda step: next(steps))
 
 
-@torch.no_grad()
-def question(teacher: Flow, pool: Pool, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Noisy tokens, their noise levels, prompt embeddings, and the velocity to learn."""
+def walks(student: Flow, pool: Pool) -> Iterator[tuple[Tensor, dict[str, float]]]:
+    """The loss of one step after the other, and what of it is worth a line in the log."""
     config = CONFIG["distillation"]
-    sigmas = torch.from_numpy(np.array(flow_sigmas(SIDE * SIDE, config["student_steps"]), np.float32))
-    now = sigmas[torch.randint(config["student_steps"], (len(batch.target),))]
-    noise = torch.randn_like(batch.target)
-    noisy = torch.lerp(batch.target, noise, now[:, None, None])
-    prompt, target = teacher.encode(batch.ids, batch.mask), noise - batch.target
-    if not batch.references.shape[1]:  # edits are no better with guidance
-        nothing = padded(pool.tokenizer, [pool.nothing])
-        empty, plain = teacher.encode(*nothing).expand(len(noisy), -1, -1), text_ids(torch.arange(nothing[0].shape[1]))
-        with_prompt = teacher.velocity(noisy, now, prompt, batch.references, positions)
-        without = teacher.velocity(noisy, now, empty, batch.references, plain)
-        target = target + (config["guidance"] - 1) * (with_prompt - without)
-    return noisy, now, prompt, target
+    sigmas = flow_sigmas(SIDE * SIDE, config["student_steps"]).astype(np.float32)
+    while True:
+        batch = pool.batch(config["batch"], edits=CONFIG["flow"]["edits"])
+        positions = text_ids(training_positions(batch.mask, pool.rng))
+        with torch.no_grad():
+            prompt = student.encode(batch.ids, batch.mask)
+        start = int(pool.shared.integers(config["student_steps"]))
+        noisy = torch.lerp(batch.target, torch.randn_like(batch.target), float(sigmas[start]))
+        for now, then in zip(sigmas[start:-1].tolist(), sigmas[start + 1 :].tolist(), strict=True):
+            velocity = student.velocity(noisy, torch.full((len(noisy),), now), prompt, batch.references, positions)
+            yield velocity_loss(velocity, (noisy - batch.target) / now, batch)
+            noisy = noisy + (then - now) * velocity.detach()
 
 
 if __name__ == "__main__":

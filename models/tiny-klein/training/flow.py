@@ -31,6 +31,8 @@ class Batch:
         target: float32 [batch, 64, channels].
         references: float32 [batch, 64 * references, channels].
         labels: int64 [batch, questions], see text_labels.py; -1 where the prompt was dropped.
+        seen: int64 [batch, 64 * (1 + references), questions], see sight.py: what is where in the target, -1 where the
+            prompt was dropped, and in the references.
     """
 
     ids: Tensor
@@ -38,6 +40,7 @@ class Batch:
     target: Tensor
     references: Tensor
     labels: Tensor
+    seen: Tensor
 
 
 class Pool:
@@ -46,7 +49,7 @@ class Pool:
     def __init__(self, work: Path):
         with np.load(work / "pool.npz") as file:
             self.latents, self.ids, self.pictures = file["latents"], file["ids"].astype(np.int64), file["pictures"]
-            self.labels = file["labels"].astype(np.int64)
+            self.labels, self.seen = file["labels"].astype(np.int64), file["seen"]
         self.tokenizer = Tokenizer.from_file(str(work / "tokenizer/tokenizer.json"))
         self.nothing = tokens_of(self.tokenizer, "")
         self.seed(0)
@@ -76,7 +79,10 @@ class Pool:
         ids, mask = padded(self.tokenizer, prompts, CONFIG["flow"]["text_length"] if self.shared.random() < 0.2 else 0)
         pictures = torch.from_numpy(self.latents[self.pictures[rows, : count + 1]]).float()
         labels = np.where(dropped[:, None], -1, self.labels[rows])
-        return Batch(ids, mask, pictures[:, 0], pictures[:, 1:].flatten(1, 2), torch.from_numpy(labels))
+        seen = torch.from_numpy(self.seen[self.pictures[rows, : count + 1]]).long()
+        seen[torch.from_numpy(dropped), 0] = -1
+        references = pictures[:, 1:].flatten(1, 2)
+        return Batch(ids, mask, pictures[:, 0], references, torch.from_numpy(labels), seen.flatten(1, 2))
 
 
 def padded(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], length: int = 0) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from common import CONFIG, tokens_of
 from diffusers import AutoencoderKLFlux2
 from latents import encode
 from scenes import Scene, draw
+from sight import token_labels
 from tasks import Task, training_task
 from text_labels import labels
 from tokenizers import Tokenizer
@@ -50,7 +51,8 @@ def main() -> None:
             latents.append(part)
             if len(latents) % 50 == 0:
                 print(f"{len(latents)} of {len(parts)} parts", flush=True)
-    np.savez(work / "pool.npz", latents=np.concatenate(latents), **index(tasks, work / "tokenizer"))
+    seen = np.stack([token_labels(scene) for scene in scenes])
+    np.savez(work / "pool.npz", latents=np.concatenate(latents), seen=seen, **index(tasks, work / "tokenizer"))
     print(f"{len(tasks)} tasks, {len(scenes)} pictures")
 
 

@@ -17,12 +17,15 @@ PANELS = (
     ("text", "right"),
     ("flow", "pictures"),
     ("flow", "edits"),
+    ("flow", "references seen"),
+    ("flow", "edits planned"),
     ("flow", "reading"),
     ("student", "pictures"),
     ("student", "edits"),
     ("decoder", "psnr_generated"),
 )
 WIDTH, HEIGHT, MARGIN = 300, 200, 34
+COLUMNS = 5
 # At most so many lines of a log are kept.
 KEPT = 150
 
@@ -40,12 +43,12 @@ def main() -> None:
             lines = path.read_text("utf-8").splitlines()
             logs[name] = lines[:: -(-len(lines) // KEPT)] + lines[-1:]
             (arguments.output / f"{name}.jsonl").write_text("\n".join(dict.fromkeys(logs[name])) + "\n", "utf-8")
-    sheet = Image.new("RGB", (4 * WIDTH, 2 * HEIGHT), "white")
+    sheet = Image.new("RGB", (COLUMNS * WIDTH, -(-len(PANELS) // COLUMNS) * HEIGHT), "white")
     for i, (name, value) in enumerate(PANELS):
         entries = [json.loads(line) for line in logs.get(name, [])]
         points = [(entry["step"], entry[value]) for entry in entries if value in entry]
         if len(points) > 1:
-            sheet.paste(panel(f"{name}: {value}", points), (i % 4 * WIDTH, i // 4 * HEIGHT))
+            sheet.paste(panel(f"{name}: {value}", points), (i % COLUMNS * WIDTH, i // COLUMNS * HEIGHT))
     sheet.save(arguments.output / "curves.png")
 
 

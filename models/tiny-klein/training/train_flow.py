@@ -2,6 +2,8 @@
 
 python models/tiny-klein/training/train_flow.py WORK [--until HH:MM] [--resume]
 
+Linear layers ask the transformer what it sees on the way, see sight.py.
+
 Each of some processes takes one thread and a batch of its own; they share their gradients. That is faster than one
 process with as many threads, as most operations are small.
 """
@@ -16,6 +18,8 @@ from common import CONFIG, parse
 from flow import Flow, Pool, text_ids, training_positions, velocity_loss
 from loop import Trainer
 from parallel import together
+from sight import Sight
+from torch import nn
 from train_text import Reader
 
 
@@ -33,7 +37,9 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
     text = torch.load(work / "text.pt")["weights"]
     flow.text_encoder.load_state_dict(text["encoder"])
     reader.load_state_dict(text["reader"])
-    trainer = Trainer("flow", arguments, config, {"flow": flow, "reader": reader}, *groups(flow, reader))
+    sights = nn.ModuleDict({part: Sight(flow.transformer, block) for part, block in config["sight_after"].items()})
+    modules = {"flow": flow, "reader": reader, "sights": sights}
+    trainer = Trainer("flow", arguments, config, modules, *groups(flow, reader, sights))
     trainer.seed(20, rank)
     pool.seed(CONFIG["seed"] + 20 + trainer.step, rank)
 
@@ -43,24 +49,33 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
         sigma = noise_levels(config["batch"], config["pure_noise"])
         noise = torch.randn_like(batch.target)
         noisy = torch.lerp(batch.target, noise, sigma[:, None, None])
-        positions = text_ids(training_positions(batch.mask, pool.shared))
+        positions = text_ids(training_positions(batch.mask, pool.rng))
         prompt = flow.encode(batch.ids, batch.mask)
         velocity = flow.velocity(noisy, sigma, prompt, batch.references, positions)
         loss, errors = velocity_loss(velocity, noise - batch.target, batch)
         reading, _ = reader.loss(prompt, batch.mask, batch.labels)
-        return loss + config["reading"] * reading, {**errors, "reading": reading.item()}
+        words, tokens = prompt.shape[1], noisy.shape[1]
+        target, references = batch.seen.split([tokens, batch.seen.shape[1] - tokens], 1)
+        seeing, right = sights["target"].loss(slice(words, words + tokens), target)
+        seen = {f"{'edits' if references.numel() else 'pictures'} planned": right}
+        if references.numel():
+            more, seen["references seen"] = sights["references"].loss(slice(words + tokens, None), references)
+            seeing = seeing + more
+        loss = loss + config["reading"] * reading + config["sight"] * seeing
+        return loss, {**errors, **seen, "reading": reading.item()}
 
     trainer.run(rank, lesson)
 
 
-def groups(flow: Flow, reader: Reader | None = None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def groups(flow: Flow, *helpers: nn.Module) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Matrices within the blocks for Muon, the rest for AdamW; the text encoder has learned most of it already."""
     transformer, text = flow.transformer, flow.text_encoder
     inner = [*transformer.transformer_blocks.parameters(), *transformer.single_transformer_blocks.parameters()]
     known = {p for p in [*inner, *text.model.layers.parameters()] if p.ndim == 2}
     both: tuple[list, list] = ([], [])
-    for module, scale in ((transformer, 1.0), (text, CONFIG["flow"]["text_scale"]), (reader, 1.0)):
-        parameters = [p for p in module.parameters() if p.requires_grad] if module else []
+    scales = ((transformer, 1.0), (text, CONFIG["flow"]["text_scale"]), *((helper, 1.0) for helper in helpers))
+    for module, scale in scales:
+        parameters = [p for p in module.parameters() if p.requires_grad]
         for group, inside in zip(both, (True, False), strict=True):
             chosen = [p for p in parameters if (p in known) == inside]
             if chosen:

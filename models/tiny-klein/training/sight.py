@@ -1,0 +1,85 @@
+"""What is where in a picture, token by token: what the transformer is taught to see while it learns to paint.
+
+Linear layers that are thrown away later ask tokens within the transformer what thing they belong to: those of the
+references what there is, those of the noisy picture what there will be. The idea of such a second task is from Yu et
+al., Representation Alignment for Generation, 2024, who take the answers from another network; here they are known.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch.nn.functional as F
+from common import SIDE
+from scenes import COLOURS, SHAPES, SIZE, SIZES, TEXTURES, Scene
+from torch import Tensor, nn
+
+# Pixels along a token's side, and the farthest that a thing's centre is said to be away, in halves of that.
+PATCH, FAR = SIZE // SIDE, 4
+# The questions and how many answers each has; all but the first and the last two only where there is a thing.
+QUESTIONS = {
+    "thing": 2,
+    "shape": len(SHAPES),
+    "colour": len(COLOURS),
+    "texture": len(TEXTURES),
+    "size": len(SIZES),
+    "x": 2 * FAR + 1,
+    "y": 2 * FAR + 1,
+    "first": len(COLOURS),
+    "second": len(COLOURS) + 1,
+}
+
+
+def token_labels(scene: Scene) -> np.ndarray:
+    """Answer each question for each token: int8 [64, questions], -1 where there is nothing to say."""
+    middles = (np.arange(SIDE) + 0.5) * PATCH
+    y, x = (axis.ravel() for axis in np.meshgrid(middles, middles, indexing="ij"))
+    answers = np.full((SIDE * SIDE, len(QUESTIONS)), -1, np.int8)
+    answers[:, 0] = 0
+    nearest = np.full(SIDE * SIDE, np.inf)
+    for thing in scene.things:
+        dx, dy = thing.x - x, thing.y - y
+        # From the edge of the thing to that of the token; two pixels are not worth a mention.
+        away = np.maximum(abs(dx), abs(dy)) - 1.12 * thing.r - PATCH / 2 + 2
+        here = (away < 0) & (away < nearest)
+        nearest[here] = away[here]
+        names = (SHAPES, tuple(COLOURS), TEXTURES, tuple(SIZES))
+        what = (thing.shape, thing.colour, thing.texture, thing.size)
+        answers[here, 0] = 1
+        answers[here, 1:5] = [options.index(answer) for options, answer in zip(names, what, strict=True)]
+        for column, offset in ((5, dx), (6, dy)):
+            answers[here, column] = np.clip(np.round(offset[here] / (PATCH / 2)), -FAR, FAR) + FAR
+    background = scene.background
+    answers[:, 7] = list(COLOURS).index(background.colour)
+    answers[:, 8] = list(COLOURS).index(background.second) if background.second else len(COLOURS)
+    return answers
+
+
+class Sight(nn.Module):
+    """Asks image tokens after one of the transformer's single blocks."""
+
+    def __init__(self, transformer: nn.Module, block: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(transformer.inner_dim)
+        self.answer = nn.Linear(transformer.inner_dim, sum(QUESTIONS.values()))
+        transformer.single_transformer_blocks[block].register_forward_hook(self.keep)
+
+    def keep(self, module: nn.Module, inputs: object, output: Tensor) -> None:
+        """Keep what the block returned, text tokens first: float32 [batch, seq, width]."""
+        self.states = output
+
+    def loss(self, tokens: slice, answers: Tensor) -> tuple[Tensor, float]:
+        """Cross-entropy, and the share of questions about things that are answered right.
+
+        Args:
+            tokens: which of the last call's tokens, text, picture and references, are asked.
+            answers: int64 [batch, tokens, questions], -1: not asked.
+        """
+        logits = self.answer(self.norm(self.states[:, tokens])).flatten(0, 1).split(list(QUESTIONS.values()), 1)
+        total, right, count = self.states.new_zeros(()), 0, 0
+        for column, (question, values) in enumerate(zip(QUESTIONS, logits, strict=True)):
+            asked = answers[..., column].flatten()
+            number = int((asked >= 0).sum())
+            total = total + F.cross_entropy(values, asked, ignore_index=-1, reduction="sum") / max(number, 1)
+            if question in ("shape", "colour", "texture"):
+                right, count = right + int((values.argmax(1) == asked).sum()), count + number
+        return total, right / max(count, 1)
