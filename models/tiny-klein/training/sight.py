@@ -11,6 +11,7 @@ import numpy as np
 import torch.nn.functional as F
 from common import SIDE
 from scenes import COLOURS, SHAPES, SIZE, SIZES, TEXTURES, Scene
+from text_labels import classes_of_background, classes_of_thing
 from torch import Tensor, nn
 
 # Pixels along a token's side, and the farthest that a thing's centre is said to be away, in halves of that.
@@ -42,15 +43,11 @@ def token_labels(scene: Scene) -> np.ndarray:
         away = np.maximum(abs(dx), abs(dy)) - 1.12 * thing.r - PATCH / 2 + 2
         here = (away < 0) & (away < nearest)
         nearest[here] = away[here]
-        names = (SHAPES, tuple(COLOURS), TEXTURES, tuple(SIZES))
-        what = (thing.shape, thing.colour, thing.texture, thing.size)
         answers[here, 0] = 1
-        answers[here, 1:5] = [options.index(answer) for options, answer in zip(names, what, strict=True)]
+        answers[here, 1:5] = list(classes_of_thing(thing).values())
         for column, offset in ((5, dx), (6, dy)):
             answers[here, column] = np.clip(np.round(offset[here] / (PATCH / 2)), -FAR, FAR) + FAR
-    background = scene.background
-    answers[:, 7] = list(COLOURS).index(background.colour)
-    answers[:, 8] = list(COLOURS).index(background.second) if background.second else len(COLOURS)
+    answers[:, 7:] = list(classes_of_background(scene.background).values())
     return answers
 
 

@@ -5,7 +5,7 @@ Things are numbered as they are read in the picture, from the top left; what a p
 
 from __future__ import annotations
 
-from scenes import COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Thing
+from scenes import COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Background, Thing
 from tasks import NUMBERS, OPPOSITE, Task
 
 # Where the centres of things lie along a side.
@@ -42,8 +42,7 @@ def labels(task: Task) -> list[int]:
 
 def _of_scene(task: Task) -> dict[str, int]:
     scene, background = task.target, task.target.background
-    answers = {"kind": len(EDITS) + 1, "count": len(scene.things), "first": list(COLOURS).index(background.colour)}
-    answers["second"] = list(COLOURS).index(background.second) if background.second else len(COLOURS)
+    answers = {"kind": len(EDITS) + 1, "count": len(scene.things), **classes_of_background(background)}
     if background.second:
         answers["direction"] = int(background.direction == "right")
     for i, thing in enumerate(sorted(scene.things, key=lambda thing: thing.x + thing.y)):
@@ -54,12 +53,23 @@ def _of_scene(task: Task) -> dict[str, int]:
 
 
 def _of_thing(thing: Thing, i: int) -> dict[str, int]:
+    return {f"{aspect} {i}": answer for aspect, answer in classes_of_thing(thing).items()}
+
+
+def classes_of_thing(thing: Thing) -> dict[str, int]:
+    """What a thing is like, as classes."""
     return {
-        f"shape {i}": SHAPES.index(thing.shape),
-        f"colour {i}": list(COLOURS).index(thing.colour),
-        f"texture {i}": TEXTURES.index(thing.texture),
-        f"size {i}": list(SIZES).index(thing.size),
+        "shape": SHAPES.index(thing.shape),
+        "colour": list(COLOURS).index(thing.colour),
+        "texture": TEXTURES.index(thing.texture),
+        "size": list(SIZES).index(thing.size),
     }
+
+
+def classes_of_background(background: Background) -> dict[str, int]:
+    """Its two colours, as classes; one more for no second one."""
+    first, second = background.colour, background.second
+    return {"first": list(COLOURS).index(first), "second": list(COLOURS).index(second) if second else len(COLOURS)}
 
 
 def _of_edit(task: Task) -> dict[str, int]:
