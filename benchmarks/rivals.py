@@ -83,7 +83,7 @@ class Contender:
 
 
 def run_fluxonnx(model: str, precision: str, **work: Any) -> list[float]:
-    return measure_picture(model, precision, guidance=1.0, **work)["steps"]
+    return measure_picture(model, precision=precision, guidance=1.0, **work)["steps"]
 
 
 def run_openvino(

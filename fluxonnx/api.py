@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxonnx import __version__
-from fluxonnx.auto import choose
+from fluxonnx.auto import Choice, choose
 from fluxonnx.checkpoint import Checkpoint
 from fluxonnx.errors import CheckpointError
 from fluxonnx.files import explain, replacing
 from fluxonnx.manifest import (
     COMPONENTS,
-    DEFAULT_FLAVOUR,
     DEFAULT_PRECISION,
     Build,
     build_name,
     is_current,
     read_manifest,
 )
+from fluxonnx.runtime.providers import CPU, check_provider, traits
 from fluxonnx.single_file import transformer_tensors
 
 if TYPE_CHECKING:
@@ -80,12 +80,13 @@ def load(
     path: str | Path | None = None,
     *,
     precision: str | None = None,
-    flavour: str = DEFAULT_FLAVOUR,
+    provider: str | None = None,
+    flavour: str | None = None,
     threads: int | None = None,
     low_memory: bool = False,
     cache_dir: str | Path | None = None,
     on_export: Callable[[Path], None] | None = None,
-    on_choice: Callable[[str, str], None] | None = None,
+    on_choice: Callable[[Choice], None] | None = None,
     profile: Profile | None = None,
     observe: Observer | None = None,
 ) -> Flux:
@@ -95,13 +96,16 @@ def load(
         path: A model directory in the Hugging Face layout of FLUX.2-klein; by default $FLUXONNX_MODEL, else ./model,
             else the small model in the box.
         precision: "bf16" (weights as the checkpoint has them), "fp32", "fp16", "int8", "int4", or "auto" for what suits
-            this machine; by default bf16, or, in a directory that holds only a build with files of its own, that one.
-        flavour: "ort" or "portable".
+            this machine; by default bf16 on the CPU and what suits other providers, or, in a directory that holds only
+            a build with files of its own, that one.
+        provider: What computes, by onnxruntime's names without their ending, such as "cuda" or "coreml"; by default
+            "cpu", or what "auto" chooses.
+        flavour: "ort" or "portable"; by default the one that suits the provider.
         threads: Threads per operator; None for one per core.
         low_memory: Take less memory, and more time: pictures above 576x576 are encoded and decoded in tiles.
         cache_dir: A folder for prompt embeddings, so that a known prompt never loads the text encoder.
         on_export: Called with the directory if graphs have to be exported.
-        on_choice: Called with the precision that "auto" chose, and the reason.
+        on_choice: Called with the precision and the provider that "auto" chose, and the reason.
         profile: Told how long each operator took, by onnxruntime's profiler.
         observe: Called after each run of a graph with its name, inputs and outputs.
 
@@ -113,9 +117,22 @@ def load(
     from fluxonnx.runtime.pipeline import Flux
     from fluxonnx.runtime.session import SessionOptions
 
-    options = SessionOptions(threads, profile, observe, low_memory)
+    if provider is not None:
+        check_provider(provider)
     checkpoint = Checkpoint(find_model(path))
-    precision = _resolve_precision(checkpoint, precision, flavour, on_choice)
+    if precision is None or precision == AUTO:
+        build = _only_build(checkpoint, flavour, traits(provider or CPU).flavour)
+        if build:
+            precision, flavour = build.precision, build.flavour
+        elif precision == AUTO:
+            choice = choose(checkpoint, provider)
+            precision, provider = choice.precision, choice.provider
+            if on_choice:
+                on_choice(choice)
+    provider = provider or CPU
+    precision = precision or default_precision(checkpoint, provider)
+    flavour = flavour or traits(provider).flavour
+    options = SessionOptions(threads, profile, observe, low_memory, provider)
     name = build_name(precision, flavour)
     missing = _missing(checkpoint.root, name)
     if missing and on_export:
@@ -130,32 +147,25 @@ def load(
     return Flux(checkpoint, manifest, manifest.builds[name], options, cache)
 
 
-def _resolve_precision(
-    checkpoint: Checkpoint, precision: str | None, flavour: str, on_choice: Callable[[str, str], None] | None
-) -> str:
-    if precision not in (None, AUTO):
-        return precision
+def _only_build(checkpoint: Checkpoint, flavour: str | None, preferred: str) -> Build | None:
+    """Return a complete build of a directory that has no other weights: of the flavour, or any if that is None."""
     manifest = read_manifest(checkpoint.root)
-    if manifest and not checkpoint.has_weights("transformer"):
-        for build in manifest.builds.values():
-            if build.flavour == flavour and not _missing(checkpoint.root, build_name(build.precision, flavour)):
-                return build.precision
-    if precision is None:
-        return default_precision(checkpoint)
-    chosen, reason = choose(checkpoint)
-    if on_choice:
-        on_choice(chosen, reason)
-    return chosen
+    if manifest is None or checkpoint.has_weights("transformer"):
+        return None
+    for name, build in sorted(manifest.builds.items(), key=lambda item: item[1].flavour != preferred):
+        if flavour in (None, build.flavour) and not _missing(checkpoint.root, name):
+            return build
+    return None
 
 
-def default_precision(checkpoint: Checkpoint) -> str:
-    """Return the precision that leaves a checkpoint's weights as they are: bf16, or int8 if they are integers.
+def default_precision(checkpoint: Checkpoint, provider: str = CPU) -> str:
+    """Return the precision that suits a provider: bf16 for the CPU; but int8 if that is what the weights are.
 
     Raises:
         CheckpointError: The transformer's weights are missing or corrupt.
     """
     quantised = any(tensor.quantisation for tensor in transformer_tensors(checkpoint).values())
-    return "int8" if quantised else DEFAULT_PRECISION
+    return "int8" if quantised else traits(provider).precision or DEFAULT_PRECISION
 
 
 def _transformer_of(root: Path, build: Build) -> Path | None:

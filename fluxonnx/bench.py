@@ -18,8 +18,9 @@ from typing import Any
 from fluxonnx import __version__, api
 from fluxonnx.errors import FluxonnxError, UsageError
 from fluxonnx.files import explain, probe, replacing
-from fluxonnx.manifest import DEFAULT_FLAVOUR, DEFAULT_PRECISION
+from fluxonnx.manifest import DEFAULT_PRECISION, build_name
 from fluxonnx.measure import PROMPT, SEED, run_program
+from fluxonnx.runtime.providers import CPU, check_provider, traits
 
 DEFAULT_SIZE = "256"
 
@@ -37,10 +38,17 @@ class Configuration:
     height: int
     precision: str
     threads: int | None
+    provider: str = CPU
 
     def __str__(self) -> str:
         threads = f", {self.threads} thread{'s' if self.threads != 1 else ''}" if self.threads is not None else ""
-        return f"{self.width}x{self.height}, {self.precision}{threads}"
+        provider = f", {self.provider}" if self.provider != CPU else ""
+        return f"{self.width}x{self.height}, {self.precision}{threads}{provider}"
+
+    @property
+    def build(self) -> tuple[str, str]:
+        """Precision and flavour."""
+        return self.precision, traits(self.provider).flavour
 
 
 @dataclass(frozen=True)
@@ -128,15 +136,23 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def combine(sizes: Sequence[str], precisions: Sequence[str], threads: Sequence[int]) -> list[Configuration]:
-    """Return all combinations, each once; nothing given means the default.
+def combine(
+    sizes: Sequence[str], precisions: Sequence[str], threads: Sequence[int], providers: Sequence[str] = ()
+) -> list[Configuration]:
+    """Return all combinations, each once; nothing given means the default, of precisions the provider's.
 
     Raises:
         UsageError: A size is not one.
     """
     counts: Sequence[int | None] = threads or [None]
-    combinations = product(map(parse_size, sizes or [DEFAULT_SIZE]), precisions or [DEFAULT_PRECISION], counts)
-    return list(dict.fromkeys(Configuration(*size, precision, count) for size, precision, count in combinations))
+    return list(
+        dict.fromkeys(
+            Configuration(*size, precision, count, provider)
+            for size, provider in product(map(parse_size, sizes or [DEFAULT_SIZE]), providers or [CPU])
+            for precision in precisions or [traits(provider).precision or DEFAULT_PRECISION]
+            for count in counts
+        )
+    )
 
 
 def check_output(path: Path, flag: str = "--json") -> None:
@@ -158,7 +174,7 @@ def prepare(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str, Any]]
     """Refuse what can't be measured, and export what was not exported yet.
 
     Returns:
-        What `measure.measure_export` found per precision, if that is to be measured.
+        What `measure.measure_export` found per build, if that is to be measured.
 
     Raises:
         UsageError: A value is out of its range.
@@ -171,14 +187,17 @@ def prepare(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str, Any]]
     if plan.repeat < 1:
         raise UsageError(f"repeat is {plan.repeat}, but must be at least 1")
     for configuration in plan.configurations:
-        make_target(configuration.precision, DEFAULT_FLAVOUR, None)
+        check_provider(configuration.provider)
+        make_target(*configuration.build, None)
         SessionOptions(configuration.threads)
     exports = {}
-    for precision in dict.fromkeys(configuration.precision for configuration in plan.configurations):
+    for precision, flavour in dict.fromkeys(configuration.build for configuration in plan.configurations):
+        build: dict[str, Any] = {"precision": precision, "flavour": flavour}
         if plan.export:
-            exports[precision] = _in_own_process("export", model=str(plan.model), precision=precision)
-            say(f"export {precision}: {exports[precision]['seconds']:.2f} s")
-        with api.load(plan.model, precision=precision, on_export=lambda root: say(f"Exporting {root} ...")) as flux:
+            name = build_name(precision, flavour)
+            exports[name] = _in_own_process("export", model=str(plan.model), **build)
+            say(f"export {name}: {exports[name]['seconds']:.2f} s")
+        with api.load(plan.model, **build, on_export=lambda root: say(f"Exporting {root} ...")) as flux:
             for configuration in plan.configurations:
                 width, height = configuration.width, configuration.height
                 flux.check(Request(prompt=plan.prompt, width=width, height=height, steps=plan.steps))
@@ -302,12 +321,13 @@ def render(report: Report) -> str:
         parts[0] += ", with --low-memory"
     if report.exports:
         rows = [
-            [precision, number(export["seconds"]), *_gigabytes(export), f"{export['bytes_written'] / 1e6:.2f}"]
-            for precision, export in report.exports.items()
+            [build, number(export["seconds"]), *_gigabytes(export), f"{export['bytes_written'] / 1e6:.2f}"]
+            for build, export in report.exports.items()
         ]
         parts.append(table(["export", "seconds", "anonymous GB", "mapped GB", "MB written"], rows))
     rows = [row for result in report.results for row in result_rows(result)]
-    parts.append(table(["size", "precision", "threads", "phase", "seconds", "anonymous GB", "mapped GB"], rows))
+    header = ["size", "precision", "threads", "provider", "phase", "seconds", "anonymous GB", "mapped GB"]
+    parts.append(table(header, rows))
     for result in report.results:
         if result.profile is not None:
             parts.append(f"Operators, {result.configuration}:\n\n{_operators(result.profile)}")
@@ -321,6 +341,7 @@ def result_rows(result: Result) -> list[list[str]]:
         f"{configuration.width}x{configuration.height}",
         configuration.precision,
         str(configuration.threads or "all"),
+        configuration.provider,
     ]
     rows = [[*name, phase, number(values["seconds"]), *_gigabytes(values)] for phase, values in result.phases.items()]
     if result.step is not None:

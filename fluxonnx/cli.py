@@ -176,6 +176,11 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
         help="model directory (default: $FLUXONNX_MODEL, else ./model, else the small one in the box: coloured shapes)",
     )
     model.add_argument("--precision", metavar="NAME", help="bf16 (default), fp32, fp16, int8, int4, or auto")
+    model.add_argument(
+        "--provider",
+        metavar="NAME",
+        help="what computes: cpu (default), or another that the installed onnxruntime has, such as cuda or coreml",
+    )
     model.add_argument("--threads", type=int, metavar="N", help="default: one per core")
     model.add_argument(
         "--low-memory",
@@ -255,7 +260,7 @@ def _add_bench(subparsers: argparse._SubParsersAction) -> None:
         "bench",
         commands.bench,
         "measure seconds and memory",
-        "[-d DIR] [--size WxH ...] [--precision NAME ...] [--threads N ...] [options]",
+        "[-d DIR] [--size WxH ...] [--precision NAME ...] [--threads N ...] [--provider NAME ...] [options]",
         "fluxonnx bench -d model --size 256 512x768 --precision bf16 fp32 --repeat 3",
         "fluxonnx bench -d model --size 512 --steps 1 --profile",
     )
@@ -276,6 +281,9 @@ def _add_bench(subparsers: argparse._SubParsersAction) -> None:
     )
     varied.add_argument(
         "--threads", type=int, nargs="+", action="extend", default=[], metavar="N", help="default: one per core"
+    )
+    varied.add_argument(
+        "--provider", nargs="+", action="extend", default=[], metavar="NAME", help="cpu (default), cuda, coreml, ..."
     )
     parser.add_argument("-s", "--steps", type=int, metavar="N", help="default: 4, or 50 with a base model")
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="default: always the same")

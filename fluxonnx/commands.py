@@ -30,16 +30,14 @@ def generate(arguments: argparse.Namespace) -> None:
     pictures = jobs.plan(arguments)
     model = _find_model(arguments, say)
     start = time.perf_counter()
-    precision, flavour = jobs.build(arguments, Checkpoint(model).name)
     flux = api.load(
         model,
-        precision=precision,
-        flavour=flavour,
+        **jobs.build(arguments, Checkpoint(model).name),
         threads=arguments.threads,
         low_memory=arguments.low_memory,
         cache_dir=arguments.cache_dir,
         on_export=lambda root: say(f"Exporting {root} ..."),
-        on_choice=lambda name, reason: say(f"Precision {name}: {reason}"),
+        on_choice=lambda choice: say(str(choice)),
     )
     if arguments.verbose:
         say(f"{'open model':<18}{time.perf_counter() - start:8.2f} s")
@@ -84,8 +82,9 @@ def export(arguments: argparse.Namespace) -> None:
     checkpoint = Checkpoint(arguments.dir, arguments.transformer)
     precision = arguments.precision or default_precision(checkpoint)
     if precision == AUTO:
-        precision, reason = choose(checkpoint)
-        say(f"Precision {precision}: {reason}")
+        choice = choose(checkpoint)
+        precision = choice.precision
+        say(str(choice))
     with Progress(arguments.quiet) as bar:
         reports = run(
             arguments.dir,
@@ -114,7 +113,7 @@ def bench(arguments: argparse.Namespace) -> None:
     say = _speaker(arguments)
     plan = benchmark.Plan(
         model=_find_model(arguments, say),
-        configurations=benchmark.combine(arguments.size, arguments.precision, arguments.threads),
+        configurations=benchmark.combine(arguments.size, arguments.precision, arguments.threads, arguments.provider),
         prompt=benchmark.PROMPT if arguments.prompt is None else arguments.prompt,
         steps=arguments.steps,
         repeat=arguments.repeat,

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fluxonnx.errors import UsageError
-from fluxonnx.manifest import DEFAULT_FLAVOUR
 from fluxonnx.runtime.images import check_output_path, digest, load_image
 from fluxonnx.runtime.metadata import read_parameters
 from fluxonnx.runtime.pipeline import random_seed
+from fluxonnx.runtime.providers import CPU, available
 from fluxonnx.runtime.request import MAX_REFERENCES, Request
 
 DEFAULT_OUTPUT = Path("out.png")
@@ -91,15 +91,26 @@ def plan(arguments: argparse.Namespace) -> list[Job]:
     return [_job(arguments, read_parameters(arguments.source) if arguments.source else {}, numbered=False)]
 
 
-def build(arguments: argparse.Namespace, model: str) -> tuple[str | None, str]:
-    """Return precision and flavour: the flag's, else the picture's that is made again, else None and the default."""
+def build(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
+    """Return precision, provider and flavour for `api.load`: the flag's, else those of the picture that is made again.
+
+    None is for what neither says.
+    """
     known = read_parameters(arguments.source) if arguments.source else {}
     if known.get("model", model) != model:
         warnings.warn(f"{arguments.source} was made with {known['model']}, not with {model}", stacklevel=3)
-    return (
-        arguments.precision or known.get("precision"),
-        known.get("flavour", DEFAULT_FLAVOUR),
-    )
+    provider = arguments.provider or known.get("provider")
+    if not arguments.provider and provider and provider not in available():
+        warnings.warn(
+            f"{arguments.source} was made on {provider}, which is not here: on the CPU, it will differ a little",
+            stacklevel=3,
+        )
+        provider = CPU
+    return {
+        "precision": arguments.precision or known.get("precision"),
+        "provider": provider,
+        "flavour": known.get("flavour") if provider == known.get("provider", CPU) else None,
+    }
 
 
 def _job(arguments: argparse.Namespace, known: dict[str, Any], numbered: bool) -> Job:

@@ -157,14 +157,14 @@ def _why(code: int, output: str, messages: str) -> str:
     return lines[-1] if lines and code > 0 else f"it ended with code {code}"
 
 
-def measure_export(model: str, precision: str) -> dict[str, Any]:
+def measure_export(model: str, precision: str, flavour: str) -> dict[str, Any]:
     """Export anew; returns seconds, bytes written and peaks of memory."""
     from fluxonnx.export import export
 
     start = time.perf_counter()
     with Watch() as watch:
         watch.phase("export")
-        reports = export(model, precision=precision, force=True)
+        reports = export(model, precision=precision, flavour=flavour, force=True)
         seconds = time.perf_counter() - start
         watch.phase("")
     written = sum(report.bytes_written for report in reports)
@@ -173,24 +173,21 @@ def measure_export(model: str, precision: str) -> dict[str, Any]:
 
 def measure_picture(
     model: str,
-    precision: str,
-    threads: int | None,
     width: int,
     height: int,
     steps: int | None,
     prompt: str,
     guidance: float | None = None,
-    flavour: str = "ort",
-    low_memory: bool = False,
+    **loading: Any,
 ) -> dict[str, Any]:
-    """Make a picture; returns seconds and peaks of memory per phase, seconds in all and per step after the first."""
+    """Make a picture; returns seconds and peaks of memory per phase, seconds in all and per step after the first.
+
+    `loading` is for `api.load`: precision, threads, ...
+    """
     from fluxonnx import api
 
     ends: list[float] = []
-    with (
-        api.load(model, precision=precision, flavour=flavour, threads=threads, low_memory=low_memory) as flux,
-        Watch() as watch,
-    ):
+    with api.load(model, **loading) as flux, Watch() as watch:
         flux.on_phase = watch.phase
         start = time.perf_counter()
         flux.generate(
@@ -208,21 +205,14 @@ def measure_picture(
 
 
 def measure_operators(
-    model: str,
-    precision: str,
-    threads: int | None,
-    width: int,
-    height: int,
-    steps: int | None,
-    prompt: str,
-    low_memory: bool = False,
+    model: str, width: int, height: int, steps: int | None, prompt: str, **loading: Any
 ) -> dict[str, Any]:
     """Make a picture under onnxruntime's profiler; returns a table of operator types per graph."""
     from fluxonnx import api
     from fluxonnx.runtime.profile import Profile
 
     with Profile() as profile:
-        with api.load(model, precision=precision, threads=threads, low_memory=low_memory, profile=profile) as flux:
+        with api.load(model, **loading, profile=profile) as flux:
             flux.generate(prompt, width, height, steps, SEED)
         return {graph: [asdict(row) for row in rows] for graph, rows in profile.operators().items()}
 

@@ -35,13 +35,22 @@ def large(checkpoints, monkeypatch) -> Checkpoint:
 )
 def test_large_model(large, monkeypatch, gigabytes, exact, expected, reason):
     monkeypatch.setattr(auto, "adds_int8_products_exactly", lambda: exact)
-    chosen, why = auto.choose(large, int(gigabytes * 1e9))
-    assert chosen == expected
-    assert reason in why
+    choice = auto.choose(large, memory=int(gigabytes * 1e9))
+    assert (choice.precision, choice.provider) == (expected, "cpu")
+    assert reason in str(choice)
+
+
+def test_gpu_is_taken_where_it_works(large, monkeypatch):
+    monkeypatch.setattr(auto, "available", lambda: ["tensorrt", "cuda", "coreml", "cpu"])
+    for works, provider, precision in ((True, "cuda", "fp16"), (False, "cpu", "int8")):
+        monkeypatch.setattr(auto, "works", lambda name, works=works: works)
+        choice = auto.choose(large, memory=1 << 40)
+        assert (choice.provider, choice.precision) == (provider, precision)
+    assert auto.choose(large, "coreml").precision == "fp16"
 
 
 def test_small_model_stays_as_it_is(checkpoints):
-    assert auto.choose(Checkpoint(checkpoints.get(CASE)), 0)[0] == "bf16"
+    assert auto.choose(Checkpoint(checkpoints.get(CASE)), memory=0).precision == "bf16"
 
 
 def test_commands_say_what_was_chosen(copy_of, tmp_path, capsys, monkeypatch):
@@ -51,10 +60,10 @@ def test_commands_say_what_was_chosen(copy_of, tmp_path, capsys, monkeypatch):
     output = tmp_path / "x.png"
     arguments = ["-p", "x", "-o", str(output), "-W", "64", "-H", "64", "-s", "1"]
     assert main(["generate", "-d", str(root), "--precision", "auto", *arguments]) == 0
-    assert "Precision int8: " in capsys.readouterr().err
+    assert "Precision int8, provider cpu: " in capsys.readouterr().err
     assert set(read_manifest(root).builds) == {"int8"}
     assert main(["export", "-d", str(root), "--precision", "auto"]) == 0
-    assert "Precision int8: " in capsys.readouterr().err
+    assert "Precision int8, provider cpu: " in capsys.readouterr().err
 
 
 def test_only_build_of_a_directory_is_taken(copy_of):

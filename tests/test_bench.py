@@ -40,7 +40,7 @@ def test_all_combinations_are_measured(model, tmp_path, capsys):
     assert found["prompt"] == bench.PROMPT
     assert {"processor", "cores", "onnxruntime", "fluxonnx"} <= found["machine"].keys()
     assert [result["configuration"] for result in found["results"]] == [
-        {"width": width, "height": 64, "precision": precision, "threads": 1}
+        {"width": width, "height": 64, "precision": precision, "threads": 1, "provider": "cpu"}
         for width in (64, 96)
         for precision in ("bf16", "fp32")
     ]
@@ -61,19 +61,19 @@ def test_table(model, capsys):
     assert main(["bench", "-d", model, "--size", "64"]) == 0
     captured = capsys.readouterr()
     header, _, *rows = cells(captured.out)
-    assert header == ["size", "precision", "threads", "phase", "seconds", "anonymous GB", "mapped GB"]
-    assert [row[:4] for row in rows] == [
-        ["64x64", "bf16", "all", phase] for phase in [*PHASES, "one step (median after the first)", "in all"]
+    assert header == ["size", "precision", "threads", "provider", "phase", "seconds", "anonymous GB", "mapped GB"]
+    assert [row[:5] for row in rows] == [
+        ["64x64", "bf16", "all", "cpu", phase] for phase in [*PHASES, "one step (median after the first)", "in all"]
     ]
     for row in rows[: len(PHASES)]:
-        assert re.fullmatch(r"[\d.]+", row[4])
-        assert all(re.fullmatch(r"\d+\.\d\d" if HAS_PROC else "", cell) for cell in row[5:])
+        assert re.fullmatch(r"[\d.]+", row[5])
+        assert all(re.fullmatch(r"\d+\.\d\d" if HAS_PROC else "", cell) for cell in row[6:])
     assert "64x64, bf16: run 1 of 1" in captured.err
 
 
 def test_one_step_has_no_median_after_the_first(model, capsys):
     assert main(["bench", "-d", model, "--size", "64", "--steps", "1", "-p", "a cat"]) == 0
-    assert [row[3] for row in cells(capsys.readouterr().out)[2:]] == [*PHASES, "in all"]
+    assert [row[4] for row in cells(capsys.readouterr().out)[2:]] == [*PHASES, "in all"]
 
 
 def test_low_memory(model, tmp_path, capsys):
@@ -135,8 +135,8 @@ def test_a_configuration_that_fails_does_not_end_the_others(copy_of, tmp_path, c
     )
     assert "Traceback" not in captured.err
     rows = cells(captured.out)[2:]
-    assert [row[3] for row in rows if row[1] == "bf16"] == ["failed"]
-    assert [row[3] for row in rows if row[1] == "fp32"][:4] == PHASES
+    assert [row[4] for row in rows if row[1] == "bf16"] == ["failed"]
+    assert [row[4] for row in rows if row[1] == "fp32"][:4] == PHASES
     broken, good = json.loads(path.read_text())["results"]
     assert "can't be loaded" in broken["error"]
     assert broken["runs"] == []
@@ -171,9 +171,9 @@ def test_missing_model(fails, tmp_path):
 
 def test_memory_columns_are_empty_where_the_system_does_not_tell(model, monkeypatch):
     monkeypatch.setattr(measure, "resident", lambda process="self": None)
-    run = measure.measure_picture(model, "bf16", None, 64, 64, 1, "a cat")
+    run = measure.measure_picture(model, 64, 64, 1, "a cat", precision="bf16")
     result = bench.Result(bench.Configuration(64, 64, "bf16", None), [run])
-    assert {row[3]: row[5:] for row in bench.result_rows(result)} == {phase: ["", ""] for phase in [*PHASES, "in all"]}
+    assert {row[4]: row[6:] for row in bench.result_rows(result)} == {phase: ["", ""] for phase in [*PHASES, "in all"]}
 
 
 def test_memory_is_of_the_phase_in_which_it_was_taken(monkeypatch):

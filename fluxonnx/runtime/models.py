@@ -11,6 +11,7 @@ import numpy as np
 from fluxonnx.errors import CheckpointError
 from fluxonnx.machine import available_memory
 from fluxonnx.manifest import COMPONENTS, Build
+from fluxonnx.runtime.providers import CPU
 from fluxonnx.runtime.sampler import Velocity
 from fluxonnx.runtime.schedule import timestep
 from fluxonnx.runtime.session import Session, SessionOptions
@@ -78,7 +79,8 @@ class Models:
     def transformer(self, tokens: int) -> Iterator[Transformer]:
         """Load the transformer for the length of a `with` block, in which it will see so many tokens in all."""
         pack = (
-            not self._options.low_memory
+            self._options.provider == CPU
+            and not self._options.low_memory
             and tokens >= WORTH_PACKING
             and self._weight_bytes("transformer") + SPARE < available_memory()
         )

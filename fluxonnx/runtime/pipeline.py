@@ -80,14 +80,14 @@ class Flux:
         self.phases = Phases()
         #: Called with the name of each phase of a run as it begins.
         self.on_phase: Callable[[str], None] | None = None
-        self._models = Models(checkpoint.root, build, options or SessionOptions())
-        cache = PromptCache(cache_dir, _encoder_identity(manifest, build)) if cache_dir else None
+        options = options or SessionOptions()
+        self._models = Models(checkpoint.root, build, options)
+        cache = PromptCache(cache_dir, _encoder_identity(manifest, build, options)) if cache_dir else None
         self._prompts = Prompts(Tokenizer(checkpoint.root / "tokenizer"), self._models, cache)
         self._build = build
         self._channels = manifest.architecture["transformer"]["in_channels"]
         self._dim = manifest.architecture["transformer"]["heads"] * manifest.architecture["transformer"]["head_dim"]
-        self._threads = options.threads if options else None
-        self._low_memory = options is not None and options.low_memory
+        self._options = options
         self._vae_width = max(manifest.architecture["vae"]["decoder_channels"][:2])
         self._defaults = {**DEFAULTS, **manifest.defaults}
         self._multiple = 2 ** len(manifest.architecture["vae"]["decoder_channels"])
@@ -273,7 +273,7 @@ class Flux:
         tile = request.tile or TILE
         if max(map(max, sizes)) <= tile:
             return None
-        if request.tile or self._low_memory:
+        if request.tile or self._options.low_memory:
             return tile
         largest = max(width * height for width, height in sizes)
         needed, available = whole_bytes(largest, self._vae_width), available_memory()
@@ -298,7 +298,7 @@ class Flux:
 
     def _at_once(self, request: Request, references: list[np.ndarray]) -> int:
         """Return how many pictures to make in one pass: what fits into memory, by a guess, and stays reproducible."""
-        if self._low_memory or self._dim // (self._threads or os.cpu_count() or 1) <= BITWISE_COLUMNS:
+        if self._options.low_memory or self._dim // (self._options.threads or os.cpu_count() or 1) <= BITWISE_COLUMNS:
             return 1
         rows, columns = self._grid(request)
         assert request.max_sequence_length is not None
@@ -314,6 +314,7 @@ class Flux:
             "model": self.name,
             "precision": self._build.precision,
             "flavour": self._build.flavour,
+            "provider": self._options.provider,
             "version": __version__,
         }
         image.info = info
@@ -340,11 +341,12 @@ class Flux:
         self.close()
 
 
-def _encoder_identity(manifest: Manifest, build: Build) -> str:
+def _encoder_identity(manifest: Manifest, build: Build, options: SessionOptions) -> str:
     """Return all that prompt embeddings depend on besides the tokens."""
     encoder = build.components["text_encoder"]
     sources = sorted(encoder.sources.items())
-    return json.dumps([encoder.graph, encoder.exporter_version, sources, manifest.text_encoder_out_layers])
+    made = [encoder.graph, encoder.exporter_version, sources, manifest.text_encoder_out_layers, options.provider]
+    return json.dumps(made)
 
 
 def _velocity(

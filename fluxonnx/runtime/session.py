@@ -15,6 +15,10 @@ import numpy as np
 from fluxonnx.errors import FluxonnxError, UsageError
 from fluxonnx.manifest import Build
 from fluxonnx.runtime.profile import Profile
+from fluxonnx.runtime.providers import CPU, check_provider, check_started, session_providers
+
+# Sinusoids of large numbers, which a provider that computes in half precision would ruin; they take no time.
+ALWAYS_ON_CPU = ("conditioning",)
 
 # ConstantFolding would turn the casts of these graphs' bf16 weights into 16 GB of float32. The VAE is small, and its
 # convolutions are only laid out for the CPU's caches when their weights are constants.
@@ -35,17 +39,20 @@ class SessionOptions:
         observe: Called after each run with the component's name, its inputs and its outputs.
         low_memory: Weights are never packed, one picture is made at a time, and large ones are encoded and decoded in
             tiles.
+        provider: What computes, see `providers`.
     """
 
     threads: int | None = None
     profile: Profile | None = None
     observe: Observer | None = None
     low_memory: bool = False
+    provider: str = CPU
 
     def __post_init__(self) -> None:
         """Refuse what can't be; raises UsageError."""
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads is {self.threads}, but must be at least 1")
+        check_provider(self.provider)
 
 
 class Session:
@@ -65,7 +72,7 @@ class Session:
                 start-up, for faster products.
 
         Raises:
-            FluxonnxError: onnxruntime can't load it.
+            FluxonnxError: onnxruntime can't load it, or can't start the provider.
         """
         import onnxruntime  # slow to import, and needed only to run
 
@@ -91,12 +98,18 @@ class Session:
         if options.profile is not None:
             options.profile.start(settings, component)
         disabled = ["ConstantFolding"] if component in STREAMED else None
+        provider = CPU if component in ALWAYS_ON_CPU else options.provider
         try:
             self._session = onnxruntime.InferenceSession(
-                str(path), settings, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+                str(path),
+                settings,
+                providers=session_providers(provider, options.threads),
+                disabled_optimizers=disabled,
+                enable_fallback=0,
             )
         except Exception as error:  # onnxruntime raises many types, all meaning this
             raise FluxonnxError(f"{path} can't be loaded: {_first_line(error)}; export again with --force") from error
+        check_started(self._session, provider)
         give_back_free_memory()  # what was used to load: 0.4 GB for the VAE decoder
         self._path, self._component = path, component
         self._profile, self._observe = options.profile, options.observe

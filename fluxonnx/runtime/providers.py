@@ -1,0 +1,129 @@
+"""Execution providers: what onnxruntime computes with, the CPU, a GPU, or another runtime behind it.
+
+Their short names are onnxruntime's without the ending: "cpu", "cuda", "coreml", "dml", "openvino", ...
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from fluxonnx.errors import FluxonnxError, UsageError
+
+CPU = "cpu"
+ENDING = "ExecutionProvider"
+# Sends whole models to a web service; nothing that computes here.
+REMOTE = "azure"
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What suits a provider.
+
+    Attributes:
+        package: The wheel that has it, to be installed in onnxruntime's place.
+        precision: The precision it is fastest with; None for what the checkpoint's weights are.
+        flavour: The graphs it takes whole.
+        settings: Its own options, as onnxruntime's documentation names them.
+    """
+
+    package: str
+    precision: str | None = "fp16"
+    flavour: str = "portable"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+KNOWN = {
+    CPU: Traits("onnxruntime", None, "ort"),
+    # An arena that grows by doubling would ask for twice the memory that 8 GB of weights need.
+    "cuda": Traits("onnxruntime-gpu", flavour="ort", settings={"arena_extend_strategy": "kSameAsRequested"}),
+    "tensorrt": Traits("onnxruntime-gpu"),
+    "dml": Traits("onnxruntime-directml", flavour="ort"),
+    # The older format, its default, knows neither float16 nor most of the operators.
+    "coreml": Traits("onnxruntime", settings={"ModelFormat": "MLProgram"}),
+    "openvino": Traits("onnxruntime-openvino", None),
+    "webgpu": Traits("onnxruntime-webgpu", flavour="ort"),
+}
+
+
+def traits(provider: str) -> Traits:
+    """Return what suits a provider; for one that is not known, what any takes."""
+    return KNOWN.get(provider, Traits("onnxruntime"))
+
+
+def available() -> list[str]:
+    """Return the providers of the installed onnxruntime, in its order: whether they work here is another question."""
+    import onnxruntime  # slow to import, and needed only to run
+
+    names = (name.removesuffix(ENDING).lower() for name in onnxruntime.get_available_providers())
+    return [name for name in names if name != REMOTE]
+
+
+def check_provider(provider: str) -> None:
+    """Refuse what the installed onnxruntime lacks.
+
+    Raises:
+        UsageError: It lacks the provider; the message says which it has.
+    """
+    names = available()
+    if provider in names:
+        return
+    package = traits(provider).package
+    cure = "choose one of these"
+    if package != traits(CPU).package:
+        cure += f", or pip uninstall onnxruntime and install {package} in its place"
+    raise UsageError(f"provider {provider!r} is not in the installed onnxruntime, which has {', '.join(names)}: {cure}")
+
+
+def session_providers(provider: str, threads: int | None) -> list[Any]:
+    """Return the `providers` of an InferenceSession: the one that is asked for, and the CPU for what it does not take.
+
+    Args:
+        provider: Its short name.
+        threads: Threads per operator, for the providers that take no session's word for it.
+    """
+    import onnxruntime
+
+    if provider == CPU:
+        return [f"CPU{ENDING}"]
+    full = next(name for name in onnxruntime.get_available_providers() if name.removesuffix(ENDING).lower() == provider)
+    settings = dict(traits(provider).settings)
+    if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
+    if provider == "openvino" and threads is not None:
+        settings["load_config"] = json.dumps({"CPU": {"INFERENCE_NUM_THREADS": str(threads)}})
+    return [(full, settings), f"CPU{ENDING}"]
+
+
+def check_started(session: Any, provider: str) -> None:
+    """Refuse a session that fell back to the CPU, as onnxruntime does without a word.
+
+    Raises:
+        FluxonnxError: The provider is not among those the session runs on.
+    """
+    if provider not in (name.removesuffix(ENDING).lower() for name in session.get_providers()):
+        raise FluxonnxError(
+            f"onnxruntime can't start its {provider} provider, most often for want of a driver or library: "
+            f"install what {traits(provider).package} needs, or use --provider cpu"
+        )
+
+
+def works(provider: str) -> bool:
+    """Whether a provider that onnxruntime has can be started on this machine: found out by trying."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "probe", value[:1], value[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), settings, providers=session_providers(provider, None), enable_fallback=0
+        )
+        check_started(session, provider)
+    except Exception:  # whatever the reason: it can't be used
+        return False
+    return True
