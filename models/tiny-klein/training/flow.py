@@ -146,17 +146,22 @@ def load_flow(checkpoint: Path, tokenizer: Tokenizer) -> Flow:
 
 
 def velocity_loss(velocity: Tensor, target: Tensor, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-    """Squared error, with more weight on the few tokens that an edit changes, as copying the others is a way out.
+    """Squared error, with more weight on the few tokens that matter.
+
+    Those are where a thing is, as most of a picture is background; and those that an edit changes, as copying all is a
+    way out.
 
     Returns:
         The loss; and for the log, the error without weights.
     """
     error = (velocity - target).square().mean(-1)
-    if not batch.references.shape[1]:
-        return error.mean(), {"pictures": error.mean().item()}
-    difference = (batch.target - batch.references[:, : batch.target.shape[1]]).abs().mean(-1)
-    weight = 1 + (CONFIG["flow"]["changed"] - 1) * (difference > 0.3)
-    return (weight * error).sum() / weight.sum(), {"edits": error.mean().item()}
+    count = target.shape[1]
+    subject, name = batch.seen[:, :count, 0] == 1, "pictures"
+    if batch.references.shape[1]:
+        changed = (batch.target - batch.references[:, :count]).abs().mean(-1) > 0.3
+        subject, name = subject | changed, "edits"
+    weight = 1 + (CONFIG["flow"]["subject"] - 1) * subject
+    return (weight * error).sum() / weight.sum(), {name: error.mean().item()}
 
 
 def qwen_config(size: TextEncoderSize) -> dict[str, Any]:
