@@ -66,8 +66,7 @@ def check_provider(provider: str) -> None:
     Raises:
         UsageError: It lacks the provider; the message says which it has.
     """
-    names = available()
-    if provider in names:
+    if provider == CPU or provider in (names := available()):
         return
     package = traits(provider).package
     cure = "choose one of these"
