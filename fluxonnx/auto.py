@@ -54,7 +54,7 @@ def choose(checkpoint: Checkpoint, provider: str | None = None, memory: int | No
     if provider is None:
         provider = next((name for name in FASTER_THAN_CPU if name in available() and works(name)), CPU)
     if precision := traits(provider).precision:
-        return Choice(precision, provider, f"{provider} works here, and computes faster in 16 bits than in 32")
+        return Choice(precision, provider, f"{provider} computes faster in 16 bits than in 32")
     free = available_memory() if memory is None else memory
     needed = weights * INT8_SHARE + WORKING_MEMORY
     if free < needed:
