@@ -6,6 +6,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from fluxonnx.manifest import (
     is_current,
     read_manifest,
 )
-from fluxonnx.runtime.providers import CPU, check_provider, traits
+from fluxonnx.runtime.providers import CPU, traits
 from fluxonnx.single_file import transformer_tensors
 
 if TYPE_CHECKING:
@@ -117,22 +118,19 @@ def load(
     from fluxonnx.runtime.pipeline import Flux
     from fluxonnx.runtime.session import SessionOptions
 
-    if provider is not None:
-        check_provider(provider)
+    options = SessionOptions(threads, profile, observe, low_memory, provider or CPU)
     checkpoint = Checkpoint(find_model(path))
     if precision is None or precision == AUTO:
-        build = _only_build(checkpoint, flavour, traits(provider or CPU).flavour)
+        build = _only_build(checkpoint, flavour, traits(options.provider).flavour)
         if build:
             precision, flavour = build.precision, build.flavour
         elif precision == AUTO:
             choice = choose(checkpoint, provider)
-            precision, provider = choice.precision, choice.provider
+            precision, options = choice.precision, replace(options, provider=choice.provider)
             if on_choice:
                 on_choice(choice)
-    provider = provider or CPU
-    precision = precision or default_precision(checkpoint, provider)
-    flavour = flavour or traits(provider).flavour
-    options = SessionOptions(threads, profile, observe, low_memory, provider)
+    precision = precision or default_precision(checkpoint, options.provider)
+    flavour = flavour or traits(options.provider).flavour
     name = build_name(precision, flavour)
     missing = _missing(checkpoint.root, name)
     if missing and on_export:

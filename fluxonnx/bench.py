@@ -20,7 +20,7 @@ from fluxonnx.errors import FluxonnxError, UsageError
 from fluxonnx.files import explain, probe, replacing
 from fluxonnx.manifest import DEFAULT_PRECISION, build_name
 from fluxonnx.measure import PROMPT, SEED, run_program
-from fluxonnx.runtime.providers import CPU, check_provider, traits
+from fluxonnx.runtime.providers import CPU, traits
 
 DEFAULT_SIZE = "256"
 
@@ -187,9 +187,8 @@ def prepare(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str, Any]]
     if plan.repeat < 1:
         raise UsageError(f"repeat is {plan.repeat}, but must be at least 1")
     for configuration in plan.configurations:
-        check_provider(configuration.provider)
         make_target(*configuration.build, None)
-        SessionOptions(configuration.threads)
+        SessionOptions(configuration.threads, provider=configuration.provider)
     exports = {}
     for precision, flavour in dict.fromkeys(configuration.build for configuration in plan.configurations):
         build: dict[str, Any] = {"precision": precision, "flavour": flavour}

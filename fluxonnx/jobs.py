@@ -109,7 +109,7 @@ def build(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
     return {
         "precision": arguments.precision or known.get("precision"),
         "provider": provider,
-        "flavour": known.get("flavour") if provider == known.get("provider", CPU) else None,
+        "flavour": known.get("flavour") if (provider or CPU) == known.get("provider", CPU) else None,
     }
 
 

@@ -56,8 +56,12 @@ def available() -> list[str]:
     """Return the providers of the installed onnxruntime, in its order: whether they work here is another question."""
     import onnxruntime  # slow to import, and needed only to run
 
-    names = (name.removesuffix(ENDING).lower() for name in onnxruntime.get_available_providers())
-    return [name for name in names if name != REMOTE]
+    return [name for name in _full_names(onnxruntime.get_available_providers()) if name != REMOTE]
+
+
+def _full_names(providers: list[str]) -> dict[str, str]:
+    """Onnxruntime's names by the short ones."""
+    return {name.removesuffix(ENDING).lower(): name for name in providers}
 
 
 def check_provider(provider: str) -> None:
@@ -86,7 +90,7 @@ def session_providers(provider: str, threads: int | None) -> list[Any]:
 
     if provider == CPU:
         return [f"CPU{ENDING}"]
-    full = next(name for name in onnxruntime.get_available_providers() if name.removesuffix(ENDING).lower() == provider)
+    full = _full_names(onnxruntime.get_available_providers())[provider]
     settings = dict(traits(provider).settings)
     if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
@@ -101,7 +105,7 @@ def check_started(session: Any, provider: str) -> None:
     Raises:
         FluxonnxError: The provider is not among those the session runs on.
     """
-    if provider not in (name.removesuffix(ENDING).lower() for name in session.get_providers()):
+    if provider not in _full_names(session.get_providers()):
         raise FluxonnxError(
             f"onnxruntime can't start its {provider} provider, most often for want of a driver or library: "
             f"install what {traits(provider).package} needs, or use --provider cpu"

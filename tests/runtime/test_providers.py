@@ -14,6 +14,7 @@ import fluxonnx
 from fluxonnx.cli import main
 from fluxonnx.errors import FluxonnxError, UsageError
 from fluxonnx.runtime import providers, session
+from fluxonnx.runtime.images import save_image
 from fluxonnx.runtime.metadata import read_parameters
 from tests.conftest import Case
 
@@ -69,6 +70,21 @@ def test_picture_says_its_provider(copy_of, tmp_path, monkeypatch, capsys):
     assert main(["generate", "-d", str(root), "--from", str(made), "-o", str(again)]) == 0
     assert "was made on cuda, which is not here" in capsys.readouterr().err
     assert read_parameters(again)["provider"] == "cpu"
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_picture_is_made_again_with_its_flavour(copy_of, tmp_path, monkeypatch, older):
+    """Also one from before pictures said their provider."""
+    root, made, again = copy_of(CASE), tmp_path / "a.png", tmp_path / "b.png"
+    with fluxonnx.load(root, flavour="portable") as flux:
+        image = flux.generate("x", 64, 64, 1, 1)
+        save_image(image, made, image.info)
+    known = read_parameters(made)
+    if older:
+        del known["provider"]
+    monkeypatch.setattr("fluxonnx.jobs.read_parameters", lambda path: known)
+    assert main(["generate", "-d", str(root), "--from", str(made), "-o", str(again)]) == 0
+    assert read_parameters(again)["flavour"] == "portable"
 
 
 @pytest.mark.skipif(not OTHERS, reason="onnxruntime has no provider but the CPU's")
