@@ -48,6 +48,8 @@ PLACES = {
 CONTRAST = 90.0
 # Stripes and dots need some room.
 TEXTURE_RADIUS = 15.0
+# From one stripe or dot to the next; three quarters of a token, as the model is small.
+PERIOD = 12.0
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,16 @@ def rgb(name: str) -> np.ndarray:
 
 def contrasts(colour: str, background: Background) -> bool:
     """Whether a thing of this colour can be seen everywhere on this background."""
+    return _distance(rgb(colour), background) > CONTRAST
+
+
+def _distance(colour: np.ndarray, background: Background) -> float:
+    """How far a colour is from the nearest one of a background."""
     first = rgb(background.colour)
     along = rgb(background.second or background.colour) - first
     length = float(along @ along)
-    nearest = float(np.clip((rgb(colour) - first) @ along / length, 0, 1)) if length else 0.0
-    return float(np.linalg.norm(rgb(colour) - first - nearest * along)) > CONTRAST
+    nearest = float(np.clip((colour - first) @ along / length, 0, 1)) if length else 0.0
+    return float(np.linalg.norm(colour - first - nearest * along))
 
 
 def draw(scene: Scene) -> np.ndarray:
@@ -123,10 +130,11 @@ def paint(thing: Thing, mask: np.ndarray, background: Background) -> np.ndarray:
         return colour
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32) + 0.5
     if thing.texture == "striped":
-        weight = np.clip(0.5 + 2 * np.sin((y - thing.y) * (2 * np.pi / 8)), 0, 1)
+        weight = np.clip(0.5 + 2 * np.sin((y - thing.y) * (2 * np.pi / PERIOD)), 0, 1)
     elif thing.texture == "dotted":
-        near = np.hypot((x - thing.x + 4.5) % 9 - 4.5, (y - thing.y + 4.5) % 9 - 4.5)
-        weight = np.clip(3.0 - near, 0, 1)
+        half = PERIOD / 2
+        near = np.hypot((x - thing.x + half) % PERIOD - half, (y - thing.y + half) % PERIOD - half)
+        weight = np.clip(0.3 * PERIOD + 0.5 - near, 0, 1)
     else:
         inner = Image.fromarray((mask * 255).astype(np.uint8)).filter(ImageFilter.MinFilter(7))
         weight = 1 - np.asarray(inner, np.float32) / 255
@@ -134,13 +142,10 @@ def paint(thing: Thing, mask: np.ndarray, background: Background) -> np.ndarray:
 
 
 def _accent(thing: Thing, background: Background) -> np.ndarray:
-    """The second colour of a texture: black or white, whichever is further from the thing and what is behind it."""
-    behind = [rgb(background.colour), rgb(background.second or background.colour), rgb(thing.colour)]
-    room = {tone: min(float(np.linalg.norm(tone - other)) for other in behind) for tone in (20.0, 245.0)}
-    tone = max(room, key=lambda key: room[key])
-    if thing.texture == "outlined":
-        return np.full(3, tone, np.float32)
-    return 0.45 * rgb(thing.colour) + 0.55 * np.full(3, tone, np.float32)
+    """The second colour of a texture: darker or lighter, whichever differs more from the thing and the background."""
+    colour, strength = rgb(thing.colour), 1.0 if thing.texture == "outlined" else 0.55
+    accents = [colour + strength * (tone - colour) for tone in (np.float32(20), np.float32(245))]
+    return max(accents, key=lambda accent: min(_distance(accent, background), float(np.linalg.norm(accent - colour))))
 
 
 def outline(shape: str, x: float, y: float, r: float) -> np.ndarray:

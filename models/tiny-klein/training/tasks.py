@@ -11,7 +11,18 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import TypeVar
 
-from scenes import COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Background, Scene, Thing, contrasts
+from scenes import (
+    COLOURS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    TEXTURE_RADIUS,
+    TEXTURES,
+    Background,
+    Scene,
+    Thing,
+    contrasts,
+)
 
 T = TypeVar("T")
 
@@ -83,7 +94,7 @@ def random_thing(random: Random, background: Background, count: int = 1) -> Thin
     colours = [name for name in COLOURS if contrasts(name, background)]
     size = some(random, tuple(SIZES), (0.2, 0.6, 0.2)) if count == 1 else "medium"
     thing = Thing(some(random, SHAPES), some(random, colours), size=size, r=radius(random, size, count))
-    if thing.r >= 15 and count < 3 and random.random() < 0.25:
+    if thing.r >= TEXTURE_RADIUS and count < 3 and random.random() < 0.25:
         thing = replace(thing, texture=some(random, textures(thing.shape)[1:]))
     return thing
 
@@ -299,7 +310,7 @@ def remove(random: Random, source: Scene) -> Change:
 def retexture(random: Random, source: Scene) -> Change:
     """Stripes, dots or an outline, or none of them."""
     index, name = pick(random, source)
-    if index is None or source.things[index].r < 15 or len(source.things) == 3:
+    if index is None or source.things[index].r < TEXTURE_RADIUS or len(source.things) == 3:
         return None
     texture = some(random, [t for t in textures(source.things[index].shape) if t != source.things[index].texture])
     prompt = some(random, ("make {n} {t}", "turn {n} {t}")).format(n=name, t=texture)
