@@ -6,6 +6,7 @@ python models/tiny-klein/training/train_vae.py WORK
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -16,8 +17,8 @@ from diffusers import AutoencoderKLFlux2
 from latents import PART, patchify
 from loop import Trainer
 from parallel import together
-from scenes import Scene, draw
-from tasks import put, random_thing, training_task, usable_background
+from scenes import Background, Scene, Thing, draw
+from tasks import put, radius, random_thing, some, textures, training_task, usable_background
 
 
 def main() -> None:
@@ -75,12 +76,22 @@ def example(random: Random) -> Scene:
         return training_task(random).target
     background = usable_background(random)
     things = tuple(
-        put(random, random_thing(random, background, random.choice((2, 3))), (24.0 + 40 * column, 24.0 + 40 * row), 6.0)
+        put(random, detailed_thing(random, background), (24.0 + 40 * column, 24.0 + 40 * row), 6.0)
         for column in range(3)
         for row in range(3)
         if random.random() < 0.7
     )
     return Scene(things, background)
+
+
+def detailed_thing(random: Random, background: Background) -> Thing:
+    """A thing that is small or has a texture more often than in tasks: those are what gets lost."""
+    thing = random_thing(random, background, random.choice((2, 3)))
+    if random.random() < 0.3:
+        return replace(thing, r=radius(random, "small"), texture="solid")
+    if random.random() < 0.5:
+        return replace(thing, texture=some(random, textures(thing.shape)))
+    return thing
 
 
 def groups(module: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
