@@ -19,13 +19,16 @@ import torch.multiprocessing
 from common import CONFIG, tokens_of
 from diffusers import AutoencoderKLFlux2
 from latents import encode
-from scenes import Scene, draw
+from scenes import draw
 from sight import token_labels
 from tasks import Task, training_task
 from text_labels import labels
 from tokenizers import Tokenizer
 
 from benchmarks.make_checkpoint import write_tokenizer
+
+# Tasks that a process makes at a time.
+TOGETHER = 64
 
 
 def main() -> None:
@@ -41,25 +44,33 @@ def main() -> None:
     if arguments.only_tokenizer:
         return
 
-    random = Random(CONFIG["seed"] + 10)
-    tasks = [training_task(random, edits=config["edits"]) for _ in range(config["tasks"])]
-    scenes = [scene for task in tasks for scene in (task.target, *task.sources)]
-    parts = [(work, scenes[i : i + 64]) for i in range(0, len(scenes), 64)]
-    latents = []
+    numbers = [(work, number) for number in range(config["tasks"] // TOGETHER)]
+    tasks, latents, seen = [], [], []
     with torch.multiprocessing.get_context("spawn").Pool(CONFIG["processes"]) as processes:
-        for part in processes.imap(encode_part, parts):
-            latents.append(part)
-            if len(latents) % 50 == 0:
-                print(f"{len(latents)} of {len(parts)} parts", flush=True)
-    seen = np.stack([token_labels(scene) for scene in scenes])
-    np.savez(work / "pool.npz", latents=np.concatenate(latents), seen=seen, **index(tasks, work / "tokenizer"))
-    print(f"{len(tasks)} tasks, {len(scenes)} pictures")
+        for part in processes.imap(make_part, numbers):
+            for all_parts, some in zip((tasks, latents, seen), part, strict=True):
+                all_parts.append(some)
+            if len(tasks) % 50 == 0:
+                print(f"{len(tasks)} of {len(numbers)} parts", flush=True)
+    made = [task for part in tasks for task in part]
+    pictures = {"latents": np.concatenate(latents), "seen": np.concatenate(seen)}
+    np.savez(work / "pool.npz", **pictures, **index(made, work / "tokenizer"))
+    print(f"{len(made)} tasks, {len(pictures['seen'])} pictures")
 
 
-def encode_part(part: tuple[Path, Sequence[Scene]]) -> np.ndarray:
-    """Encode some pictures in a process of its own."""
+def make_part(part: tuple[Path, int]) -> tuple[list[Task], np.ndarray, np.ndarray]:
+    """Draw some tasks and encode their pictures, in a process of its own.
+
+    Returns:
+        The tasks; and of each one's target and sources, one after the other, the latents (float16 [pictures, 64,
+        channels]) and what is seen where (int8 [pictures, 64, questions], see sight.py).
+    """
+    work, number = part
     torch.set_num_threads(1)
-    return encode(load_vae(part[0]), map(draw, part[1])).half().numpy()
+    random = Random(CONFIG["seed"] + 1000 * number + 10)
+    tasks = [training_task(random, edits=CONFIG["pool"]["edits"]) for _ in range(TOGETHER)]
+    scenes = [scene for task in tasks for scene in (task.target, *task.sources)]
+    return tasks, encode(load_vae(work), map(draw, scenes)).half().numpy(), np.stack(list(map(token_labels, scenes)))
 
 
 @cache
