@@ -44,31 +44,31 @@ def main() -> None:
     if arguments.only_tokenizer:
         return
 
-    numbers = [(work, number) for number in range(config["tasks"] // TOGETHER)]
-    tasks, latents, seen = [], [], []
+    firsts = range(0, config["tasks"], TOGETHER)
+    parts = []
     with torch.multiprocessing.get_context("spawn").Pool(CONFIG["processes"]) as processes:
-        for part in processes.imap(make_part, numbers):
-            for all_parts, some in zip((tasks, latents, seen), part, strict=True):
-                all_parts.append(some)
-            if len(tasks) % 50 == 0:
-                print(f"{len(tasks)} of {len(numbers)} parts", flush=True)
-    made = [task for part in tasks for task in part]
-    pictures = {"latents": np.concatenate(latents), "seen": np.concatenate(seen)}
-    np.savez(work / "pool.npz", **pictures, **index(made, work / "tokenizer"))
-    print(f"{len(made)} tasks, {len(pictures['seen'])} pictures")
+        for part in processes.imap(make_part, ((work, first) for first in firsts)):
+            parts.append(part)
+            if len(parts) % 50 == 0:
+                print(f"{len(parts)} of {len(firsts)} parts", flush=True)
+    groups, latents, seen = zip(*parts, strict=True)
+    tasks = [task for group in groups for task in group]
+    indices = index(tasks, work / "tokenizer")
+    np.savez(work / "pool.npz", latents=np.concatenate(latents), seen=np.concatenate(seen), **indices)
+    print(f"{len(tasks)} tasks, {sum(map(len, seen))} pictures")
 
 
 def make_part(part: tuple[Path, int]) -> tuple[list[Task], np.ndarray, np.ndarray]:
-    """Draw some tasks and encode their pictures, in a process of its own.
+    """Draw some tasks, from the one of this number on, and encode their pictures, in a process of its own.
 
     Returns:
         The tasks; and of each one's target and sources, one after the other, the latents (float16 [pictures, 64,
         channels]) and what is seen where (int8 [pictures, 64, questions], see sight.py).
     """
-    work, number = part
+    (work, first), config = part, CONFIG["pool"]
     torch.set_num_threads(1)
-    random = Random(CONFIG["seed"] + 1000 * number + 10)
-    tasks = [training_task(random, edits=CONFIG["pool"]["edits"]) for _ in range(TOGETHER)]
+    random = Random(CONFIG["seed"] + 1000 * (first // TOGETHER) + 10)
+    tasks = [training_task(random, edits=config["edits"]) for _ in range(min(TOGETHER, config["tasks"] - first))]
     scenes = [scene for task in tasks for scene in (task.target, *task.sources)]
     return tasks, encode(load_vae(work), map(draw, scenes)).half().numpy(), np.stack(list(map(token_labels, scenes)))
 
