@@ -13,6 +13,7 @@ from types import TracebackType
 import numpy as np
 
 from fluxonnx.errors import FluxonnxError, UsageError
+from fluxonnx.machine import adds_int8_products_exactly
 from fluxonnx.manifest import Build
 from fluxonnx.runtime.profile import Profile
 from fluxonnx.runtime.providers import CPU, check_provider, check_started, session_providers
@@ -89,9 +90,9 @@ class Session:
         settings.enable_cpu_mem_arena = component in STREAMED or not options.low_memory
         if options.threads is not None:
             settings.intra_op_num_threads = options.threads
-        if build is None or build.settings.get("products") != "pairs":
-            # Without VNNI, products with signed 8-bit weights saturate unless onnxruntime makes them unsigned, which is
-            # slower; on other processors, and for other weights, this does nothing.
+        if not adds_int8_products_exactly() and (build is None or build.settings.get("products") != "pairs"):
+            # Products with signed 8-bit weights saturate on this processor unless onnxruntime makes them unsigned. It
+            # does so wherever it is told to, also where it helps nothing: with VNNI a step takes twice as long then.
             settings.add_session_config_entry("session.x64quantprecision", "1")
         if component in STREAMED and build is not None and build.precision == "int8" and not pack:
             settings.add_session_config_entry("session.disable_prepacking", "1")
