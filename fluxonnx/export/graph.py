@@ -250,6 +250,12 @@ class GraphBuilder:
         dims = self._types[value].tensor_type.shape.dim
         return [dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in dims]
 
+    def width(self, value: str) -> int:
+        """Return the size of a value's last dimension, which is known of whatever goes into a linear."""
+        size = self.shape(value)[-1]
+        assert isinstance(size, int), value
+        return size
+
     def dtype(self, value: str) -> int:
         """Return a value's ONNX type."""
         return self._types[value].tensor_type.elem_type

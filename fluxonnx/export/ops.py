@@ -65,17 +65,42 @@ def size_of(g: GraphBuilder, x: str, axis: int) -> str:
     return g.op("Shape", x, start=axis, end=axis + 1)
 
 
-def linear(g: GraphBuilder, x: str, name: str, n_in: int, n_out: int, bias: bool = False) -> str:
-    """Apply the checkpoint's linear layer `name` to the last dimension of `x`."""
+def linear(g: GraphBuilder, x: str | Sequence[str], name: str, n_in: int, n_out: int, bias: bool = False) -> str:
+    """Apply the checkpoint's linear layer `name` to the last dimension of `x`, or of several values side by side."""
+    (product,) = linear_parts(g, x, name, n_in, [n_out], bias)
+    return product
+
+
+def linear_parts(
+    g: GraphBuilder, x: str | Sequence[str], name: str, n_in: int, sizes: Sequence[int], bias: bool = False
+) -> list[str]:
+    """Apply a linear layer as `linear` does; return its columns as values of the given sizes."""
+    xs = [x] if isinstance(x, str) else list(x)
     with g.scope(name):
-        tensor = g.tensor("weight", (n_out, n_in))
-        bias_value = g.weight("bias", n_out) if bias else None
-        if len(g.shape(x)) == 2:
-            return g.target.precision.linear(g, x, tensor, bias_value)
-        rows = g.once(("rows", x), lambda: g.op("Reshape", x, g.constant([-1, n_in], np.int64)))
-        product = g.target.precision.linear(g, rows, tensor, bias_value)
-        back = g.op("Concat", g.leading_shape(x), g.constant([n_out], np.int64), axis=0)
-        return g.op("Reshape", product, back, shape=[*g.shape(x)[:-1], n_out])
+        tensor = g.tensor("weight", (sum(sizes), n_in))
+        bias_value = g.weight("bias", sum(sizes)) if bias else None
+        leading = g.shape(xs[0])[:-1]
+        if len(leading) == 1:
+            return g.target.precision.linear(g, xs, tensor, bias_value, sizes)
+        rows = [_as_rows(g, value) for value in xs]
+        products = g.target.precision.linear(g, rows, tensor, bias_value, sizes)
+        back = {
+            size: g.op("Concat", g.leading_shape(xs[0]), g.constant([size], np.int64), axis=0)
+            for size in dict.fromkeys(sizes)
+        }
+        return [
+            g.op("Reshape", product, back[size], shape=[*leading, size])
+            for product, size in zip(products, sizes, strict=True)
+        ]
+
+
+def _as_rows(g: GraphBuilder, x: str) -> str:
+    return g.once(("rows", x), lambda: g.op("Reshape", x, g.constant([-1, g.width(x)], np.int64)))
+
+
+def pieces(g: GraphBuilder, size: int) -> list[int]:
+    """Return the sizes of the values, side by side, as which `swiglu` best takes gates of `size` columns."""
+    return g.target.precision.pieces(size)
 
 
 def embedding(g: GraphBuilder, ids: str, name: str, entries: int, dim: int) -> str:
@@ -242,10 +267,10 @@ def causal_padding_bias(g: GraphBuilder, attention_mask: str, max_positions: int
     return g.op("Where", allowed, g.constant(0.0), g.constant(np.finfo(np.float32).min))
 
 
-def swiglu(g: GraphBuilder, x: str, dim: int) -> str:
-    """[..., 2 * dim] -> [..., dim]: silu of the first half times the second."""
-    gate, value = split(g, x, [dim, dim])
-    return mul(g, silu(g, gate), value)
+def swiglu(g: GraphBuilder, halves: Sequence[str]) -> list[str]:
+    """Return silu(gate) * value of columns in pieces: all those of the gate, then all those of the value."""
+    count = len(halves) // 2
+    return [mul(g, silu(g, gate), value) for gate, value in zip(halves[:count], halves[count:], strict=True)]
 
 
 def conv(g: GraphBuilder, x: str, name: str, n_in: int, n_out: int, kernel: int = 3, stride: int = 1) -> str:

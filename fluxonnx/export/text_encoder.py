@@ -160,6 +160,6 @@ def self_attention(g: GraphBuilder, c: TextEncoderConfig, x: str, bias: str, rop
 def mlp(g: GraphBuilder, c: TextEncoderConfig, x: str) -> str:
     """[batch, seq, hidden] -> same."""
     with g.scope("mlp"):
-        gate = ops.silu(g, ops.linear(g, x, "gate_proj", c.hidden, c.intermediate))
-        up = ops.linear(g, x, "up_proj", c.hidden, c.intermediate)
-        return ops.linear(g, ops.mul(g, gate, up), "down_proj", c.intermediate, c.hidden)
+        sizes = ops.pieces(g, c.intermediate)
+        halves = [part for name in ("gate_proj", "up_proj") for part in ops.linear_parts(g, x, name, c.hidden, sizes)]
+        return ops.linear(g, ops.swiglu(g, halves), "down_proj", c.intermediate, c.hidden)

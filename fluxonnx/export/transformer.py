@@ -238,19 +238,18 @@ def attend(g: GraphBuilder, c: TransformerConfig, q: str, k: str, v: str, rope: 
 def feed_forward(g: GraphBuilder, c: TransformerConfig, x: str, name: str) -> str:
     """[batch, seq, dim] -> same."""
     with g.scope(name):
-        hidden = ops.swiglu(g, ops.linear(g, x, "linear_in", c.dim, 2 * c.mlp_dim), c.mlp_dim)
-        return ops.linear(g, hidden, "linear_out", c.mlp_dim, c.dim)
+        halves = ops.linear_parts(g, x, "linear_in", c.dim, 2 * ops.pieces(g, c.mlp_dim))
+        return ops.linear(g, ops.swiglu(g, halves), "linear_out", c.mlp_dim, c.dim)
 
 
 def single_block(g: GraphBuilder, c: TransformerConfig, x: str, mod: Modulation, rope: tuple[str, str]) -> str:
     """Attention and feed-forward side by side, sharing one projection in and one out: x [batch, seq, dim]."""
     normal = modulated_norm(g, c, x, mod, "norm")
     with g.scope("attn"):
-        joined = ops.linear(g, normal, "to_qkv_mlp_proj", c.dim, 3 * c.dim + 2 * c.mlp_dim)
-        q, k, v, mlp = ops.split(g, joined, [c.dim, c.dim, c.dim, 2 * c.mlp_dim])
+        sizes = [c.dim] * 3 + 2 * ops.pieces(g, c.mlp_dim)
+        q, k, v, *halves = ops.linear_parts(g, normal, "to_qkv_mlp_proj", c.dim, sizes)
         q = ops.rms_norm(g, ops.split_heads(g, q, c.head_dim), "norm_q", c.head_dim, c.eps)
         k = ops.rms_norm(g, ops.split_heads(g, k, c.head_dim), "norm_k", c.head_dim, c.eps)
         mixed = attend(g, c, q, k, ops.split_heads(g, v, c.head_dim), rope)
-        both = ops.concat(g, mixed, ops.swiglu(g, mlp, c.mlp_dim), axis=-1)
-        update = ops.linear(g, both, "to_out", c.dim + c.mlp_dim, c.dim)
+        update = ops.linear(g, [mixed, *ops.swiglu(g, halves)], "to_out", c.dim + c.mlp_dim, c.dim)
     return gated_add(g, x, mod, update)

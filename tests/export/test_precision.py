@@ -139,11 +139,30 @@ def multiplied(activations: np.ndarray, weights: np.ndarray, zero_point: int, pa
 
 
 def test_activations_are_rounded_once_for_all_linears_that_share_them(built):
-    """Of the 12 linears of a double block, the three projections of each stream share their rows."""
+    """Of the 12 linears of a double block, the three projections of each stream share their rows.
+
+    Two of these linears and one of a single block have several products: halves of SwiGLU, and q, k and v.
+    """
     counts = operators(built, "transformer", "int8")
     double, single = 2, 2
-    assert counts["MatMulIntegerToFloat"] == 12 * double + 2 * single
+    assert counts["MatMulIntegerToFloat"] == 14 * double + 6 * single
     assert counts["QuantizeLinear"] == 8 * double + 2 * single
+
+
+@pytest.mark.parametrize("name", ["odd-heads", "one-double-three-single"])
+@pytest.mark.parametrize("component", ["text_encoder", "transformer"])
+@pytest.mark.parametrize("flavour", ["ort", "portable"])
+def test_pieces_are_the_whole(checkpoints, tmp_path, monkeypatch, name, component, flavour):
+    """Wide products are computed in pieces; neither integers nor scales depend on where they are cut."""
+    root = Path(shutil.copytree(checkpoints.get(Case(name)), tmp_path / "model"))
+    found = []
+    for width in (1 << 20, 64):
+        monkeypatch.setattr(precision, "PIECE", width)
+        export(root, precision="int8", flavour=flavour, components=[component], force=True)
+        found.append((run(root, component, "int8", flavour), operators(root, component, "int8", flavour)))
+    (whole, few), (pieces, many) = found
+    assert many["MatMulIntegerToFloat"] + many["MatMulInteger"] > few["MatMulIntegerToFloat"] + few["MatMulInteger"]
+    assert distance(pieces, whole) < 1e-6
 
 
 def test_portable_is_plain_onnx(built):
@@ -151,7 +170,7 @@ def test_portable_is_plain_onnx(built):
         for component in COMPONENTS:
             model = onnx.load(built / graph_file(component, name, "portable"), load_external_data=False)
             assert [(item.domain, item.version) for item in model.opset_import] == [("", opset)]
-    assert operators(built, "transformer", "int8", "portable")["MatMulInteger"] == 28
+    assert operators(built, "transformer", "int8", "portable")["MatMulInteger"] == 40
     assert operators(built, "transformer", "int4", "portable")["DequantizeLinear"] == 28
 
 
@@ -170,7 +189,7 @@ def test_openvino(built, name, component):
 def test_kept_layers(copy, built):
     with_all = distance(run(built, "transformer", "int8"), run(built, "transformer", "bf16"))
     export(copy, precision="int8", keep=r"single_.*to_out|ff\.", components=["transformer"])
-    assert operators(copy, "transformer", "int8")["MatMulIntegerToFloat"] == 28 - 2 - 4
+    assert operators(copy, "transformer", "int8")["MatMulIntegerToFloat"] == 40 - 2 - 6
     assert distance(run(copy, "transformer", "int8"), run(built, "transformer", "bf16")) < with_all
     export(copy, precision="int8", keep=".", components=["transformer"], force=True)
     np.testing.assert_array_equal(run(copy, "transformer", "int8"), run(built, "transformer", "bf16"))

@@ -1,0 +1,114 @@
+"""Products of 8-bit integers: rows of activations are rounded as they come, weights are integers already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from onnx import TensorProto
+
+from fluxonnx.checkpoint import Tensor
+from fluxonnx.export import quantise
+from fluxonnx.export.graph import MICROSOFT, Part
+
+if TYPE_CHECKING:
+    from fluxonnx.export.graph import GraphBuilder
+
+
+def linear(
+    g: GraphBuilder,
+    xs: Sequence[str],
+    tensor: Tensor,
+    bias: str | None,
+    sizes: Sequence[int],
+    levels: int,
+    rotation: int,
+    paired: bool,
+) -> list[str]:
+    """Round the rows once for all linears that share them, multiply integers, scale back.
+
+    Args:
+        g: The graph.
+        xs: Values that side by side are float32 [rows, in].
+        tensor: The weight [out, in]: floats, or integers that are kept.
+        bias: What is added, float32 [out].
+        sizes: Columns of each of the values that float32 [rows, out] is returned as: each is a product of its own.
+        levels: Steps of the activations on each side of zero.
+        rotation: How many inputs are mixed at a time, 0 for none.
+        paired: Whether products are added in pairs that must not overflow.
+    """
+    unsigned = tensor.quantisation is not None and paired
+    if rotation:
+        xs = g.once(("rotated", rotation, tuple(xs)), lambda: _rotated(g, xs, rotation))
+    rows, row_scale = g.once(("int8", levels, tuple(xs)), lambda: _rounded(g, xs, levels))
+
+    suffixes = [""] if len(sizes) == 1 else [f".{i}" for i in range(len(sizes))]
+    parts = []
+    for suffix, size in zip(suffixes, sizes, strict=True):
+        parts += [
+            Part(suffix, "U8" if unsigned else "I8", (tensor.shape[1], size)),
+            Part(f"{suffix}.scale", "F32", (size,)),
+        ]
+    limit = np.iinfo(np.int16).max // (2 * levels) if paired else None
+
+    def encode(source: Tensor) -> list[np.ndarray]:
+        if source.quantisation:
+            columns, scales = quantise.given_columns(source, unsigned)
+        else:
+            columns, scales = quantise.int8_columns(source, limit, rotation)
+        ends = np.cumsum(sizes)[:-1]
+        pairs = zip(np.split(columns, ends, axis=1), np.split(scales, ends), strict=True)
+        return [array for pair in pairs for array in pair]
+
+    g.encoded(tensor, parts, encode)
+    zero_points = [g.constant(levels, np.uint8), *([g.constant(128, np.uint8)] if unsigned else [])]
+    products = []
+    for suffix, size in zip(suffixes, sizes, strict=True):
+        weight, scale = tensor.name + suffix, f"{tensor.name}{suffix}.scale"
+        if g.target.fused:
+            shape = [*g.shape(rows)[:-1], size]
+            inputs = [rows, weight, g.constant(1.0), scale, *zero_points]
+            product = g.op("MatMulIntegerToFloat", *inputs, domain=MICROSOFT, like=row_scale, shape=shape)
+            products.append(g.op("Mul", product, row_scale))
+        else:
+            product = g.op("Cast", g.op("MatMulInteger", rows, weight, *zero_points), to=TensorProto.FLOAT)
+            products.append(g.op("Mul", g.op("Mul", product, row_scale), scale))
+    if bias is None:
+        return products
+    biases = [bias] if len(sizes) == 1 else g.op("Split", bias, g.constant(sizes, np.int64), outputs=len(sizes))
+    return [g.op("Add", product, part) for product, part in zip(products, biases, strict=True)]
+
+
+def _rotated(g: GraphBuilder, xs: Sequence[str], group: int) -> list[str]:
+    """Multiply values that side by side are [rows, in] by a Hadamard matrix, `group` columns at a time."""
+    if any(g.width(x) % group for x in xs):  # a group lies across two of them
+        xs = [g.op("Concat", *xs, axis=-1)]
+    matrix = g.constant(quantise.hadamard(group))
+    rotated = []
+    for x in xs:
+        groups = g.op("Reshape", x, g.constant([-1, group], np.int64))
+        columns = g.constant([-1, g.width(x)], np.int64)
+        rotated.append(g.op("Reshape", g.op("MatMul", groups, matrix), columns, shape=g.shape(x)))
+    return rotated
+
+
+def _rounded(g: GraphBuilder, xs: Sequence[str], levels: int) -> tuple[str, str]:
+    """Round rows to uint8 around `levels`, the largest value of a row being as many steps away.
+
+    Returns:
+        uint8 [rows, in] from 0 to 2 * levels, and the steps, float32 [rows, 1].
+    """
+    largest = [g.reduce("ReduceMax", g.op("Abs", x), [-1]) for x in xs]
+    whole = largest[0] if len(xs) == 1 else g.op("Max", *largest)
+    scale = g.op("Max", g.op("Mul", whole, g.constant(1 / levels)), g.constant(float(quantise.TINY)))
+    if g.target.fused:
+        per_row = g.op("Squeeze", scale, g.constant([-1], np.int64))
+        middle = g.op("Expand", g.constant(levels, np.uint8), g.op("Shape", per_row), shape=g.shape(per_row))
+        rows = [g.op("QuantizeLinear", x, per_row, middle, axis=0) for x in xs]
+    else:
+        # QuantizeLinear with a scale per row is more than OpenVINO can do
+        steps = [g.op("Round", g.op("Div", x, scale)) for x in xs]
+        middle = g.constant(float(levels))
+        rows = [g.op("Cast", g.op("Add", step, middle), to=TensorProto.UINT8) for step in steps]
+    return rows[0] if len(xs) == 1 else g.op("Concat", *rows, axis=-1), scale
