@@ -1,7 +1,7 @@
 """The same picture by fluxonnx and by other programs, in turns: seconds, memory, and ratios.
 
     python benchmarks/rivals.py -d DIR [--size 256] [--steps 4] [--repeat 3] [--precision bf16 fp32] [--threads 2]
-        [--flux2c PATH] [--sdcpp PATH --sdcpp-model FILE --sdcpp-llm FILE --sdcpp-vae FILE]
+        [--flux2c PATH] [--sdcpp PATH --sdcpp-model FILE --sdcpp-llm FILE --sdcpp-vae FILE] [--cold]
 
 Each program gets a process of its own, in rounds A B A B, so that what else the machine does hits them alike; medians
 are printed. All draw the same prompt at the same size and number of steps, without guidance, on the CPU:
@@ -15,7 +15,8 @@ are printed. All draw the same prompt at the same size and number of steps, with
 
 A step is the median of all but the first, in which some programs load their weights. The total is the life of the
 process: start, imports, loading, picture. Resident memory counts the mapped pages of weight files, anonymous does not;
-both are known on Linux only. Programs that are not there are skipped.
+both are known on Linux only. Programs that are not there are skipped. With `--cold` the system is told before each run
+to forget what it keeps of the weight files in memory, so that all programs read them from disk.
 """
 
 from __future__ import annotations
@@ -262,11 +263,16 @@ def skip(rival: str, reason: str) -> None:
     print(f"skipped {rival}: {reason}", file=sys.stderr)
 
 
-def take_turns(contenders: Sequence[Contender], repeat: int, environment: dict[str, str]) -> None:
+def take_turns(
+    contenders: Sequence[Contender], repeat: int, environment: dict[str, str], forgotten: Sequence[Path] = ()
+) -> None:
     for turn in range(repeat):
         for contender in contenders:
             if contender.error:
                 continue
+            for file in forgotten:
+                with file.open("rb") as opened:
+                    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             try:
                 done = run_program(contender.command, environment)
             except FluxonnxError as error:
@@ -280,6 +286,12 @@ def take_turns(contenders: Sequence[Contender], repeat: int, environment: dict[s
             step = f"{number(found[0])} s" if found[0] is not None else "unknown"
             line = f"{contender.name}, run {turn + 1} of {repeat}: {done.seconds:.1f} s, one step {step}"
             print(line, file=sys.stderr, flush=True)
+
+
+def weight_files(arguments: argparse.Namespace) -> list[Path]:
+    """Return all files that weights are read from."""
+    given = (getattr(arguments, f"sdcpp_{kind}") for kind in ("model", "llm", "vae"))
+    return [*Path(arguments.dir).rglob("*.safetensors"), *(Path(file) for file in given if file)]
 
 
 def environment_for(threads: int | None) -> dict[str, str]:
@@ -330,8 +342,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sdcpp", metavar="PATH", help="the binary of leejet/stable-diffusion.cpp (sd-cli)")
     for kind, what in (("model", "diffusion model"), ("llm", "text encoder"), ("vae", "VAE")):
         parser.add_argument(f"--sdcpp-{kind}", metavar="FILE", help=f"the {what} it reads, .safetensors or .gguf")
+    parser.add_argument(
+        "--cold", action="store_true", help="every program reads its weights from disk (not on Windows)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     arguments = parser.parse_args(argv)
+    if arguments.cold and not hasattr(os, "posix_fadvise"):
+        parser.error("argument --cold: this system can't be told to forget files")
     if arguments.repeat < 1:
         parser.error("argument --repeat: must be at least 1")
     return arguments
@@ -363,9 +380,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     with tempfile.TemporaryDirectory(prefix="fluxonnx-rivals-") as folder:
         contenders = line_up(arguments, work, folder)
-        take_turns(contenders, arguments.repeat, environment_for(arguments.threads))
+        forgotten = weight_files(arguments) if arguments.cold else ()
+        take_turns(contenders, arguments.repeat, environment_for(arguments.threads), forgotten)
     here = machine()
-    print(f"{here['processor']}, {here['cores']} cores, {width}x{height}, {arguments.steps} steps\n")
+    print(
+        f"{here['processor']}, {here['cores']} cores, {width}x{height}, {arguments.steps} steps{', cold' if arguments.cold else ''}\n"
+    )
     print(render(contenders))
     if arguments.json is not None:
         found = {

@@ -92,3 +92,22 @@ def test_missing_packages_are_skipped(model, capsys, monkeypatch):
 def test_bad_input(model, capsys, arguments, code, pattern):
     assert rivals.main(["-d", model, *arguments]) == code
     assert pattern in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system can't be told")
+def test_cold(model, tmp_path, monkeypatch, capsys):
+    """All files that any of the programs reads are forgotten before each run."""
+    forgotten: list[int] = []
+
+    def note(descriptor: int, start: int, length: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_DONTNEED:
+            forgotten.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "posix_fadvise", note)
+    flux2c = program(tmp_path / "flux", FLUX2C)
+    arguments = ["-d", model, "--size", "96x64", "-s", "3", "--repeat", "1", "--cold"]
+    assert rivals.main([*arguments, "--rivals", "flux2c", "--flux2c", flux2c]) == 0
+    weights = sorted(path.stat().st_ino for path in Path(model).rglob("*.safetensors"))
+    assert len(weights) >= 3
+    assert sorted(forgotten) == sorted(2 * weights)
+    assert "3 steps, cold" in capsys.readouterr().out

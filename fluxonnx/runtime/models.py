@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fluxonnx.errors import CheckpointError
-from fluxonnx.machine import available_memory
+from fluxonnx.machine import available_memory, read_ahead
 from fluxonnx.manifest import COMPONENTS, Build
 from fluxonnx.runtime.providers import CPU
 from fluxonnx.runtime.sampler import Velocity
@@ -48,6 +48,7 @@ class Models:
     def prompt_embeds(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         """int64 [batch, seq] twice -> f32 [batch, seq, 3 * hidden]; the encoder stays loaded until it is released."""
         if self._text_encoder is None:
+            self._read_ahead("text_encoder", "transformer")  # the latter while the former computes
             self._text_encoder = self._open("text_encoder")
         return self._text_encoder.run(input_ids=input_ids, attention_mask=attention_mask)[0]
 
@@ -84,11 +85,19 @@ class Models:
             and tokens >= WORTH_PACKING
             and self._weight_bytes("transformer") + SPARE < available_memory()
         )
+        self._read_ahead("transformer")
         with self._open("conditioning") as conditioning, self._open("transformer", pack) as transformer:
             yield Transformer(conditioning, transformer)
 
+    def _read_ahead(self, *components: str) -> None:
+        # A build that points into the checkpoint's files has none of its own, and needs but a part of those.
+        read_ahead([file for component in components for file in self._weights(component)])
+
     def _weight_bytes(self, component: str) -> int:
-        return sum((self._root / name).stat().st_size for name in self._build.components[component].weights)
+        return sum(file.stat().st_size for file in self._weights(component))
+
+    def _weights(self, component: str) -> list[Path]:
+        return [self._root / name for name in self._build.components[component].weights]
 
 
 class Transformer:
