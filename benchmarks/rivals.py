@@ -383,9 +383,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         forgotten = weight_files(arguments) if arguments.cold else ()
         take_turns(contenders, arguments.repeat, environment_for(arguments.threads), forgotten)
     here = machine()
-    print(
-        f"{here['processor']}, {here['cores']} cores, {width}x{height}, {arguments.steps} steps{', cold' if arguments.cold else ''}\n"
-    )
+    cold = ", cold" if arguments.cold else ""
+    print(f"{here['processor']}, {here['cores']} cores, {width}x{height}, {arguments.steps} steps{cold}\n")
     print(render(contenders))
     if arguments.json is not None:
         found = {
