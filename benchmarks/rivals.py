@@ -289,9 +289,12 @@ def take_turns(
 
 
 def weight_files(arguments: argparse.Namespace) -> list[Path]:
-    """Return all files that weights are read from."""
+    """Return all files that weights are read from; what is not there was said to be missing."""
     given = (getattr(arguments, f"sdcpp_{kind}") for kind in ("model", "llm", "vae"))
-    return [*Path(arguments.dir).rglob("*.safetensors"), *(Path(file) for file in given if file)]
+    return [
+        *Path(arguments.dir).rglob("*.safetensors"),
+        *(Path(file) for file in given if file and Path(file).is_file()),
+    ]
 
 
 def environment_for(threads: int | None) -> dict[str, str]:

@@ -106,7 +106,8 @@ def test_cold(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "posix_fadvise", note)
     flux2c = program(tmp_path / "flux", FLUX2C)
     arguments = ["-d", model, "--size", "96x64", "-s", "3", "--repeat", "1", "--cold"]
-    assert rivals.main([*arguments, "--rivals", "flux2c", "--flux2c", flux2c]) == 0
+    arguments += ["--rivals", "flux2c", "sdcpp", "--flux2c", flux2c, "--sdcpp", flux2c]
+    assert rivals.main([*arguments, "--sdcpp-model", str(tmp_path / "missing")]) == 0  # skipped, as without --cold
     weights = sorted(path.stat().st_ino for path in Path(model).rglob("*.safetensors"))
     assert len(weights) >= 3
     assert sorted(forgotten) == sorted(2 * weights)

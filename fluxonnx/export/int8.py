@@ -9,7 +9,7 @@ import numpy as np
 from onnx import TensorProto
 
 from fluxonnx.checkpoint import Tensor
-from fluxonnx.export import quantise
+from fluxonnx.export import ops, quantise
 from fluxonnx.export.graph import MICROSOFT, Part
 
 if TYPE_CHECKING:
@@ -76,14 +76,13 @@ def linear(
             products.append(g.op("Mul", g.op("Mul", product, row_scale), scale))
     if bias is None:
         return products
-    biases = [bias] if len(sizes) == 1 else g.op("Split", bias, g.constant(sizes, np.int64), outputs=len(sizes))
-    return [g.op("Add", product, part) for product, part in zip(products, biases, strict=True)]
+    return [ops.add(g, product, part) for product, part in zip(products, ops.split(g, bias, sizes), strict=True)]
 
 
 def _rotated(g: GraphBuilder, xs: Sequence[str], group: int) -> list[str]:
     """Multiply values that side by side are [rows, in] by a Hadamard matrix, `group` columns at a time."""
     if any(g.width(x) % group for x in xs):  # a group lies across two of them
-        xs = [g.op("Concat", *xs, axis=-1)]
+        xs = [ops.concat(g, *xs, axis=-1)]
     matrix = g.constant(quantise.hadamard(group))
     rotated = []
     for x in xs:
@@ -111,4 +110,4 @@ def _rounded(g: GraphBuilder, xs: Sequence[str], levels: int) -> tuple[str, str]
         steps = [g.op("Round", g.op("Div", x, scale)) for x in xs]
         middle = g.constant(float(levels))
         rows = [g.op("Cast", g.op("Add", step, middle), to=TensorProto.UINT8) for step in steps]
-    return rows[0] if len(xs) == 1 else g.op("Concat", *rows, axis=-1), scale
+    return ops.concat(g, *rows, axis=-1), scale

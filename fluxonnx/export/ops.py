@@ -40,12 +40,16 @@ def reshape(g: GraphBuilder, x: str, shape: Sequence[int]) -> str:
 
 
 def split(g: GraphBuilder, x: str, sizes: Sequence[int], axis: int = -1) -> list[str]:
-    """Split along `axis` into parts of the given sizes."""
+    """Split along `axis` into parts of the given sizes; a single one is `x` itself."""
+    if len(sizes) == 1:
+        return [x]
     return g.op("Split", x, g.constant(sizes, np.int64), axis=axis, outputs=len(sizes))
 
 
 def concat(g: GraphBuilder, *values: str, axis: int) -> str:
-    """Concatenate along `axis`."""
+    """Concatenate along `axis`; a single value is itself."""
+    if len(values) == 1:
+        return values[0]
     shape = g.shape(values[0])
     sizes = [g.shape(value)[axis] for value in values]
     shape[axis] = sum(sizes) if all(isinstance(n, int) for n in sizes) else " + ".join(str(n) for n in sizes)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from onnx import TensorProto
 
 from fluxonnx.checkpoint import Tensor
 from fluxonnx.errors import UsageError
-from fluxonnx.export import half, int8, quantise
+from fluxonnx.export import half, int8, ops, quantise
 from fluxonnx.export.graph import MICROSOFT, Part
 from fluxonnx.machine import adds_int8_products_exactly
 
@@ -75,11 +75,7 @@ class Precision:
             bias: What is added.
             sizes: Columns of each of the values that the result [rows, out] is returned as.
         """
-        x = xs[0] if len(xs) == 1 else g.op("Concat", *xs, axis=-1)
-        product = self.product(g, x, tensor, bias)
-        if len(sizes) == 1:
-            return [product]
-        return g.op("Split", product, g.constant(sizes, np.int64), axis=-1, outputs=len(sizes))
+        return ops.split(g, self.product(g, ops.concat(g, *xs, axis=-1), tensor, bias), sizes)
 
     def product(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str | None) -> str:
         """Multiply the rows of `x` [rows, in] by `tensor` [out, in], and add `bias` [out]."""
