@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from common import CONFIG, Average, Budget, Log, learning_rate, save, set_learning_rate
+from mixed import bfloat16
 from muon import Muon
 from parallel import mean
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ class Trainer:
     Attributes:
         modules: by the names that their weights and averages have in the checkpoint, WORK/NAME.pt.
         step: how many steps are done.
+        warm: at which step the optimisers were made.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class Trainer:
         Args:
             name: of the checkpoint and the log.
             arguments: what `common.parse` returned.
-            config: steps, learning_rate, matrix_learning_rate, warmup and average.
+            config: steps, learning_rate, matrix_learning_rate, warmup, average, and whether to use bfloat16.
             modules: see above.
             matrices: parameters, or groups of them with a `scale`, for Muon.
             others: those for AdamW.
@@ -48,14 +50,18 @@ class Trainer:
         self.muon = Muon(list(matrices))
         self.adam = torch.optim.AdamW(list(others), betas=(0.9, 0.98), weight_decay=0.0, fused=True)
         self.average = Average(modules, config["average"])
-        self.step = 0
+        self.step = self.warm = 0
         if arguments.resume:
             saved = torch.load(self.path)
             for key, module in modules.items():
                 module.load_state_dict(saved["weights"][key])
-            self.muon.load_state_dict(saved["muon"])
-            self.adam.load_state_dict(saved["adam"])
             self.average.state, self.average.steps, self.step = saved["average"], saved["step"], saved["step"]
+            if "muon" in saved:  # a model that was taken apart has no optimisers, which warm up again then
+                self.muon.load_state_dict(saved["muon"])
+                self.adam.load_state_dict(saved["adam"])
+                self.warm = saved.get("warm", 0)
+            else:
+                self.warm, self.average.steps = self.step, 0
 
     def seed(self, number: int, rank: int) -> int:
         """Seed what is random in torch, another way for each training, process and resumed step; return the seed."""
@@ -69,17 +75,21 @@ class Trainer:
         parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         budget = Budget(config["steps"], self.arguments.until)
         log = Log(self.arguments.work / f"{self.name}.jsonl")
+        half = config.get("bfloat16", False)
         means: dict[str, float] = {}
         while (fraction := mean(budget.fraction(self.step))) < 1:
+            since = self.step - self.warm
             for optimizer, rate in zip(optimizers, ("matrix_learning_rate", "learning_rate"), strict=True):
-                set_learning_rate(optimizer, learning_rate(self.step, fraction, config[rate], config["warmup"]))
+                set_learning_rate(optimizer, learning_rate(since, fraction, config[rate], config["warmup"]))
                 optimizer.zero_grad()
-            loss, values = lesson(self.step)
+            with bfloat16(half):
+                loss, values = lesson(self.step)
             loss.backward()
             mean(parameters)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
+            with bfloat16(half):
+                for optimizer in optimizers:
+                    optimizer.step()
             self.average.update()
             self.step += 1
             for key, value in values.items():
@@ -97,5 +107,6 @@ class Trainer:
             "weights": {key: module.state_dict() for key, module in self.modules.items()},
             "average": self.average.state,
             "step": self.step,
+            "warm": self.warm,
         }
         save({**state, "muon": self.muon.state_dict(), "adam": self.adam.state_dict()}, self.path)

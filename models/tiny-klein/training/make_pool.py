@@ -68,7 +68,8 @@ def make_part(part: tuple[Path, int]) -> tuple[list[Task], np.ndarray, np.ndarra
     (work, first), config = part, CONFIG["pool"]
     torch.set_num_threads(1)
     random = Random(CONFIG["seed"] + 1000 * (first // TOGETHER) + 10)
-    tasks = [training_task(random, edits=config["edits"]) for _ in range(min(TOGETHER, config["tasks"] - first))]
+    count = min(TOGETHER, config["tasks"] - first)
+    tasks = [training_task(random, edits=config["edits"], plain=config["plain"]) for _ in range(count)]
     scenes = [scene for task in tasks for scene in (task.target, *task.sources)]
     return tasks, encode(load_vae(work), map(draw, scenes)).half().numpy(), np.stack(list(map(token_labels, scenes)))
 

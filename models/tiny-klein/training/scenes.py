@@ -48,8 +48,8 @@ PLACES = {
 CONTRAST = 90.0
 # Stripes and dots need some room.
 TEXTURE_RADIUS = 15.0
-# From one stripe or dot to the next; three quarters of a token, as the model is small.
-PERIOD = 12.0
+# From one stripe or dot to the next: a cell of the autoencoder's latents, each of which then shows one of them.
+PERIOD = 8.0
 
 
 @dataclass(frozen=True)
@@ -124,16 +124,19 @@ def _background(background: Background) -> np.ndarray:
 
 
 def paint(thing: Thing, mask: np.ndarray, background: Background) -> np.ndarray:
-    """The colour of each pixel of a thing, before it is cut out: float32 [128, 128, 3] or [3]."""
+    """The colour of each pixel of a thing, before it is cut out: float32 [128, 128, 3] or [3].
+
+    Stripes and dots are patterns of the whole picture, of which a thing shows a part: wherever a thing is, a cell of
+    the latents shows them in the same way.
+    """
     colour = rgb(thing.colour)
     if thing.texture == "solid":
         return colour
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32) + 0.5
     if thing.texture == "striped":
-        weight = np.clip(0.5 + 2 * np.sin((y - thing.y) * (2 * np.pi / PERIOD)), 0, 1)
+        weight = np.clip(0.5 + 2 * np.sin(y * (2 * np.pi / PERIOD)), 0, 1)
     elif thing.texture == "dotted":
-        half = PERIOD / 2
-        near = np.hypot((x - thing.x + half) % PERIOD - half, (y - thing.y + half) % PERIOD - half)
+        near = np.hypot(x % PERIOD - PERIOD / 2, y % PERIOD - PERIOD / 2)
         weight = np.clip(0.3 * PERIOD + 0.5 - near, 0, 1)
     else:
         inner = Image.fromarray((mask * 255).astype(np.uint8)).filter(ImageFilter.MinFilter(7))

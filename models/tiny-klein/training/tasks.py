@@ -54,13 +54,15 @@ def held_out(scene: Scene) -> bool:
     return len(kinds) == 2 and kinds[0] != kinds[1] and (kinds[0] * 9 + kinds[1]) % 7 == 3
 
 
-def training_task(random: Random, single: float = 0.4, edits: float = 0.35) -> Task:
-    """Draw a task, none of whose scenes is held out."""
+def training_task(random: Random, single: float = 0.4, edits: float = 0.35, plain: float = 1.0) -> Task:
+    """Draw a task, none of whose scenes is held out; of those without a texture, a share of `plain`."""
     while True:
         roll = random.random()
         make = edit if roll < edits else (single_thing if roll < edits + (1 - edits) * single else several_things)
         task = make(random)
-        if not any(held_out(scene) for scene in (task.target, *task.sources)):
+        scenes = (task.target, *task.sources)
+        textured = any(thing.texture != "solid" for scene in scenes for thing in scene.things)
+        if not any(map(held_out, scenes)) and (textured or plain >= 1 or random.random() < plain):
             return task
 
 

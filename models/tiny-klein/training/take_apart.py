@@ -1,0 +1,58 @@
+"""The reverse of assemble.py: a model directory as checkpoints that --resume goes on from, with optimisers anew.
+
+python models/tiny-klein/training/take_apart.py WORK MODEL
+
+What the trainings throw away in the end, and so is not in a model, starts from nothing: the layers of sight.py, and the
+reader of train_text.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from common import CONFIG, save
+from diffusers import AutoencoderKLFlux2
+from flow import Flow
+from safetensors.torch import load_file
+from sight import Sight
+from tokenizers import Tokenizer
+from torch import nn
+from train_text import Reader
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="make checkpoints of a base model")
+    parser.add_argument("work", type=Path, help="folder for the checkpoints")
+    parser.add_argument("model", type=Path, help="the model directory")
+    arguments = parser.parse_args()
+    work, model, config = arguments.work, arguments.model, CONFIG["flow"]
+    work.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(model / "tokenizer", work / "tokenizer", dirs_exist_ok=True)
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer/tokenizer.json"))
+
+    flow = Flow(tokenizer.get_vocab_size(), 4 * CONFIG["vae"]["model"]["latent_channels"])
+    text_encoder = load_file(model / "text_encoder/model.safetensors")
+    text_encoder["lm_head.weight"] = text_encoder["model.embed_tokens.weight"]
+    flow.text_encoder.load_state_dict(text_encoder)
+    flow.transformer.load_state_dict(load_file(model / "transformer/diffusion_pytorch_model.safetensors"))
+    reader = Reader()
+    sights = nn.ModuleDict({part: Sight(flow.transformer, block) for part, block in config["sight_after"].items()})
+    vae = AutoencoderKLFlux2.from_pretrained(model / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    vae.save_pretrained(work / "vae")
+
+    write(work / "vae.pt", CONFIG["vae"]["steps"], vae=vae)
+    write(work / "text.pt", CONFIG["text"]["steps"], encoder=flow.text_encoder, reader=reader)
+    write(work / "flow.pt", config["steps"], flow=flow, reader=reader, sights=sights)
+
+
+def write(path: Path, step: int, **modules: nn.Module) -> None:
+    """Write a checkpoint without optimisers, in which the weights are their own average."""
+    weights = {name: module.state_dict() for name, module in modules.items()}
+    save({"weights": weights, "average": weights, "step": step}, path)
+
+
+if __name__ == "__main__":
+    main()
