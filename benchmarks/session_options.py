@@ -10,6 +10,7 @@ much as the whole one.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -44,6 +45,8 @@ def attribute(name: str, value: Any) -> Change:
 VARIANTS: dict[str, tuple[Change | None, bool]] = {
     "as it is, packed": (None, True),
     "not packed": (None, False),
+    # Only where onnxruntime chooses how many threads there are does it bind each to a core.
+    "threads not pinned": (attribute("intra_op_num_threads", os.cpu_count()), True),
     "threads do not spin": (config("session.intra_op.allow_spinning", "0"), True),
     "memory pattern": (attribute("enable_mem_pattern", True), True),
     "buffers wait to be reused": (attribute("enable_mem_reuse", True), True),

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from common import CONFIG, SIDE, tokens_of
 from diffusers import Flux2Transformer2DModel
+from scenes import TEXTURES
+from sight import QUESTIONS
+from text_labels import EDITS
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -52,6 +55,7 @@ class Pool:
             self.labels, self.seen = file["labels"].astype(np.int64), file["seen"]
         self.tokenizer = Tokenizer.from_file(str(work / "tokenizer/tokenizer.json"))
         self.nothing = tokens_of(self.tokenizer, "")
+        self.often = np.where(self.labels[:, 0] == EDITS.index("texture"), CONFIG["pool"]["texture_edits"], 1.0)
         self.seed(0)
         counts = (self.pictures >= 0).sum(1) - 1
         lengths = -(-(self.ids >= 0).sum(1) // STRIDE)
@@ -68,11 +72,11 @@ class Pool:
         self.rng = np.random.default_rng((seed, rank))
 
     def batch(self, size: int, dropout: float = 0.0, edits: float = 0.35) -> Batch:
-        """Draw some tasks; a share of the prompts is replaced by the empty one."""
+        """Draw some tasks, edits of textures more often; a share of the prompts is replaced by the empty one."""
         edit = self.shared.random() < edits
         share = np.array([len(rows) * ((count > 0) == edit) for count, rows in self.groups], np.float64)
         count, group = self.groups[self.shared.choice(len(share), p=share / share.sum())]
-        rows = self.rng.choice(group, size)
+        rows = self.rng.choice(group, size, p=self.often[group] / self.often[group].sum())
         dropped = self.rng.random(size) < dropout
         prompts = [self.nothing if no else list(row[row >= 0]) for row, no in zip(self.ids[rows], dropped, strict=True)]
         # Now and then as long as prompts are padded to when the model is used.
@@ -148,19 +152,22 @@ def load_flow(checkpoint: Path, tokenizer: Tokenizer) -> Flow:
 def velocity_loss(velocity: Tensor, target: Tensor, batch: Batch) -> tuple[Tensor, dict[str, float]]:
     """Squared error, with more weight on the few tokens that matter.
 
-    Those are where a thing is, as most of a picture is background; and those that an edit changes, as copying all is a
-    way out.
+    Those are where a thing is, as most of a picture is background, textured ones above all; and those that an edit
+    changes, as copying all is a way out.
 
     Returns:
         The loss; and for the log, the error without weights.
     """
+    config, count = CONFIG["flow"], target.shape[1]
     error = (velocity - target).square().mean(-1)
-    count = target.shape[1]
-    subject, name = batch.seen[:, :count, 0] == 1, "pictures"
+    thing, texture = (batch.seen[:, :count, list(QUESTIONS).index(question)] for question in ("thing", "texture"))
+    subject, name = thing == 1, "pictures"
     if batch.references.shape[1]:
         changed = (batch.target - batch.references[:, :count]).abs().mean(-1) > 0.3
         subject, name = subject | changed, "edits"
-    weight = 1 + (CONFIG["flow"]["subject"] - 1) * subject
+    weight = torch.where(subject, config["subject"], 1.0).masked_fill(
+        texture > TEXTURES.index("solid"), config["textured"]
+    )
     return (weight * error).sum() / weight.sum(), {name: error.mean().item()}
 
 

@@ -61,7 +61,8 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
         if references.numel():
             more, seen["references seen"] = sights["references"].loss(slice(words + tokens, None), references)
             seeing = seeing + more
-        loss = loss + config["reading"] * reading + config["sight"] * seeing
+        helping = min(1.0, (step - trainer.warm) / config["helpers_from"])  # before they know, they should not teach
+        loss = loss + helping * (config["reading"] * reading + config["sight"] * seeing)
         return loss, {**errors, **seen, "reading": reading.item()}
 
     trainer.run(rank, lesson)
