@@ -12,7 +12,6 @@ import argparse
 import shutil
 from pathlib import Path
 
-import torch
 from common import CONFIG, save
 from diffusers import AutoencoderKLFlux2
 from flow import Flow
@@ -40,7 +39,7 @@ def main() -> None:
     flow.transformer.load_state_dict(load_file(model / "transformer/diffusion_pytorch_model.safetensors"))
     reader = Reader()
     sights = nn.ModuleDict({part: Sight(flow.transformer, block) for part, block in config["sight_after"].items()})
-    vae = AutoencoderKLFlux2.from_pretrained(model / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    vae = AutoencoderKLFlux2.from_pretrained(model / "vae", low_cpu_mem_usage=False).float()
     vae.save_pretrained(work / "vae")
 
     write(work / "vae.pt", CONFIG["vae"]["steps"], vae=vae)
