@@ -76,7 +76,8 @@ class Pool:
         edit = self.shared.random() < edits
         share = np.array([len(rows) * ((count > 0) == edit) for count, rows in self.groups], np.float64)
         count, group = self.groups[self.shared.choice(len(share), p=share / share.sum())]
-        rows = self.rng.choice(group, size, p=self.often[group] / self.often[group].sum())
+        often = self.often[group]
+        rows = self.rng.choice(group, size, p=often / often.sum())
         dropped = self.rng.random(size) < dropout
         prompts = [self.nothing if no else list(row[row >= 0]) for row, no in zip(self.ids[rows], dropped, strict=True)]
         # Now and then as long as prompts are padded to when the model is used.
@@ -142,9 +143,14 @@ class Flow(nn.Module):
         )[0][:, : noisy.shape[1]]
 
 
+def new_flow(tokenizer: Tokenizer) -> Flow:
+    """A model of the config's sizes that has learned nothing."""
+    return Flow(tokenizer.get_vocab_size(), 4 * CONFIG["vae"]["model"]["latent_channels"])
+
+
 def load_flow(checkpoint: Path, tokenizer: Tokenizer) -> Flow:
     """The averaged weights of a base or distilled model in training, to be used and not trained."""
-    flow = Flow(tokenizer.get_vocab_size(), 4 * CONFIG["vae"]["model"]["latent_channels"])
+    flow = new_flow(tokenizer)
     flow.load_state_dict(torch.load(checkpoint)["average"]["flow"])
     return flow.eval()
 

@@ -55,13 +55,11 @@ class Trainer:
             saved = torch.load(self.path)
             for key, module in modules.items():
                 module.load_state_dict(saved["weights"][key])
-            self.average.state, self.average.steps, self.step = saved["average"], saved["step"], saved["step"]
-            if "muon" in saved:  # a model that was taken apart has no optimisers, which warm up again then
+            self.average.state, self.step, self.warm = saved["average"], saved["step"], saved["warm"]
+            self.average.steps = self.step - self.warm
+            if "muon" in saved:  # a model that was taken apart has no optimisers
                 self.muon.load_state_dict(saved["muon"])
                 self.adam.load_state_dict(saved["adam"])
-                self.warm = saved.get("warm", 0)
-            else:
-                self.warm, self.average.steps = self.step, 0
 
     def seed(self, number: int, rank: int) -> int:
         """Seed what is random in torch, another way for each training, process and resumed step; return the seed."""

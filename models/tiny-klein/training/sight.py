@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch.nn.functional as F
-from common import SIDE
+from common import CONFIG, SIDE
 from scenes import COLOURS, SHAPES, SIZE, SIZES, TEXTURES, Scene
 from text_labels import classes_of_background, classes_of_thing
 from torch import Tensor, nn
@@ -80,3 +80,9 @@ class Sight(nn.Module):
             if question in ("shape", "colour", "texture"):
                 right, count = right + int((values.argmax(1) == asked).sum()), count + number
         return total, right / max(count, 1)
+
+
+def sights(transformer: nn.Module) -> nn.ModuleDict:
+    """One for the target's tokens and one for the references', each after the block that the config names."""
+    after = CONFIG["flow"]["sight_after"]
+    return nn.ModuleDict({part: Sight(transformer, block) for part, block in after.items()})

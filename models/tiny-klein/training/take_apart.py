@@ -14,9 +14,9 @@ from pathlib import Path
 
 from common import CONFIG, save
 from diffusers import AutoencoderKLFlux2
-from flow import Flow
+from flow import new_flow
 from safetensors.torch import load_file
-from sight import Sight
+from sight import sights
 from tokenizers import Tokenizer
 from torch import nn
 from train_text import Reader
@@ -27,30 +27,29 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder for the checkpoints")
     parser.add_argument("model", type=Path, help="the model directory")
     arguments = parser.parse_args()
-    work, model, config = arguments.work, arguments.model, CONFIG["flow"]
+    work, model = arguments.work, arguments.model
     work.mkdir(parents=True, exist_ok=True)
     shutil.copytree(model / "tokenizer", work / "tokenizer", dirs_exist_ok=True)
     tokenizer = Tokenizer.from_file(str(work / "tokenizer/tokenizer.json"))
 
-    flow = Flow(tokenizer.get_vocab_size(), 4 * CONFIG["vae"]["model"]["latent_channels"])
+    flow = new_flow(tokenizer)
     text_encoder = load_file(model / "text_encoder/model.safetensors")
     text_encoder["lm_head.weight"] = text_encoder["model.embed_tokens.weight"]
     flow.text_encoder.load_state_dict(text_encoder)
     flow.transformer.load_state_dict(load_file(model / "transformer/diffusion_pytorch_model.safetensors"))
     reader = Reader()
-    sights = nn.ModuleDict({part: Sight(flow.transformer, block) for part, block in config["sight_after"].items()})
     vae = AutoencoderKLFlux2.from_pretrained(model / "vae", low_cpu_mem_usage=False).float()
     vae.save_pretrained(work / "vae")
 
     write(work / "vae.pt", CONFIG["vae"]["steps"], vae=vae)
     write(work / "text.pt", CONFIG["text"]["steps"], encoder=flow.text_encoder, reader=reader)
-    write(work / "flow.pt", config["steps"], flow=flow, reader=reader, sights=sights)
+    write(work / "flow.pt", CONFIG["flow"]["steps"], flow=flow, reader=reader, sights=sights(flow.transformer))
 
 
 def write(path: Path, step: int, **modules: nn.Module) -> None:
     """Write a checkpoint without optimisers, in which the weights are their own average."""
     weights = {name: module.state_dict() for name, module in modules.items()}
-    save({"weights": weights, "average": weights, "step": step}, path)
+    save({"weights": weights, "average": weights, "step": step, "warm": step}, path)
 
 
 if __name__ == "__main__":

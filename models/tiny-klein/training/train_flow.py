@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from common import CONFIG, parse
-from flow import Flow, Pool, text_ids, training_positions, velocity_loss
+from flow import Flow, Pool, new_flow, text_ids, training_positions, velocity_loss
 from loop import Trainer
 from parallel import together
-from sight import Sight
+from sight import sights
 from torch import nn
 from train_text import Reader
 
@@ -32,14 +32,14 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
     work, config = arguments.work, CONFIG["flow"]
     torch.manual_seed(CONFIG["seed"])
     pool = Pool(work)
-    flow = Flow(pool.tokenizer.get_vocab_size(), pool.latents.shape[-1]).train()
+    flow = new_flow(pool.tokenizer).train()
     reader = Reader()
     text = torch.load(work / "text.pt")["weights"]
     flow.text_encoder.load_state_dict(text["encoder"])
     reader.load_state_dict(text["reader"])
-    sights = nn.ModuleDict({part: Sight(flow.transformer, block) for part, block in config["sight_after"].items()})
-    modules = {"flow": flow, "reader": reader, "sights": sights}
-    trainer = Trainer("flow", arguments, config, modules, *groups(flow, reader, sights))
+    seers = sights(flow.transformer)
+    modules = {"flow": flow, "reader": reader, "sights": seers}
+    trainer = Trainer("flow", arguments, config, modules, *groups(flow, reader, seers))
     trainer.seed(20, rank)
     pool.seed(CONFIG["seed"] + 20 + trainer.step, rank)
 
@@ -56,10 +56,10 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
         reading, _ = reader.loss(prompt, batch.mask, batch.labels)
         words, tokens = prompt.shape[1], noisy.shape[1]
         target, references = batch.seen.split([tokens, batch.seen.shape[1] - tokens], 1)
-        seeing, right = sights["target"].loss(slice(words, words + tokens), target)
+        seeing, right = seers["target"].loss(slice(words, words + tokens), target)
         seen = {f"{'edits' if references.numel() else 'pictures'} planned": right}
         if references.numel():
-            more, seen["references seen"] = sights["references"].loss(slice(words + tokens, None), references)
+            more, seen["references seen"] = seers["references"].loss(slice(words + tokens, None), references)
             seeing = seeing + more
         helping = min(1.0, (step - trainer.warm) / config["helpers_from"])  # before they know, they should not teach
         loss = loss + helping * (config["reading"] * reading + config["sight"] * seeing)
