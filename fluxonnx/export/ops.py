@@ -219,7 +219,7 @@ def repeat_heads(g: GraphBuilder, x: str, kv_heads: int, times: int, head_dim: i
 
 
 def attention(g: GraphBuilder, q: str, k: str, v: str, heads: int, head_dim: int, bias: str = "") -> str:
-    """Attend over [batch, seq, heads * head_dim]; `bias` [batch, 1, seq, seq] is added to the scaled scores."""
+    """Attend over [batch, seq, heads * head_dim]; `bias` [batch, 1, seq, keys] is added to the scaled scores."""
 
     def attend(q: str, k: str, v: str) -> str:
         return _attention(g, q, k, v, heads, head_dim, bias)
@@ -248,25 +248,35 @@ def _attention(g: GraphBuilder, q: str, k: str, v: str, heads: int, head_dim: in
     return merge_heads(g, g.op("Transpose", mixed, perm=[0, 2, 1, 3]))
 
 
-def causal_padding_bias(g: GraphBuilder, attention_mask: str, max_positions: int) -> str:
+def token_positions(g: GraphBuilder, attention_mask: str, max_positions: int) -> str:
+    """Return 0, 1, 2, ... for the tokens of `attention_mask` int64 [batch, seq], at most `max_positions`: int64 [seq]."""
+    positions = g.constant(np.arange(max_positions), np.int64)
+    return rows_from(g, positions, 0, size_of(g, attention_mask, 1), str(g.shape(attention_mask)[1]), axis=0)
+
+
+def real_tokens(g: GraphBuilder, attention_mask: str, positions: str) -> str:
+    """Return how many tokens there are up to the last one that is not padding in any row, at least 1: int64 [1]."""
+    one = g.constant([1], np.int64)
+    ends = g.op("Mul", attention_mask, g.op("Add", positions, one))
+    return g.op("Reshape", g.op("Max", g.reduce("ReduceMax", ends, [0, 1]), one), one)
+
+
+def causal_padding_bias(g: GraphBuilder, attention_mask: str, positions: str, keys: str) -> str:
     """Return what to add to attention scores so that a token sees only real tokens up to itself.
 
     Args:
         g: The graph.
         attention_mask: int64 [batch, seq], 1 for real tokens, 0 for padding.
-        max_positions: The longest sequence.
+        positions: int64 [seq], see `token_positions`.
+        keys: int64 [1], how many tokens can be seen at all.
 
     Returns:
-        float32 [batch, 1, seq, seq]: 0 where attention is allowed, the lowest float32 elsewhere.
+        float32 [batch, 1, seq, keys]: 0 where attention is allowed, the lowest float32 elsewhere.
     """
-    symbol = str(g.shape(attention_mask)[1])
-    positions = rows_from(
-        g, g.constant(np.arange(max_positions), np.int64), 0, size_of(g, attention_mask, 1), symbol, axis=0
-    )
     column = g.op("Unsqueeze", positions, g.constant([1], np.int64))
-    causal = g.op("LessOrEqual", positions, column)  # [seq, seq]
-    real = g.op("Cast", attention_mask, to=TensorProto.BOOL)
-    real = g.op("Unsqueeze", real, g.constant([1, 2], np.int64))  # [batch, 1, 1, seq]
+    causal = g.op("LessOrEqual", rows_from(g, positions, 0, keys, "keys", axis=0), column)  # [seq, keys]
+    real = g.op("Cast", rows_from(g, attention_mask, 0, keys, "keys"), to=TensorProto.BOOL)
+    real = g.op("Unsqueeze", real, g.constant([1, 2], np.int64))  # [batch, 1, 1, keys]
     allowed = g.op("And", causal, real)
     return g.op("Where", allowed, g.constant(0.0), g.constant(np.finfo(np.float32).min))
 

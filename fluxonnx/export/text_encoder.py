@@ -117,12 +117,14 @@ def build(g: GraphBuilder, c: TextEncoderConfig) -> None:
 def hidden_states(g: GraphBuilder, c: TextEncoderConfig, input_ids: str, attention_mask: str) -> list[str]:
     """Return the embeddings and the output of each layer up to the last one needed: f32 [batch, seq, hidden] each."""
     rope = rope_tables(c)
-    bias = ops.causal_padding_bias(g, attention_mask, MAX_POSITIONS)
+    positions = ops.token_positions(g, attention_mask, MAX_POSITIONS)
+    keys = ops.real_tokens(g, attention_mask, positions)
+    bias = ops.causal_padding_bias(g, attention_mask, positions, keys)
     x = ops.embedding(g, input_ids, "embed_tokens", c.vocab, c.hidden)
     states = [x]
     for i in range(max(c.out_layers)):
         with g.scope("layers", i):
-            x = decoder_layer(g, c, x, bias, rope)
+            x = decoder_layer(g, c, x, keys, bias, rope)
         states.append(x)
     if c.needs_final_norm:
         states[-1] = ops.rms_norm(g, x, "norm", c.hidden, c.eps)
@@ -137,19 +139,21 @@ def rope_tables(c: TextEncoderConfig) -> RopeTable:
     return np.cos(angles), np.sin(angles)
 
 
-def decoder_layer(g: GraphBuilder, c: TextEncoderConfig, x: str, bias: str, rope: RopeTable) -> str:
+def decoder_layer(g: GraphBuilder, c: TextEncoderConfig, x: str, keys: str, bias: str, rope: RopeTable) -> str:
     """[batch, seq, hidden] -> same."""
-    x = ops.add(g, x, self_attention(g, c, ops.rms_norm(g, x, "input_layernorm", c.hidden, c.eps), bias, rope))
+    normal = ops.rms_norm(g, x, "input_layernorm", c.hidden, c.eps)
+    x = ops.add(g, x, self_attention(g, c, normal, keys, bias, rope))
     return ops.add(g, x, mlp(g, c, ops.rms_norm(g, x, "post_attention_layernorm", c.hidden, c.eps)))
 
 
-def self_attention(g: GraphBuilder, c: TextEncoderConfig, x: str, bias: str, rope: RopeTable) -> str:
-    """Grouped-query attention over [batch, seq, hidden]."""
+def self_attention(g: GraphBuilder, c: TextEncoderConfig, x: str, keys: str, bias: str, rope: RopeTable) -> str:
+    """Grouped-query attention over [batch, seq, hidden], of which only the first `keys` tokens are seen by any."""
     with g.scope("self_attn"):
         q_dim, kv_dim = c.heads * c.head_dim, c.kv_heads * c.head_dim
         q = ops.split_heads(g, ops.linear(g, x, "q_proj", c.hidden, q_dim, c.bias), c.head_dim)
-        k = ops.split_heads(g, ops.linear(g, x, "k_proj", c.hidden, kv_dim, c.bias), c.head_dim)
-        v = ops.linear(g, x, "v_proj", c.hidden, kv_dim, c.bias)
+        seen = ops.rows_from(g, x, 0, keys, "keys")
+        k = ops.split_heads(g, ops.linear(g, seen, "k_proj", c.hidden, kv_dim, c.bias), c.head_dim)
+        v = ops.linear(g, seen, "v_proj", c.hidden, kv_dim, c.bias)
         q = ops.rope_halves(g, ops.rms_norm(g, q, "q_norm", c.head_dim, c.eps), *rope, c.heads, c.head_dim)
         k = ops.rope_halves(g, ops.rms_norm(g, k, "k_norm", c.head_dim, c.eps), *rope, c.kv_heads, c.head_dim)
         k, v = (ops.repeat_heads(g, t, c.kv_heads, c.heads // c.kv_heads, c.head_dim) for t in (k, v))

@@ -64,12 +64,13 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("length", [8, 40, 512])
-def test_text_encoder(root, run, pipe, length):
+@pytest.mark.parametrize(("length", "longest"), [(8, 8), (40, 20), (512, 512), (512, 200)])
+def test_text_encoder(root, run, pipe, length, longest):
     """Real and padding rows alike: all of them go to the transformer."""
     layers = read_manifest(root).text_encoder_out_layers
     ids = torch.randint(0, pipe.text_encoder.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
     mask = torch.ones(2, length, dtype=torch.int64)
+    mask[0, longest:] = 0
     mask[1, length // 3 + 1 :] = 0
     states = pipe.text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
     expected = torch.cat([states[layer] for layer in layers], dim=-1)
