@@ -52,8 +52,8 @@ VARIANTS: dict[str, tuple[Change | None, bool]] = {
     "buffers wait to be reused": (attribute("enable_mem_reuse", True), True),
     "no arena": (attribute("enable_cpu_mem_arena", False), True),
     "denormals are zero": (config("session.set_denormal_as_zero", "1"), True),
-    "no graph optimisation": (
-        attribute("graph_optimization_level", onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL),
+    "graph optimisation": (
+        attribute("graph_optimization_level", onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL),
         True,
     ),
 }

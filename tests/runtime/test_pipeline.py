@@ -328,12 +328,12 @@ def test_weights_are_packed_where_it_pays_and_fits(copy_of, monkeypatch):
 
     monkeypatch.setattr(models.Session, "__init__", remember)
     pictures = []
-    for steps, memory in ((1, 1 << 40), (8, 1 << 40), (8, 1 << 30)):
+    for steps, memory in ((1, 1 << 40), (16, 1 << 40), (16, 1 << 30)):
         monkeypatch.setattr(models, "available_memory", lambda memory=memory: memory)
         with fluxonnx.load(root, precision="int8") as flux:
             pictures.append(np.asarray(flux.generate("x", 64, 64, steps=steps, seed=1)))
     with fluxonnx.load(root, precision="int8", low_memory=True) as flux:
         monkeypatch.setattr(models, "available_memory", lambda: 1 << 40)
-        flux.generate("a", 64, 64, 8, 1)
+        flux.generate("a", 64, 64, 16, 1)
     assert packed == [False, True, False, False]
     np.testing.assert_array_equal(pictures[1], pictures[2])
