@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fluxonnx.runtime.pipeline import Flux
     from fluxonnx.runtime.request import Request
 
-__version__ = "0.1.1"
+__version__ = "0.1.2"
 
 __all__ = [
     "Cancelled",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from onnx import TensorProto
@@ -77,6 +77,58 @@ def linear(
     if bias is None:
         return products
     return [ops.add(g, product, part) for product, part in zip(products, ops.split(g, bias, sizes), strict=True)]
+
+
+def conv(g: GraphBuilder, x: str, tensor: Tensor, bias: str, bands: int, **attributes: Any) -> str:
+    """Convolve as `Precision.conv` does, without stride: a product with the neighbourhood of each pixel side by side.
+
+    onnxruntime's own convolutions of integers want to know the range of the result, or are slow with signed weights.
+    Other runtimes get a Conv of the weights scaled back.
+    """
+    n_out, n_in, height, width = tensor.shape
+    parts = [Part("", "I8", (height * width * n_in, n_out)), Part(".scale", "F32", (n_out,))]
+    g.encoded(tensor, parts, quantise.int8_kernels)
+    weight, scale = tensor.name, tensor.name + ".scale"
+    if not g.target.fused:
+        floats = g.op("Mul", g.op("Cast", weight, to=TensorProto.FLOAT), scale)
+        kernels = g.op("Reshape", floats, g.constant([height, width, n_in, n_out], np.int64))
+        return g.op("Conv", x, g.op("Transpose", kernels, perm=[3, 2, 0, 1]), bias, **attributes)
+
+    rounded, step, zero = g.op("DynamicQuantizeLinear", x, outputs=3)
+    top, left, bottom, right = attributes["pads"]
+    pads = g.constant([0, top, left, 0, 0, bottom, right, 0], np.int64)
+    padded = g.op("Pad", g.op("Transpose", rounded, perm=[0, 2, 3, 1]), pads, zero)
+    band_height = g.op("Div", ops.size_of(g, x, 2), g.constant([bands], np.int64))
+    sizes = [ops.size_of(g, x, 0), band_height, ops.size_of(g, x, 3), g.constant([n_out], np.int64)]
+    band_shape = g.op("Concat", *sizes, axis=0)
+    products = []
+    for i in range(bands):
+        band = padded
+        if bands > 1:
+            start, end = (g.op("Mul", band_height, g.constant([j], np.int64)) for j in (i, i + 1))
+            band = ops.rows_from(g, padded, start, g.op("Add", end, g.constant([top + bottom], np.int64)), "band")
+        rows = _neighbourhoods(g, band, height, width)
+        inputs = [rows, weight, step, scale, zero, "", bias]
+        product = g.op("MatMulIntegerToFloat", *inputs, domain=MICROSOFT, like=step, shape=[None, n_out])
+        products.append(g.op("Reshape", product, band_shape, shape=["batch", None, None, n_out]))
+    pixels = products[0] if bands == 1 else g.op("Concat", *products, axis=1)
+    return g.op("Transpose", pixels, perm=[0, 3, 1, 2])
+
+
+def _neighbourhoods(g: GraphBuilder, x: str, height: int, width: int) -> str:
+    """Lay the `height` x `width` pixels around each of `x` [batch, rows, columns, channels] side by side.
+
+    Returns:
+        [batch * rows * columns, height * width * channels]; pixels at the rim have none of their own.
+    """
+    last, axes = np.iinfo(np.int64).max, g.constant([1, 2], np.int64)
+    shifted = []
+    for dy, dx in np.ndindex(height, width):
+        starts = g.constant([dy, dx], np.int64)
+        ends = g.constant([dy - height + 1 or last, dx - width + 1 or last], np.int64)
+        shifted.append(g.op("Slice", x, starts, ends, axes))
+    columns = height * width * g.width(x)
+    return g.op("Reshape", g.op("Concat", *shifted, axis=-1), g.constant([-1, columns], np.int64))
 
 
 def _rotated(g: GraphBuilder, xs: Sequence[str], group: int) -> list[str]:

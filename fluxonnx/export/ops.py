@@ -249,7 +249,7 @@ def _attention(g: GraphBuilder, q: str, k: str, v: str, heads: int, head_dim: in
 
 
 def token_positions(g: GraphBuilder, attention_mask: str, max_positions: int) -> str:
-    """Return 0, 1, 2, ... for the tokens of `attention_mask` int64 [batch, seq], at most `max_positions`: int64 [seq]."""
+    """Return 0, 1, 2, ... for the tokens of `attention_mask` [batch, seq], `max_positions` at most: int64 [seq]."""
     positions = g.constant(np.arange(max_positions), np.int64)
     return rows_from(g, positions, 0, size_of(g, attention_mask, 1), str(g.shape(attention_mask)[1]), axis=0)
 
@@ -287,16 +287,36 @@ def swiglu(g: GraphBuilder, halves: Sequence[str]) -> list[str]:
     return [mul(g, silu(g, gate), value) for gate, value in zip(halves[:count], halves[count:], strict=True)]
 
 
-def conv(g: GraphBuilder, x: str, name: str, n_in: int, n_out: int, kernel: int = 3, stride: int = 1) -> str:
+def conv(
+    g: GraphBuilder,
+    x: str,
+    name: str,
+    n_in: int,
+    n_out: int,
+    kernel: int = 3,
+    stride: int = 1,
+    bands: int | None = None,
+) -> str:
     """Convolve [batch, n_in, height, width] with the checkpoint's `name`, which has a bias.
 
     Padded to keep the size; with stride 2 padded only right and below, as diffusers' Downsample2D does.
+
+    Args:
+        g: The graph.
+        x: The picture.
+        name: The layer.
+        n_in: Channels of the picture.
+        n_out: Channels of the result.
+        kernel: Side of the kernel, odd.
+        stride: 1 or 2.
+        bands: What the height is a multiple of, if the picture comes from a norm, so that it may be rounded; else None.
     """
     with g.scope(name):
         weight, bias = g.tensor("weight", (n_out, n_in, kernel, kernel)), g.weight("bias", n_out)
         pad = kernel // 2
         sizes = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2}
-        return g.target.precision.conv(g, x, weight, bias, pads=[0, 0, 1, 1] if stride == 2 else [pad] * 4, **sizes)
+        pads = [0, 0, 1, 1] if stride == 2 else [pad] * 4
+        return g.target.precision.conv(g, x, weight, bias, bands, pads=pads, **sizes)
 
 
 def group_norm(g: GraphBuilder, x: str, name: str, channels: int, groups: int, eps: float) -> str:

@@ -90,8 +90,17 @@ class Precision:
             return rows
         return g.op("Cast", rows, to=TensorProto.FLOAT)
 
-    def conv(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str, **attributes: Any) -> str:
-        """Convolve `x` [batch, in, height, width] with `tensor` [out, in, height, width], and add `bias` [out]."""
+    def conv(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str, bands: int | None, **attributes: Any) -> str:
+        """Convolve `x` [batch, in, height, width] with `tensor` [out, in, height, width], and add `bias` [out].
+
+        Args:
+            g: The graph.
+            x: The picture.
+            tensor: The weight.
+            bias: What is added.
+            bands: See `ops.conv`.
+            **attributes: Those of Conv.
+        """
         return g.op("Conv", x, self.weight(g, tensor), bias, **attributes)
 
     def attention(self, g: GraphBuilder, q: str, k: str, v: str, attend: Callable[[str, str, str], str]) -> str:
@@ -133,7 +142,7 @@ class Float16(Precision):
         """Look rows up as `Precision.embedding` does."""
         return half.embedding(g, ids, tensor)
 
-    def conv(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str, **attributes: Any) -> str:
+    def conv(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str, bands: int | None, **attributes: Any) -> str:
         """Convolve as `Precision.conv` does."""
         return half.conv(g, x, tensor, bias, **attributes)
 
@@ -238,6 +247,16 @@ class Int8(Quantised):
         products = iter(int8.linear(g, xs, tensor, bias, flat, levels, self.rotation(tensor), self.paired))
         return [ops.concat(g, *islice(products, len(group)), axis=-1) for group in groups]
 
+    def conv(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str, bands: int | None, **attributes: Any) -> str:
+        """Convolve as `Precision.conv` does, in integers where that is exact and pays.
+
+        With fewer channels, gathering the neighbours of each pixel takes what the product saves.
+        """
+        kept = self.keep and self.keep.search(tensor.name)
+        if bands is None or self.paired or kept or tensor.shape[1] < CONV_CHANNELS:
+            return super().conv(g, x, tensor, bias, bands, **attributes)
+        return int8.conv(g, x, tensor, bias, bands, **attributes)
+
 
 class Int4(Quantised):
     """4-bit weights with a scale for each block of a row; embeddings are 8-bit rows with a scale each."""
@@ -314,11 +333,14 @@ class Int4(Quantised):
 ROTATION = 256
 # Enough to make the products of SwiGLU look normal, at a quarter of the work.
 NARROWING_ROTATION = 64
-# Columns of a product, a multiple of the rotations: sums stay in the processor's caches then. Above all, onnxruntime
-# shares a product between threads by rows where it has no more columns than rows, and by columns otherwise. Threads that
-# write side by side into the same rows fetch each other's sums ahead, which costs up to half of the speed where the
-# cores are far apart (768 rows, GOPS: 830 and 570 packed, 760 and 340 not packed).
+# Columns of a product, a multiple of the rotations: sums stay in the processor's caches then. onnxruntime shares a
+# product between threads by rows if it has no more columns than rows, and by columns otherwise, when both write into
+# the same rows. That can cost up to half of the speed, maybe as they fetch each other's sums ahead (768 rows, GOPS in a
+# bad minute, packed and not: 790 and 760 with 512 columns, 640 and 340 with 1024).
 PIECE = 512
+# Inputs of a convolution from which on integers are worth it (3x3 at the decoder's sizes, milliseconds in float32 and
+# integers: 512 inputs 87 and 29, 256 inputs 87 and 41, 128 inputs 93 and 73).
+CONV_CHANNELS = 256
 # On each side of zero. Fewer leave more room for weights, as 2 * 112 * 146 < 2**15; from 104 to 120 the error is alike.
 PAIRED_LEVELS = 112
 INT4_BLOCKS = (32, 64, 128)

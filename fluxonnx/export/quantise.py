@@ -103,6 +103,17 @@ def int8_columns(tensor: Tensor, limit: int | None, rotation: int = 0) -> tuple[
     return columns, scales
 
 
+def int8_kernels(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Quantise the kernels [out, in, height, width] of a convolution, the largest weight of each being 127 steps.
+
+    Returns:
+        int8 [height * width * in, out], and the steps: float32 [out].
+    """
+    kernels = float_rows(tensor).transpose(0, 2, 3, 1)
+    rows, scales = _rounded(kernels.reshape(len(kernels), -1))
+    return np.ascontiguousarray(rows.astype(np.int8).T), scales
+
+
 def given_columns(tensor: Tensor, unsigned: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return the integers and scales of a tensor that is quantised, as they are.
 

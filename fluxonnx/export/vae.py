@@ -151,16 +151,18 @@ def decoder(g: GraphBuilder, c: VaeConfig, x: str) -> str:
     """[batch, latent_channels, h, w] -> [batch, 3, 8 * h, 8 * w]."""
     channels = c.decoder_channels[-1]
     x = ops.conv(g, x, "conv_in", c.latent_channels, channels)
-    x = mid_block(g, c, x, channels)
+    bands = 2  # rows of pixels for each of the graph's input
+    x = mid_block(g, c, x, channels, bands)
     for i, width in enumerate(reversed(c.decoder_channels)):
         with g.scope("up_blocks", i):
             for j in range(c.layers_per_block + 1):
                 with g.scope("resnets", j):
-                    x = resnet(g, c, x, channels, width)
+                    x = resnet(g, c, x, channels, width, bands)
                 channels = width
             if i < len(c.decoder_channels) - 1:
                 with g.scope("upsamplers.0"):
                     x = ops.conv(g, ops.upsample(g, x), "conv", width, width)
+                bands *= 2
     return head(g, c, x, channels, c.out_channels)
 
 
@@ -170,26 +172,26 @@ def head(g: GraphBuilder, c: VaeConfig, x: str, channels: int, n_out: int) -> st
     return ops.conv(g, x, "conv_out", channels, n_out)
 
 
-def resnet(g: GraphBuilder, c: VaeConfig, x: str, n_in: int, n_out: int) -> str:
-    """Two convolutions around a shortcut: [batch, n_in, h, w] -> [batch, n_out, h, w]."""
+def resnet(g: GraphBuilder, c: VaeConfig, x: str, n_in: int, n_out: int, bands: int | None = None) -> str:
+    """Two convolutions around a shortcut: [batch, n_in, h, w] -> [batch, n_out, h, w]; for `bands` see `ops.conv`."""
     hidden = ops.silu(g, ops.group_norm(g, x, "norm1", n_in, c.groups, EPS))
-    hidden = ops.conv(g, hidden, "conv1", n_in, n_out)
+    hidden = ops.conv(g, hidden, "conv1", n_in, n_out, bands=bands)
     hidden = ops.silu(g, ops.group_norm(g, hidden, "norm2", n_out, c.groups, EPS))
-    hidden = ops.conv(g, hidden, "conv2", n_out, n_out)
+    hidden = ops.conv(g, hidden, "conv2", n_out, n_out, bands=bands)
     shortcut = x if n_in == n_out else ops.conv(g, x, "conv_shortcut", n_in, n_out, kernel=1)
     return ops.add(g, shortcut, hidden)
 
 
-def mid_block(g: GraphBuilder, c: VaeConfig, x: str, channels: int) -> str:
+def mid_block(g: GraphBuilder, c: VaeConfig, x: str, channels: int, bands: int | None = None) -> str:
     """[batch, channels, h, w] -> same."""
     with g.scope("mid_block"):
         with g.scope("resnets.0"):
-            x = resnet(g, c, x, channels, channels)
+            x = resnet(g, c, x, channels, channels, bands)
         if c.mid_attention:
             with g.scope("attentions.0"):
                 x = ops.add(g, x, spatial_attention(g, c, x, channels))
         with g.scope("resnets.1"):
-            return resnet(g, c, x, channels, channels)
+            return resnet(g, c, x, channels, channels, bands)
 
 
 def spatial_attention(g: GraphBuilder, c: VaeConfig, x: str, channels: int) -> str:

@@ -98,7 +98,7 @@ class Session:
             # These graphs are exported as onnxruntime would make them; to look for more is half of the time to open one
             # (11500 nodes: 0.95 s with, 0.45 s without).
             settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if component in STREAMED and build is not None and build.precision == "int8" and not pack:
+        if component in (*STREAMED, "vae_decoder") and build is not None and build.precision == "int8" and not pack:
             settings.add_session_config_entry("session.disable_prepacking", "1")
         if options.profile is not None:
             options.profile.start(settings, component)

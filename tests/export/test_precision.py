@@ -165,6 +165,41 @@ def test_pieces_are_the_whole(checkpoints, tmp_path, monkeypatch, name, componen
     assert distance(pieces, whole) < 1e-6
 
 
+@pytest.mark.parametrize("flavour", ["ort", "portable"])
+def test_convolutions_of_integers(copy, monkeypatch, flavour):
+    """Those of the decoder that follow a norm, and have channels enough; in bands, of a picture that is not square."""
+    monkeypatch.setattr(precision, "adds_int8_products_exactly", lambda: True)
+    export(copy, precision="int8", flavour=flavour)
+    convolutions = operators(copy, "vae_decoder", "int8", flavour)["Conv"]
+    monkeypatch.setattr(precision, "CONV_CHANNELS", 1)
+    export(copy, precision="int8", flavour=flavour, force=True)
+    names = (
+        Path(place)
+        for place in read_manifest(copy).builds[build_name("int8", flavour)].components["vae_decoder"].weights
+    )
+    rounded = [name for path in names for name, tensor in read_header(copy / path).items() if tensor.dtype == "I8"]
+    assert rounded
+    assert all(".resnets." in name and "shortcut" not in name for name in rounded)
+    if flavour == "ort":
+        assert operators(copy, "vae_decoder", "int8", flavour)["Conv"] == convolutions - len(rounded)
+    export(copy)
+    shape = (2, inputs_of("vae_decoder")["latents"].shape[1], 3, 5)
+    latents = np.random.default_rng(0).standard_normal(shape, np.float32)
+    samples = []
+    for name, form in (("bf16", "ort"), ("int8", flavour)):
+        build = read_manifest(copy).builds[build_name(name, form)]
+        with Session(copy / graph_file("vae_decoder", name, form), "vae_decoder", SessionOptions(), build) as session:
+            samples.append(session.run(latents=latents)[0])
+    assert 0 < distance(samples[1], samples[0]) < 0.03
+
+
+def test_convolutions_stay_floats_where_integers_overflow(copy, monkeypatch):
+    monkeypatch.setattr(precision, "adds_int8_products_exactly", lambda: False)
+    monkeypatch.setattr(precision, "CONV_CHANNELS", 1)
+    export(copy, precision="int8")
+    assert "MatMulIntegerToFloat" not in operators(copy, "vae_decoder", "int8")
+
+
 def test_portable_is_plain_onnx(built):
     for name, opset in (("int8", 17), ("int4", 21)):
         for component in COMPONENTS:
