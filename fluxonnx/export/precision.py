@@ -192,6 +192,8 @@ class Int8(Quantised):
     activations, and weights of which no two neighbours add up to what could overflow: a sixth more rounding error at
     most, and a quarter faster than the kernel for unsigned weights, which would be exact, too.
 
+    Where products are exact without more ado, the decoder's convolutions behind a norm are such products, too.
+
     Weights that are integers in the checkpoint stay those integers, rotated or not as they are there; where pairs of
     products would overflow they are stored around 128, for the kernel for unsigned weights.
     """
