@@ -83,11 +83,18 @@ class Entry:
     """An initializer whose bytes live outside the graph, and the safetensors entry they are.
 
     The two differ in shape and type only where safetensors lacks the type (two int4 values are a byte there).
+    `aliases` are further initializers that are the same bytes.
     """
 
     initializer: TensorProto
     dtype: str
     shape: tuple[int, ...]
+    aliases: list[TensorProto] = field(default_factory=list)
+
+    @property
+    def initializers(self) -> list[TensorProto]:
+        """The initializer and its aliases."""
+        return [self.initializer, *self.aliases]
 
     @property
     def nbytes(self) -> int:
@@ -327,6 +334,20 @@ class GraphBuilder:
             ]
             self._weights[tensor.name] = StoredWeight(tensor, entries, encode, in_place=False)
 
+    def aliases(self, name: str, count: int) -> list[str]:
+        """Return `count` more names for what is stored as `name`.
+
+        onnxruntime refuses a graph in which two products share weights that it has to make unsigned.
+        """
+        (entry,) = (e for weight in self._weights.values() for e in weight.entries if e.initializer.name == name)
+        made = [f"{name}.alias{i}" for i in range(count)]
+        for alias in made:
+            entry.aliases.append(TensorProto())
+            entry.aliases[-1].CopyFrom(entry.initializer)
+            entry.aliases[-1].name = alias
+            self._types[alias] = self._types[name]
+        return made
+
     def _entry(
         self, name: str, dtype: str, shape: tuple[int, ...], onnx_dtype: int, onnx_shape: tuple[int, ...]
     ) -> Entry:
@@ -367,7 +388,7 @@ class GraphBuilder:
             self.name,
             self._inputs,
             self._outputs,
-            initializer=[*self._constants.values(), *(entry.initializer for entry in entries)],
+            initializer=[*self._constants.values(), *(tensor for entry in entries for tensor in entry.initializers)],
             value_info=[helper.make_value_info(name, self._types[name]) for name in produced],
         )
         used_domains = {node.domain for node in nodes}
@@ -383,6 +404,13 @@ class GraphBuilder:
         # protobuf copies what it is given: from here on a weight's initializer is the one in the model
         copies = {tensor.name: tensor for tensor in model.graph.initializer}
         for weight in self._weights.values():
-            weight.entries = [replace(entry, initializer=copies[entry.initializer.name]) for entry in weight.entries]
+            weight.entries = [
+                replace(
+                    entry,
+                    initializer=copies[entry.initializer.name],
+                    aliases=[copies[alias.name] for alias in entry.aliases],
+                )
+                for entry in weight.entries
+            ]
         weights = list(self._weights.values())
         return Graph(model, weights, self.used, sum(math.prod(weight.source.shape) for weight in weights))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -101,17 +102,17 @@ def conv(g: GraphBuilder, x: str, tensor: Tensor, bias: str, bands: int, **attri
     band_height = g.op("Div", ops.size_of(g, x, 2), g.constant([bands], np.int64))
     sizes = [ops.size_of(g, x, 0), band_height, ops.size_of(g, x, 3), g.constant([n_out], np.int64)]
     band_shape = g.op("Concat", *sizes, axis=0)
+    starts = [g.op("Mul", band_height, g.constant([i], np.int64)) for i in range(bands + 1)]
+    rim = g.constant([top + bottom], np.int64)
     products = []
-    for i in range(bands):
-        band = padded
-        if bands > 1:
-            start, end = (g.op("Mul", band_height, g.constant([j], np.int64)) for j in (i, i + 1))
-            band = ops.rows_from(g, padded, start, g.op("Add", end, g.constant([top + bottom], np.int64)), "band")
+    weights = [weight, *g.aliases(weight, bands - 1)]
+    for (start, end), alias in zip(pairwise(starts), weights, strict=True):
+        band = ops.rows_from(g, padded, start, g.op("Add", end, rim), "band")
         rows = _neighbourhoods(g, band, height, width)
-        inputs = [rows, weight, step, scale, zero, "", bias]
+        inputs = [rows, alias, step, scale, zero, "", bias]
         product = g.op("MatMulIntegerToFloat", *inputs, domain=MICROSOFT, like=step, shape=[None, n_out])
         products.append(g.op("Reshape", product, band_shape, shape=["batch", None, None, n_out]))
-    pixels = products[0] if bands == 1 else g.op("Concat", *products, axis=1)
+    pixels = g.op("Concat", *products, axis=1)
     return g.op("Transpose", pixels, perm=[0, 3, 1, 2])
 
 
@@ -128,7 +129,7 @@ def _neighbourhoods(g: GraphBuilder, x: str, height: int, width: int) -> str:
         ends = g.constant([dy - height + 1 or last, dx - width + 1 or last], np.int64)
         shifted.append(g.op("Slice", x, starts, ends, axes))
     columns = height * width * g.width(x)
-    return g.op("Reshape", g.op("Concat", *shifted, axis=-1), g.constant([-1, columns], np.int64))
+    return ops.reshape(g, g.op("Concat", *shifted, axis=-1), [-1, columns])
 
 
 def _rotated(g: GraphBuilder, xs: Sequence[str], group: int) -> list[str]:

@@ -163,7 +163,7 @@ class Quantised(Precision):
         """Choose what is not quantised.
 
         Args:
-            keep: A regular expression; linears in whose names it is found stay as the checkpoint has them.
+            keep: A regular expression; layers in whose names it is found stay as the checkpoint has them.
 
         Raises:
             UsageError: It is none.
@@ -177,11 +177,15 @@ class Quantised(Precision):
         """Return the layers that are kept."""
         return {"keep": self.keep.pattern if self.keep else ""}
 
+    def keeps(self, tensor: Tensor) -> bool:
+        """Whether the layer with this weight was asked to stay as the checkpoint has it."""
+        return bool(self.keep and self.keep.search(tensor.name))
+
     def quantises(self, tensor: Tensor) -> bool:
         """Whether the linear with this weight has few bits; what has few bits already keeps them."""
         if tensor.quantisation:
             return True
-        return tensor.name.startswith(BLOCKS) and not (self.keep and self.keep.search(tensor.name))
+        return tensor.name.startswith(BLOCKS) and not self.keeps(tensor)
 
 
 class Int8(Quantised):
@@ -254,8 +258,7 @@ class Int8(Quantised):
 
         With fewer channels, gathering the neighbours of each pixel takes what the product saves.
         """
-        kept = self.keep and self.keep.search(tensor.name)
-        if bands is None or self.paired or kept or tensor.shape[1] < CONV_CHANNELS:
+        if bands is None or self.paired or self.keeps(tensor) or tensor.shape[1] < CONV_CHANNELS:
             return super().conv(g, x, tensor, bias, bands, **attributes)
         return int8.conv(g, x, tensor, bias, bands, **attributes)
 

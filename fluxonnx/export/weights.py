@@ -17,7 +17,7 @@ from onnx import TensorProto
 
 from fluxonnx.checkpoint import DTYPES, Checkpoint, fingerprint, read_header
 from fluxonnx.errors import CheckpointError, ExportError
-from fluxonnx.export.graph import Graph, StoredWeight
+from fluxonnx.export.graph import Entry, Graph, StoredWeight
 from fluxonnx.files import replacing, resuming
 
 # Tensors that are quantised at a time, each by a thread.
@@ -69,14 +69,14 @@ def place(
             continue
         _refuse_link(root, weight.source.file)
         location = weight.source.file.relative_to(root).as_posix()
-        _point(weight.entries[0].initializer, location, weight.source.offset, weight.source.nbytes)
+        _point(weight.entries[0], location, weight.source.offset, weight.source.nbytes)
     if not made:
         return None
 
     header, starts, size = _plan(made, settings)
     for weight, start in zip(made, starts, strict=True):
         for entry in weight.entries:
-            _point(entry.initializer, name, start, entry.nbytes)
+            _point(entry, name, start, entry.nbytes)
             start += entry.nbytes
     path = root / name
     if path.is_file() and path.stat().st_size == size and path.open("rb").read(len(header)) == header:
@@ -117,11 +117,12 @@ def _written(weights: list[StoredWeight], file: BinaryIO) -> Iterator[None]:
             pool.shutdown(cancel_futures=True)
 
 
-def _point(initializer: TensorProto, location: str, offset: int, length: int) -> None:
-    initializer.data_location = TensorProto.EXTERNAL
-    del initializer.external_data[:]
-    for key, value in (("location", location), ("offset", offset), ("length", length)):
-        initializer.external_data.add(key=key, value=str(value))
+def _point(entry: Entry, location: str, offset: int, length: int) -> None:
+    for initializer in entry.initializers:
+        initializer.data_location = TensorProto.EXTERNAL
+        del initializer.external_data[:]
+        for key, value in (("location", location), ("offset", offset), ("length", length)):
+            initializer.external_data.add(key=key, value=str(value))
 
 
 def _plan(weights: list[StoredWeight], settings: dict[str, str]) -> tuple[bytes, list[int], int]:
