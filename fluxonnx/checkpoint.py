@@ -10,8 +10,8 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,27 @@ class Tensor:
         array = raw.view(DTYPES[self.dtype]).reshape(self.shape)
         return np.concatenate(np.split(array, 2)[::-1]) if self.swapped else array
 
+    def split(self, sizes: Sequence[int]) -> list[Tensor]:
+        """Return runs of so many rows each as tensors called NAME.0, NAME.1, ...; one of `swapped` halves is in one."""
+        count = self.shape[0]
+        row = self.nbytes // count if count else 0
+        parts = []
+        for i, (start, end) in enumerate(itertools.pairwise([0, *itertools.accumulate(sizes)])):
+            first = (start + count // 2) % count if self.swapped else start
+            assert first + end - start <= count, f"{self.name}: rows {start} to {end} are not side by side"
+            parts.append(
+                replace(
+                    self,
+                    name=f"{self.name}.{i}",
+                    shape=(end - start, *self.shape[1:]),
+                    offset=self.offset + first * row,
+                    nbytes=(end - start) * row,
+                    swapped=False,
+                    quantisation=self.quantisation and self.quantisation.split(sizes)[i],
+                )
+            )
+        return parts
+
 
 @dataclass(frozen=True)
 class Quantisation:
@@ -93,6 +114,11 @@ class Quantisation:
 
     scale: Tensor
     rotation: int = 0
+
+    def split(self, sizes: Sequence[int]) -> list[Quantisation]:
+        """Return what runs of so many rows each stand for."""
+        scales = self.scale.split(sizes) if math.prod(self.scale.shape) > 1 else [self.scale] * len(sizes)
+        return [replace(self, scale=scale) for scale in scales]
 
 
 def read_json(path: Path) -> dict[str, Any]:

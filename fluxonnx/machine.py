@@ -1,17 +1,10 @@
-"""What this machine can do: memory, reading ahead, and instructions for products of 8-bit integers."""
+"""What this machine can do: memory, and instructions for products of 8-bit integers."""
 
 from __future__ import annotations
 
-import os
 import platform
-import threading
-from collections.abc import Sequence
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-
-# Linux reads no more at a time than a disk's read_ahead_kb, which is 128 unless someone changed it.
-READ_AHEAD = 128 << 10
 
 
 @lru_cache
@@ -42,24 +35,3 @@ def available_memory() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return 1 << 32
-
-
-def read_ahead(files: Sequence[Path]) -> None:
-    """Have the system read files into memory in the background, one after the other; what is there costs nothing.
-
-    Mapped weights are read page by page as they are used, which leaves a disk idle while something is computed, and
-    the processor idle while it reads. Nothing is done where memory is short, or where the system has no such call.
-    """
-    if not hasattr(os, "posix_fadvise"):
-        return
-
-    def read() -> None:
-        with suppress(OSError):  # a file that can't be read is reported by who needs it
-            if sum(file.stat().st_size for file in files) > available_memory():
-                return
-            for file in files:
-                with file.open("rb") as opened:
-                    for start in range(0, file.stat().st_size, READ_AHEAD):
-                        os.posix_fadvise(opened.fileno(), start, READ_AHEAD, os.POSIX_FADV_WILLNEED)
-
-    threading.Thread(target=read, daemon=True).start()

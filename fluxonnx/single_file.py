@@ -187,14 +187,4 @@ def _part(tensor: Tensor, i: int, count: int) -> Tensor:
         return tensor
     if not tensor.shape or tensor.shape[0] % count:
         raise CheckpointError(f"{tensor.file}: {tensor.name} {list(tensor.shape)} does not divide into {count} parts")
-    quantisation = tensor.quantisation
-    if quantisation and math.prod(quantisation.scale.shape) > 1:
-        quantisation = replace(quantisation, scale=_part(quantisation.scale, i, count))
-    size = tensor.nbytes // count
-    return replace(
-        tensor,
-        shape=(tensor.shape[0] // count, *tensor.shape[1:]),
-        offset=tensor.offset + i * size,
-        nbytes=size,
-        quantisation=quantisation,
-    )
+    return tensor.split([tensor.shape[0] // count] * count)[i]

@@ -76,7 +76,11 @@ class Precision:
             bias: What is added.
             sizes: Columns of each of the values that the result [rows, out] is returned as.
         """
-        return ops.split(g, self.product(g, ops.concat(g, *xs, axis=-1), tensor, bias), sizes)
+        return self.products(g, ops.concat(g, *xs, axis=-1), tensor, bias, sizes)
+
+    def products(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str | None, sizes: Sequence[int]) -> list[str]:
+        """Multiply as `linear` does, `x` being [rows, in]."""
+        return ops.split(g, self.product(g, x, tensor, bias), sizes)
 
     def product(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str | None) -> str:
         """Multiply the rows of `x` [rows, in] by `tensor` [out, in], and add `bias` [out]."""
@@ -186,6 +190,20 @@ class Quantised(Precision):
         if tensor.quantisation:
             return True
         return tensor.name.startswith(BLOCKS) and not self.keeps(tensor)
+
+    def products(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str | None, sizes: Sequence[int]) -> list[str]:
+        """Multiply as `Precision.products` does, by parts of a weight that is kept.
+
+        What is cast is in memory whole: of the modulations 226 MB, more than anything else in a step, and new memory is
+        slow.
+        """
+        if len(sizes) == 1 or self.quantises(tensor):
+            return super().products(g, x, tensor, bias, sizes)
+        biases = ops.split(g, bias, sizes) if bias else [None] * len(sizes)
+        return [
+            super(Quantised, self).product(g, x, part, added)
+            for part, added in zip(tensor.split(sizes), biases, strict=True)
+        ]
 
 
 class Int8(Quantised):

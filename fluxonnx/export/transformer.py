@@ -138,7 +138,7 @@ def transformer(
     image = ops.rows_from(g, tokens, text_seq, np.iinfo(np.int64).max, "image_seq")
     with g.scope("norm_out"):
         # scale comes first here, unlike in the modulations (AdaLayerNormContinuous, diffusers normalization.py)
-        scale, shift = ops.split(g, per_token(g, ops.linear(g, temb, "linear", c.dim, 2 * c.dim)), [c.dim] * 2)
+        scale, shift = per_token(g, ops.linear_parts(g, temb, "linear", c.dim, [c.dim] * 2))
         image = ops.modulate(g, ops.layer_norm(g, image, c.dim, c.eps), scale, shift)
     return ops.linear(g, image, "proj_out", c.dim, c.out_channels)
 
@@ -150,15 +150,15 @@ def timestep_embedding(g: GraphBuilder, c: TransformerConfig, timestep: str) -> 
         return ops.linear(g, hidden, "linear_2", c.dim, c.dim)
 
 
-def per_token(g: GraphBuilder, x: str) -> str:
-    """[batch, n] -> [batch, 1, n], to broadcast over tokens."""
-    return g.op("Unsqueeze", x, g.constant([1], np.int64))
+def per_token(g: GraphBuilder, values: list[str]) -> list[str]:
+    """[batch, n] -> [batch, 1, n] each, to broadcast over tokens."""
+    return [g.op("Unsqueeze", value, g.constant([1], np.int64)) for value in values]
 
 
 def modulation(g: GraphBuilder, c: TransformerConfig, name: str, temb: str, sets: int) -> list[Modulation]:
     """Return the modulations of one stream, shared by all its blocks; `temb` [batch, dim] has been through silu."""
     with g.scope(name):
-        parts = ops.split(g, per_token(g, ops.linear(g, temb, "linear", c.dim, 3 * sets * c.dim)), [c.dim] * 3 * sets)
+        parts = per_token(g, ops.linear_parts(g, temb, "linear", c.dim, [c.dim] * 3 * sets))
     return [Modulation(*parts[3 * i : 3 * i + 3]) for i in range(sets)]
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from fluxonnx.errors import CheckpointError
-from fluxonnx.machine import available_memory, read_ahead
+from fluxonnx.machine import available_memory
 from fluxonnx.manifest import COMPONENTS, Build
 from fluxonnx.runtime.providers import CPU
+from fluxonnx.runtime.reading import Span, Touching, is_in_memory, read_ahead, rows_and_rest, whole
 from fluxonnx.runtime.sampler import Velocity
 from fluxonnx.runtime.schedule import timestep
 from fluxonnx.runtime.session import Session, SessionOptions
@@ -22,6 +23,9 @@ from fluxonnx.runtime.tiles import Tiling, in_tiles
 WORTH_PACKING = 6000
 # What has to be free besides the packed weights.
 SPARE = 2 << 30
+
+# The text encoder's largest weight, of which a prompt needs a row per token.
+EMBEDDINGS = "model.embed_tokens.weight"
 
 
 class Models:
@@ -41,6 +45,7 @@ class Models:
             )
         self._root, self._build, self._options = root, build, options
         self._text_encoder: Session | None = None
+        self._transformer_is_new = False
 
     def _open(self, component: str, pack: bool = False) -> Session:
         graph = self._root / self._build.components[component].graph
@@ -49,7 +54,9 @@ class Models:
     def prompt_embeds(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         """int64 [batch, seq] twice -> f32 [batch, seq, 3 * hidden]; the encoder stays loaded until it is released."""
         if self._text_encoder is None:
-            self._read_ahead("text_encoder", "transformer")  # the latter while the former computes
+            encoder, transformer = self._spans("text_encoder", input_ids), self._spans("transformer")
+            self._transformer_is_new = not is_in_memory(transformer)
+            read_ahead([*encoder, *transformer])  # the latter while the former computes
             self._text_encoder = self._open("text_encoder")
         return self._text_encoder.run(input_ids=input_ids, attention_mask=attention_mask)[0]
 
@@ -86,13 +93,23 @@ class Models:
             and tokens >= WORTH_PACKING
             and self._weight_bytes("transformer") + SPARE < available_memory()
         )
-        self._read_ahead("transformer")
-        with self._open("conditioning") as conditioning, self._open("transformer", pack) as transformer:
-            yield Transformer(conditioning, transformer)
+        spans = self._spans("transformer")
+        read_ahead(spans)
+        with Touching(spans if self._transformer_is_new else ()) as touching:
+            self._transformer_is_new = False
+            with self._open("conditioning") as conditioning, self._open("transformer", pack) as transformer:
+                touching.wait()
+                yield Transformer(conditioning, transformer)
 
-    def _read_ahead(self, *components: str) -> None:
-        # A build that points into the checkpoint's files has none of its own, and needs but a part of those.
-        read_ahead([file for component in components for file in self._weights(component)])
+    def _spans(self, component: str, input_ids: np.ndarray | None = None) -> list[Span]:
+        """Return what a graph needs of its files, in the order in which it does; for the text encoder, of a prompt.
+
+        A build that points into the checkpoint's files has no weights of its own, and needs but a part of those.
+        """
+        spans = [whole(self._root / self._build.components[component].graph)]
+        for file in self._weights(component):
+            spans += [whole(file)] if input_ids is None else rows_and_rest(file, EMBEDDINGS, np.unique(input_ids))
+        return spans
 
     def _weight_bytes(self, component: str) -> int:
         return sum(file.stat().st_size for file in self._weights(component))

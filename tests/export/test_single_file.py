@@ -134,11 +134,13 @@ def test_integers_are_stored_as_they_are(copy, tmp_path, monkeypatch, form, zero
 
 
 def joined(stored: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """Put together the columns of products that are computed in pieces: weight.0, weight.0.scale, weight.1, ..."""
-    columns: dict[str, list[np.ndarray]] = {}
+    """Put together what is computed in parts, weight.0, weight.0.scale, weight.1, ...: outputs are columns of integers,
+    and rows of what is not quantised."""
+    parts: dict[str, list[np.ndarray]] = {}
     for name, tensor in stored.items():
-        columns.setdefault(re.sub(r"(\.weight)\.\d+", r"\1", name), []).append(tensor.array())
-    return {name: np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0] for name, parts in columns.items()}
+        parts.setdefault(re.sub(r"(\.weight)\.\d+", r"\1", name), []).append(tensor.array())
+    axes = {name: -1 if f"{name}.scale" in parts or name.endswith(".scale") else 0 for name in parts}
+    return {name: np.concatenate(found, axes[name]) if len(found) > 1 else found[0] for name, found in parts.items()}
 
 
 def test_every_integer(tmp_path):
