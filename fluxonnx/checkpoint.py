@@ -85,6 +85,7 @@ class Tensor:
         """Return runs of so many rows each as tensors called NAME.0, NAME.1, ...; one of `swapped` halves is in one."""
         count = self.shape[0]
         row = self.nbytes // count if count else 0
+        quantisations = self.quantisation.split(sizes) if self.quantisation else [None] * len(sizes)
         parts = []
         for i, (start, end) in enumerate(itertools.pairwise([0, *itertools.accumulate(sizes)])):
             first = (start + count // 2) % count if self.swapped else start
@@ -97,7 +98,7 @@ class Tensor:
                     offset=self.offset + first * row,
                     nbytes=(end - start) * row,
                     swapped=False,
-                    quantisation=self.quantisation and self.quantisation.split(sizes)[i],
+                    quantisation=quantisations[i],
                 )
             )
         return parts

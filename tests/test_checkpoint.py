@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from fluxonnx.checkpoint import Checkpoint, fingerprint, read_header, read_tensors
+from fluxonnx.checkpoint import Checkpoint, Quantisation, fingerprint, read_header, read_tensors
 from fluxonnx.errors import CheckpointError
 from tests.conftest import Case
 
@@ -147,3 +148,20 @@ def test_hub_cache_gives_the_models_name(checkpoints, tmp_path):
     snapshot.mkdir()
     (snapshot / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
     assert Checkpoint(snapshot).name == "FLUX.2-klein-4B"  # ... a snapshot folder is not called by its hash
+
+
+def test_rows_of_a_tensor_are_tensors(tmp_path):
+    values = np.arange(18, dtype=np.float32).reshape(6, 3)
+    save_file({"w": values}, tmp_path / "w.safetensors")
+    tensor = read_header(tmp_path / "w.safetensors")["w"]
+    swapped = replace(tensor, swapped=True)
+    for whole, expected in ((tensor, values), (swapped, np.concatenate([values[3:], values[:3]]))):
+        parts = whole.split([1, 2, 3])
+        assert [part.name for part in parts] == ["w.0", "w.1", "w.2"]
+        np.testing.assert_array_equal(np.concatenate([part.array() for part in parts]), expected)
+        # a scale for each row, or one for all
+        for scale, shapes in ((tensor, [(1, 3), (2, 3), (3, 3)]), (replace(tensor, shape=(1,), nbytes=4), [(1,)] * 3)):
+            scaled = replace(whole, quantisation=Quantisation(scale)).split([1, 2, 3])
+            assert [part.quantisation.scale.shape for part in scaled] == shapes
+    with pytest.raises(AssertionError, match="not side by side"):
+        swapped.split([2, 4])

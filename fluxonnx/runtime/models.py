@@ -55,7 +55,7 @@ class Models:
         """int64 [batch, seq] twice -> f32 [batch, seq, 3 * hidden]; the encoder stays loaded until it is released."""
         if self._text_encoder is None:
             encoder, transformer = self._spans("text_encoder", input_ids), self._spans("transformer")
-            self._transformer_is_new = not is_in_memory(transformer)
+            self._transformer_is_new |= not is_in_memory(transformer)
             read_ahead([*encoder, *transformer])  # the latter while the former computes
             self._text_encoder = self._open("text_encoder")
         return self._text_encoder.run(input_ids=input_ids, attention_mask=attention_mask)[0]

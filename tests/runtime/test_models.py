@@ -61,6 +61,8 @@ def test_new_memory_is_touched_once(opened, monkeypatch, touched):
     opened.prompt_embeds(IDS, MASK)
     opened.release_text_encoder()
     monkeypatch.setattr(models, "is_in_memory", lambda spans: True)
+    opened.prompt_embeds(IDS, MASK)
+    opened.release_text_encoder()
     for _ in range(2):
         with opened.transformer(8):
             pass
