@@ -22,8 +22,12 @@ from fluxonnx.machine import available_memory
 READ_AHEAD = 128 << 10
 # What a thread goes through at a time.
 CHUNK = 4 << 20
-# One byte of so many is asked for, to find out whether a file is in memory.
+# One byte of so many is asked for, to find out whether a file is in memory; of which the system may have left out some.
 SAMPLE = 1 << 20
+LEFT_OUT = 0.05
+# Bytes a second, below which reading is left to those who compute, and how often that is looked at, in seconds.
+SLOWEST = 0.5e9
+INTERVAL = 0.25
 
 
 @dataclass(frozen=True)
@@ -65,19 +69,21 @@ def rows_and_rest(file: Path, name: str, rows: Iterable[int]) -> list[Span]:
 
 
 def is_in_memory(spans: Sequence[Span]) -> bool:
-    """Whether nothing of the spans has to be read from a disk, by samples; yes where the system does not tell."""
+    """Whether hardly anything has to be read from a disk, by samples; yes where the system does not tell."""
     if not hasattr(os, "RWF_NOWAIT"):
         return True
     byte = bytearray(1)
+    absent, allowed = 0, LEFT_OUT * sum(span.end - span.start for span in spans) / SAMPLE
     for span in spans:
-        try:
-            with span.file.open("rb") as file:
-                for start, _ in span.pieces(SAMPLE):
+        # a file that can't be read is reported by who needs it; and not every file system tells
+        with suppress(OSError), span.file.open("rb") as file:
+            for start, _ in span.pieces(SAMPLE):
+                try:
                     os.preadv(file.fileno(), [byte], start, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:  # a file that can't be read is reported by who needs it; or its file system does not tell
-            continue
+                except BlockingIOError:
+                    absent += 1
+                    if absent > allowed:
+                        return False
     return True
 
 
@@ -107,10 +113,9 @@ class Touching:
     """
 
     def __init__(self, spans: Sequence[Span]) -> None:
-        """Start, unless memory is short, or the system can't say what is in memory."""
-        possible = hasattr(os, "RWF_NOWAIT") and _fit(spans)
-        pieces = [(span.file, *piece) for span in spans for piece in span.pieces(CHUNK)] if possible else []
-        self._left = iter(pieces)
+        """Start, unless memory is short."""
+        pieces = [(span.file, *piece) for span in spans for piece in span.pieces(CHUNK)] if _fit(spans) else []
+        self._left, self._done, self._lock = iter(pieces), 0, threading.Lock()
         self._over = threading.Event()
         count = min(os.cpu_count() or 1, len(pieces))
         self._threads = [threading.Thread(target=self._go, name="touching", daemon=True) for _ in range(count)]
@@ -120,14 +125,22 @@ class Touching:
     def _go(self) -> None:
         buffer = memoryview(bytearray(CHUNK))
         for path, start, size in self._left:
-            if self._over.is_set() or not _read_from_memory(path, start, buffer[:size]):
-                break
+            if self._over.is_set():
+                return
+            with suppress(OSError), path.open("rb", buffering=0) as file:
+                file.seek(start)
+                file.readinto(buffer[:size])
+            with self._lock:
+                self._done += size
         self._over.set()
 
     def wait(self) -> None:
-        """Return when all was gone through, or when a disk would have to be waited for: then it is no use."""
-        for thread in self._threads:
-            thread.join()
+        """Return when all was gone through, or when it turns out to be slow: then those who compute need not wait."""
+        before = 0
+        while self._threads and not self._over.wait(INTERVAL):
+            if self._done - before < SLOWEST * INTERVAL:
+                self._over.set()
+            before = self._done
 
     def __enter__(self) -> Touching:
         return self
@@ -136,16 +149,8 @@ class Touching:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
-        self.wait()
-
-
-def _read_from_memory(path: Path, start: int, buffer: memoryview) -> bool:
-    """Fill `buffer`; False if a disk would have to be waited for, or the file can't be read."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            return os.preadv(file.fileno(), [buffer], start, os.RWF_NOWAIT) == len(buffer)
-    except OSError:
-        return False
+        for thread in self._threads:
+            thread.join()
 
 
 def _fit(spans: Sequence[Span]) -> bool:
