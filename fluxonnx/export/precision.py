@@ -76,11 +76,7 @@ class Precision:
             bias: What is added.
             sizes: Columns of each of the values that the result [rows, out] is returned as.
         """
-        return self.products(g, ops.concat(g, *xs, axis=-1), tensor, bias, sizes)
-
-    def products(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str | None, sizes: Sequence[int]) -> list[str]:
-        """Multiply as `linear` does, `x` being [rows, in]."""
-        return ops.split(g, self.product(g, x, tensor, bias), sizes)
+        return ops.split(g, self.product(g, ops.concat(g, *xs, axis=-1), tensor, bias), sizes)
 
     def product(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str | None) -> str:
         """Multiply the rows of `x` [rows, in] by `tensor` [out, in], and add `bias` [out]."""
@@ -191,19 +187,19 @@ class Quantised(Precision):
             return True
         return tensor.name.startswith(BLOCKS) and not self.keeps(tensor)
 
-    def products(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str | None, sizes: Sequence[int]) -> list[str]:
-        """Multiply as `Precision.products` does, by parts of a weight that is kept.
+    def linear(
+        self, g: GraphBuilder, xs: Sequence[str], tensor: Tensor, bias: str | None, sizes: Sequence[int]
+    ) -> list[str]:
+        """Multiply as `Precision.linear` does, by parts of a weight that is kept.
 
         What is cast is in memory whole: of the modulations 226 MB, more than anything else in a step, and new memory is
         slow.
         """
         if len(sizes) == 1 or self.quantises(tensor):
-            return super().products(g, x, tensor, bias, sizes)
+            return super().linear(g, xs, tensor, bias, sizes)
+        x, product = ops.concat(g, *xs, axis=-1), super().product  # a part is kept whatever its name
         biases = ops.split(g, bias, sizes) if bias else [None] * len(sizes)
-        return [
-            super(Quantised, self).product(g, x, part, added)
-            for part, added in zip(tensor.split(sizes), biases, strict=True)
-        ]
+        return [product(g, x, part, added) for part, added in zip(tensor.split(sizes), biases, strict=True)]
 
 
 class Int8(Quantised):

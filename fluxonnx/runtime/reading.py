@@ -73,7 +73,7 @@ def is_in_memory(spans: Sequence[Span]) -> bool:
     if not hasattr(os, "RWF_NOWAIT"):
         return True
     byte = bytearray(1)
-    absent, allowed = 0, LEFT_OUT * sum(span.end - span.start for span in spans) / SAMPLE
+    absent, allowed = 0, LEFT_OUT * _size(spans) / SAMPLE
     for span in spans:
         # a file that can't be read is reported by who needs it; and not every file system tells
         with suppress(OSError), span.file.open("rb") as file:
@@ -154,4 +154,8 @@ class Touching:
 
 
 def _fit(spans: Sequence[Span]) -> bool:
-    return sum(span.end - span.start for span in spans) <= available_memory()
+    return _size(spans) <= available_memory()
+
+
+def _size(spans: Sequence[Span]) -> int:
+    return sum(span.end - span.start for span in spans)

@@ -56,7 +56,7 @@ def test_reads_graphs_first_and_of_the_embeddings_only_rows(opened, root, monkey
 
 
 def test_new_memory_is_touched_once(opened, monkeypatch, touched):
-    """Where the weights were in memory when the model was opened, that would be seconds in vain."""
+    """Where the weights were in memory when the prompt was encoded, that would be seconds in vain."""
     monkeypatch.setattr(models, "is_in_memory", lambda spans: False)
     opened.prompt_embeds(IDS, MASK)
     opened.release_text_encoder()
