@@ -64,6 +64,8 @@ class Tensor:
         nbytes: Length in bytes.
         swapped: Whether the second half of its first dimension is to come first.
         quantisation: For integers that stand for weights: which.
+        whole: The tensor that this is a part of, if it was split.
+        first_row: Which of its rows comes first here.
     """
 
     name: str
@@ -74,6 +76,8 @@ class Tensor:
     nbytes: int
     swapped: bool = False
     quantisation: Quantisation | None = None
+    whole: Tensor | None = None
+    first_row: int = 0
 
     def array(self) -> np.ndarray:
         """Map the tensor's bytes, read-only and, unless `swapped`, without copying, as an array of `shape`."""
@@ -99,6 +103,8 @@ class Tensor:
                     nbytes=(end - start) * row,
                     swapped=False,
                     quantisation=quantisations[i],
+                    whole=self.whole or self,
+                    first_row=self.first_row + start,
                 )
             )
         return parts

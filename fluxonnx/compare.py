@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -237,15 +238,14 @@ def layer_of(node: str) -> str | None:
 def _layers(graph: str, found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> list[Layer]:
     layers: list[Layer] = []
     before: dict[tuple[int, ...], float] = {}
-    for name, value in expected.items():
-        layer = layer_of(name)
-        if layer is None or name not in found:
-            continue
-        relative = distance(found[name], value).relative
-        # A double block has two streams, of different lengths.
-        known = before.get(value.shape, min(before.values(), default=0.0))
-        layers.append(Layer(graph, f"{layer} [{value.shape[1]}]", relative, max(0.0, relative**2 - known**2) ** 0.5))
-        before[value.shape] = relative
+    names = [name for name in expected if layer_of(name) is not None and name in found]
+    for layer, group in groupby(names, layer_of):
+        errors = [(expected[name].shape, distance(found[name], expected[name]).relative) for name in group]
+        for shape, relative in errors:
+            # A double block has two streams, of different lengths; the last single block lets the text go.
+            known = before.get(shape, min(before.values(), default=0.0))
+            layers.append(Layer(graph, f"{layer} [{shape[1]}]", relative, max(0.0, relative**2 - known**2) ** 0.5))
+        before = dict(errors)
     return layers
 
 

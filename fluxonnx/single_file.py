@@ -169,7 +169,8 @@ def _renamed(name: str, tensor: Tensor) -> Iterator[Tensor]:
         parameter = "weight" if parameter == "scale" else parameter  # of a norm
         parts = modules[rest[1]]
         for i, module in enumerate(parts):
-            yield replace(_part(tensor, i, len(parts)), name=f"{blocks}.{rest[0]}.{module}.{parameter}")
+            name = f"{blocks}.{rest[0]}.{module}.{parameter}"
+            yield replace(_part(tensor, i, len(parts)), name=name, whole=None, first_row=0)
     else:
         yield replace(tensor, name=name)
 

@@ -151,7 +151,6 @@ class GraphBuilder:
         self._names: dict[str, int] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
-        self._leading: dict[tuple[Dim, ...], str] = {}
 
     # Names
 
@@ -163,6 +162,15 @@ class GraphBuilder:
             yield
         finally:
             self._scopes.pop()
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Leave all modules, for what belongs to none."""
+        scopes, self._scopes = self._scopes, []
+        try:
+            yield
+        finally:
+            self._scopes = scopes
 
     def path(self, name: str) -> str:
         """Return the checkpoint's name of a parameter of the module in scope."""
@@ -186,9 +194,8 @@ class GraphBuilder:
     def output(self, name: str, value: str, shape: Sequence[Dim], doc: str) -> None:
         """Declare `value` an output of the graph, called `name`."""
         dtype = self.dtype(value)
-        scopes, self._scopes = self._scopes, []
-        self.op("Identity", value, output=name)
-        self._scopes = scopes
+        with self.outside():
+            self.op("Identity", value, output=name)
         self._outputs.append(helper.make_tensor_value_info(name, dtype, list(shape), doc))
 
     def constant(self, value: Any, dtype: Any = np.float32) -> str:
@@ -259,9 +266,13 @@ class GraphBuilder:
 
     def width(self, value: str) -> int:
         """Return the size of a value's last dimension, which is known of whatever goes into a linear."""
-        size = self.shape(value)[-1]
-        assert isinstance(size, int), value
-        return size
+        return self.sizes(value, 1)[0]
+
+    def sizes(self, value: str, count: int) -> list[int]:
+        """Return the sizes of a value's last dimensions, which are known of heads, too."""
+        sizes = [size for size in self.shape(value)[-count:] if isinstance(size, int)]
+        assert len(sizes) == count, value
+        return sizes
 
     def dtype(self, value: str) -> int:
         """Return a value's ONNX type."""
@@ -276,17 +287,6 @@ class GraphBuilder:
         if self.target.opset >= 18:
             return self.op(op_type, value, self.constant(axes, np.int64), keepdims=1)
         return self.op(op_type, value, axes=list(axes), keepdims=1)
-
-    def leading_shape(self, value: str) -> str:
-        """Return the sizes of all but the last dimension as an int64 vector, computed once per distinct sizes."""
-        key = tuple(self.shape(value)[:-1])
-        if None in key:
-            return self.op("Shape", value, end=-1)
-        if key not in self._leading:
-            scopes, self._scopes = self._scopes, []
-            self._leading[key] = self.op("Shape", value, end=-1)
-            self._scopes = scopes
-        return self._leading[key]
 
     # Weights
 
@@ -370,6 +370,11 @@ class GraphBuilder:
         value = self.op(op_type, *inputs, **attributes)
         self._weight_nodes.append(self._nodes.pop())
         return value
+
+    def weight_rows(self, value: str, part: Tensor) -> str:
+        """Return the rows that `part` is of the tensor that `value` is."""
+        bounds = [self.constant([n], np.int64) for n in (part.first_row, part.first_row + part.shape[0], 0)]
+        return self.weight_op("Slice", value, *bounds)
 
     def weight(self, name: str, *shape: int) -> str:
         """Return a parameter of the module in scope as float32."""

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 
 def stored(g: GraphBuilder, tensor: Tensor) -> tuple[str, str]:
-    """Return `tensor` as float16, and what it was divided by to fit: float32 []."""
+    """Return `tensor` as float16, and what it was divided by to fit: float32 []; what is stored is never a part."""
+    if tensor.whole is not None:
+        value, scale = stored(g, tensor.whole)
+        return g.weight_rows(value, tensor), scale
     g.encoded(tensor, (Part("", "F16", tensor.shape), Part(".scale", "F32", ())), quantise.half)
     return tensor.name, tensor.name + ".scale"
 

@@ -69,44 +69,6 @@ def size_of(g: GraphBuilder, x: str, axis: int) -> str:
     return g.op("Shape", x, start=axis, end=axis + 1)
 
 
-def linear(g: GraphBuilder, x: str | Sequence[str], name: str, n_in: int, n_out: int, bias: bool = False) -> str:
-    """Apply the checkpoint's linear layer `name` to the last dimension of `x`, or of several values side by side."""
-    (product,) = linear_parts(g, x, name, n_in, [n_out], bias)
-    return product
-
-
-def linear_parts(
-    g: GraphBuilder, x: str | Sequence[str], name: str, n_in: int, sizes: Sequence[int], bias: bool = False
-) -> list[str]:
-    """Apply a linear layer as `linear` does; return its columns as values of the given sizes."""
-    xs = [x] if isinstance(x, str) else list(x)
-    with g.scope(name):
-        tensor = g.tensor("weight", (sum(sizes), n_in))
-        bias_value = g.weight("bias", sum(sizes)) if bias else None
-        leading = g.shape(xs[0])[:-1]
-        if len(leading) == 1:
-            return g.target.precision.linear(g, xs, tensor, bias_value, sizes)
-        rows = [_as_rows(g, value) for value in xs]
-        products = g.target.precision.linear(g, rows, tensor, bias_value, sizes)
-        back = {
-            size: g.op("Concat", g.leading_shape(xs[0]), g.constant([size], np.int64), axis=0)
-            for size in dict.fromkeys(sizes)
-        }
-        return [
-            g.op("Reshape", product, back[size], shape=[*leading, size])
-            for product, size in zip(products, sizes, strict=True)
-        ]
-
-
-def _as_rows(g: GraphBuilder, x: str) -> str:
-    return g.once(("rows", x), lambda: g.op("Reshape", x, g.constant([-1, g.width(x)], np.int64)))
-
-
-def pieces(g: GraphBuilder, size: int) -> list[int]:
-    """Return the sizes of the values, side by side, as which `swiglu` best takes gates of `size` columns."""
-    return g.target.precision.pieces(size)
-
-
 def embedding(g: GraphBuilder, ids: str, name: str, entries: int, dim: int) -> str:
     """Look up the rows of the checkpoint's embedding `name` by int64 `ids`."""
     with g.scope(name):
@@ -136,12 +98,13 @@ def modulate(g: GraphBuilder, x: str, scale: str, shift: str) -> str:
 
 def split_heads(g: GraphBuilder, x: str, head_dim: int) -> str:
     """[batch, seq, heads * head_dim] -> [batch, seq, heads, head_dim]."""
-    return reshape(g, x, [0, 0, -1, head_dim])
+    return reshape(g, x, [0, 0, g.width(x) // head_dim, head_dim])
 
 
 def merge_heads(g: GraphBuilder, x: str) -> str:
     """[batch, seq, heads, head_dim] -> [batch, seq, heads * head_dim]."""
-    return reshape(g, x, [0, 0, -1])
+    heads, head_dim = g.sizes(x, 2)
+    return reshape(g, x, [0, 0, heads * head_dim])
 
 
 def rope_table(g: GraphBuilder, cos: str, sin: str) -> tuple[str, str]:
@@ -154,21 +117,22 @@ def rope_table(g: GraphBuilder, cos: str, sin: str) -> tuple[str, str]:
     return g.op("Slice", cos, start, end, axes, steps), g.op("Slice", sin, start, end, axes, steps)
 
 
-def rope_interleaved(g: GraphBuilder, x: str, table: tuple[str, str], heads: int, head_dim: int) -> str:
+def rope_interleaved(g: GraphBuilder, x: str, table: tuple[str, str]) -> str:
     """Rotate the pairs (0, 1), (2, 3), ... of each head: [batch, seq, heads, head_dim] -> same, heads merged.
 
     Source: apply_rotary_emb with use_real_unbind_dim=-1, diffusers embeddings.py.
     """
     cos, sin = table
     if g.target.fused:
-        return _rotary_embedding(g, merge_heads(g, x), cos, sin, heads, interleaved=1)
+        return _rotary_embedding(g, x, cos, sin, interleaved=1)
+    heads, head_dim = g.sizes(x, 2)
     pairs = g.op("Reshape", x, g.constant([0, 0, heads, head_dim // 2, 2], np.int64))
     real, imaginary = split(g, pairs, [1, 1])
     rotated = reshape(g, g.op("Concat", g.op("Neg", imaginary), real, axis=-1), [0, 0, heads, head_dim])
     return merge_heads(g, add(g, mul(g, x, cos), mul(g, rotated, sin)))
 
 
-def rope_halves(g: GraphBuilder, x: str, cos: np.ndarray, sin: np.ndarray, heads: int, head_dim: int) -> str:
+def rope_halves(g: GraphBuilder, x: str, cos: np.ndarray, sin: np.ndarray) -> str:
     """Rotate the pairs (i, i + head_dim/2) of each head by its position: shapes as `rope_interleaved`.
 
     Args:
@@ -176,34 +140,34 @@ def rope_halves(g: GraphBuilder, x: str, cos: np.ndarray, sin: np.ndarray, heads
         x: [batch, seq, heads, head_dim].
         cos: Table [positions, head_dim / 2]; a constant, since a bf16 runtime would ruin a computed one.
         sin: Likewise.
-        heads: Number of heads.
-        head_dim: Size of a head.
 
     Source: apply_rotary_pos_emb, transformers modeling_qwen3.py.
     """
     if g.target.fused:
-        return _rotary_embedding(g, merge_heads(g, x), g.constant(cos), g.constant(sin), heads, interleaved=0)
+        return _rotary_embedding(g, x, g.constant(cos), g.constant(sin), interleaved=0)
+    half = g.width(x) // 2
     # [positions, 1, head_dim], cut to [seq, 1, head_dim]
     tables = [g.constant(np.concatenate([table, table], axis=-1)[:, None, :]) for table in (cos, sin)]
     end = size_of(g, x, 1)
     symbol = str(g.shape(x)[1])
     cos_rows, sin_rows = (rows_from(g, table, 0, end, symbol, axis=0) for table in tables)
-    first, second = split(g, x, [head_dim // 2, head_dim // 2])
+    first, second = split(g, x, [half, half])
     rotated = g.op("Concat", g.op("Neg", second), first, axis=-1)
     return merge_heads(g, add(g, mul(g, x, cos_rows), mul(g, rotated, sin_rows)))
 
 
-def _rotary_embedding(g: GraphBuilder, x: str, cos: str, sin: str, heads: int, interleaved: int) -> str:
+def _rotary_embedding(g: GraphBuilder, x: str, cos: str, sin: str, interleaved: int) -> str:
     first_position = g.constant([0], np.int64)
+    merged = merge_heads(g, x)
     return g.op(
         "RotaryEmbedding",
-        x,
+        merged,
         first_position,
         cos,
         sin,
         domain=MICROSOFT,
-        like=x,
-        num_heads=heads,
+        like=merged,
+        num_heads=g.sizes(x, 2)[0],
         rotary_embedding_dim=0,
         interleaved=interleaved,
     )
@@ -218,18 +182,18 @@ def repeat_heads(g: GraphBuilder, x: str, kv_heads: int, times: int, head_dim: i
     return reshape(g, repeated, [0, 0, kv_heads * times * head_dim])
 
 
-def attention(g: GraphBuilder, q: str, k: str, v: str, heads: int, head_dim: int, bias: str = "") -> str:
+def attention(g: GraphBuilder, q: str, k: str, v: str, head_dim: int, bias: str = "") -> str:
     """Attend over [batch, seq, heads * head_dim]; `bias` [batch, 1, seq, keys] is added to the scaled scores."""
 
     def attend(q: str, k: str, v: str) -> str:
-        return _attention(g, q, k, v, heads, head_dim, bias)
+        return _attention(g, q, k, v, head_dim, bias)
 
     return g.target.precision.attention(g, q, k, v, attend)
 
 
-def _attention(g: GraphBuilder, q: str, k: str, v: str, heads: int, head_dim: int, bias: str) -> str:
+def _attention(g: GraphBuilder, q: str, k: str, v: str, head_dim: int, bias: str) -> str:
     """Attend with q, k and v of float32 or float16, of which the result is, too; `bias` is float32."""
-    scale, dtype = 1.0 / math.sqrt(head_dim), g.dtype(q)
+    scale, dtype, heads = 1.0 / math.sqrt(head_dim), g.dtype(q), g.width(q) // head_dim
     if g.target.fused:
         if bias and dtype != TensorProto.FLOAT:
             bias = g.once(("half", bias), lambda: g.cast(g.op("Max", bias, g.constant(LOWEST_HALF)), dtype))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from onnx import TensorProto
 
 from fluxonnx.checkpoint import Tensor
 from fluxonnx.errors import UsageError
-from fluxonnx.export import half, int8, ops, quantise
+from fluxonnx.export import half, int8, linears, ops, quantise
 from fluxonnx.export.graph import MICROSOFT, Part
 from fluxonnx.machine import adds_int8_products_exactly
 
@@ -61,22 +60,33 @@ class Precision:
         return g.weight_op("Cast", value, to=TensorProto.FLOAT)
 
     def pieces(self, size: int) -> list[int]:
-        """Return the widths of the values that hold `size` columns between the linears of a feed-forward."""
+        """Return the sizes of the values that hold `size` columns between the linears of a feed-forward."""
         return [size]
 
+    def runs(self, tensor: Tensor, size: int, unit: int) -> int:
+        """Return in how many runs `size` columns of a product with `tensor` lie, each of a multiple of `unit`."""
+        return 1
+
     def linear(
-        self, g: GraphBuilder, xs: Sequence[str], tensor: Tensor, bias: str | None, sizes: Sequence[int]
+        self,
+        g: GraphBuilder,
+        xs: Sequence[str],
+        tensor: Tensor,
+        bias: str | None,
+        sizes: Sequence[int],
+        runs: Sequence[int],
     ) -> list[str]:
         """Multiply rows by `tensor` [out, in] as the checkpoint has it, and add `bias` [out].
 
         Args:
             g: The graph.
-            xs: Values that side by side are [rows, in].
+            xs: Values [rows, n] or [runs, rows, n] that side by side are [rows, in].
             tensor: The weight.
             bias: What is added.
             sizes: Columns of each of the values that the result [rows, out] is returned as.
+            runs: What `runs` returned for each of them: [runs, rows, size / runs] is returned, [rows, size] for 1.
         """
-        return ops.split(g, self.product(g, ops.concat(g, *xs, axis=-1), tensor, bias), sizes)
+        return ops.split(g, self.product(g, linears.side_by_side(g, xs), tensor, bias), sizes)
 
     def product(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str | None) -> str:
         """Multiply the rows of `x` [rows, in] by `tensor` [out, in], and add `bias` [out]."""
@@ -116,6 +126,12 @@ class Float32(Precision):
     def stored_dtype(self, tensor: Tensor) -> str:
         """Return F32, whatever the checkpoint has."""
         return "F32"
+
+    def weight(self, g: GraphBuilder, tensor: Tensor) -> str:
+        """Return `tensor` as a float32 value; what is stored has the checkpoint's names, so no parts."""
+        if tensor.whole is not None:
+            return g.weight_rows(self.weight(g, tensor.whole), tensor)
+        return super().weight(g, tensor)
 
 
 class Float16(Precision):
@@ -179,7 +195,7 @@ class Quantised(Precision):
 
     def keeps(self, tensor: Tensor) -> bool:
         """Whether the layer with this weight was asked to stay as the checkpoint has it."""
-        return bool(self.keep and self.keep.search(tensor.name))
+        return bool(self.keep and self.keep.search((tensor.whole or tensor).name))
 
     def quantises(self, tensor: Tensor) -> bool:
         """Whether the linear with this weight has few bits; what has few bits already keeps them."""
@@ -188,7 +204,13 @@ class Quantised(Precision):
         return tensor.name.startswith(BLOCKS) and not self.keeps(tensor)
 
     def linear(
-        self, g: GraphBuilder, xs: Sequence[str], tensor: Tensor, bias: str | None, sizes: Sequence[int]
+        self,
+        g: GraphBuilder,
+        xs: Sequence[str],
+        tensor: Tensor,
+        bias: str | None,
+        sizes: Sequence[int],
+        runs: Sequence[int],
     ) -> list[str]:
         """Multiply as `Precision.linear` does, by parts of a weight that is kept.
 
@@ -196,10 +218,10 @@ class Quantised(Precision):
         slow.
         """
         if len(sizes) == 1 or self.quantises(tensor):
-            return super().linear(g, xs, tensor, bias, sizes)
-        x, product = ops.concat(g, *xs, axis=-1), super().product  # a part is kept whatever its name
+            return super().linear(g, xs, tensor, bias, sizes, runs)
+        x = linears.side_by_side(g, xs)
         biases = ops.split(g, bias, sizes) if bias else [None] * len(sizes)
-        return [product(g, x, part, added) for part, added in zip(tensor.split(sizes), biases, strict=True)]
+        return [self.product(g, x, part, added) for part, added in zip(tensor.split(sizes), biases, strict=True)]
 
 
 class Int8(Quantised):
@@ -252,20 +274,30 @@ class Int8(Quantised):
         return NARROWING_ROTATION if n_in > n_out and n_in % NARROWING_ROTATION == 0 else 0
 
     def pieces(self, size: int) -> list[int]:
-        """Return widths of at most `PIECE`."""
-        return [min(PIECE, size - start) for start in range(0, size, PIECE)]
+        """Return as many runs at a time as `RUNS`, or a little fewer so that all pieces are alike."""
+        width = int8.width_of_runs(size, 1)
+        count = size // width
+        values = -(-count // RUNS)
+        return [(count // values + (i < count % values)) * width for i in range(values)]
+
+    def runs(self, tensor: Tensor, size: int, unit: int) -> int:
+        """Return as many as make their products fast."""
+        return size // int8.width_of_runs(size, unit) if self.quantises(tensor) else 1
 
     def linear(
-        self, g: GraphBuilder, xs: Sequence[str], tensor: Tensor, bias: str | None, sizes: Sequence[int]
+        self,
+        g: GraphBuilder,
+        xs: Sequence[str],
+        tensor: Tensor,
+        bias: str | None,
+        sizes: Sequence[int],
+        runs: Sequence[int],
     ) -> list[str]:
-        """Multiply as `Precision.linear` does, with a product for each piece of each of `sizes`."""
+        """Multiply as `Precision.linear` does, in integers."""
         if not self.quantises(tensor):
-            return super().linear(g, xs, tensor, bias, sizes)
+            return super().linear(g, xs, tensor, bias, sizes, runs)
         levels = 127 if tensor.quantisation else self.levels
-        groups = [self.pieces(size) for size in sizes]
-        flat = [piece for group in groups for piece in group]
-        products = iter(int8.linear(g, xs, tensor, bias, flat, levels, self.rotation(tensor), self.paired))
-        return [ops.concat(g, *islice(products, len(group)), axis=-1) for group in groups]
+        return int8.linear(g, xs, tensor, bias, sizes, runs, levels, self.rotation(tensor), self.paired)
 
     def conv(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str, bands: int | None, **attributes: Any) -> str:
         """Convolve as `Precision.conv` does, in integers where that is exact and pays.
@@ -352,11 +384,8 @@ class Int4(Quantised):
 ROTATION = 256
 # Enough to make the products of SwiGLU look normal, at a quarter of the work.
 NARROWING_ROTATION = 64
-# Columns of a product, a multiple of the rotations: sums stay in the processor's caches then. onnxruntime shares a
-# product between threads by rows if it has no more columns than rows, and by columns otherwise, when both write into
-# the same rows. That can cost up to half of the speed, maybe as they fetch each other's sums ahead (768 rows, GOPS in a
-# bad minute, packed and not: 790 and 760 with 512 columns, 640 and 340 with 1024).
-PIECE = 512
+# Runs of columns that go through a feed-forward together: enough to share out among threads, few enough to stay near.
+RUNS = 12
 # Inputs of a convolution from which on integers are worth it (3x3 at the decoder's sizes, milliseconds in float32 and
 # integers: 512 inputs 87 and 29, 256 inputs 87 and 41, 128 inputs 93 and 73).
 CONV_CHANNELS = 256

@@ -15,6 +15,7 @@ from fluxonnx.checkpoint import Config
 from fluxonnx.errors import CheckpointError
 from fluxonnx.export import ops
 from fluxonnx.export.graph import GraphBuilder
+from fluxonnx.export.linears import linear, linear_parts, pieces
 
 # Prompts are cut and padded to this (tokenizer_max_length, pipeline_flux2_klein.py), so the rope table ends here.
 MAX_POSITIONS = 512
@@ -150,20 +151,20 @@ def self_attention(g: GraphBuilder, c: TextEncoderConfig, x: str, keys: str, bia
     """Grouped-query attention over [batch, seq, hidden], of which only the first `keys` tokens are seen by any."""
     with g.scope("self_attn"):
         q_dim, kv_dim = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        q = ops.split_heads(g, ops.linear(g, x, "q_proj", c.hidden, q_dim, c.bias), c.head_dim)
+        q = ops.split_heads(g, linear(g, x, "q_proj", c.hidden, q_dim, c.bias), c.head_dim)
         seen = ops.rows_from(g, x, 0, keys, "keys")
-        k = ops.split_heads(g, ops.linear(g, seen, "k_proj", c.hidden, kv_dim, c.bias), c.head_dim)
-        v = ops.linear(g, seen, "v_proj", c.hidden, kv_dim, c.bias)
-        q = ops.rope_halves(g, ops.rms_norm(g, q, "q_norm", c.head_dim, c.eps), *rope, c.heads, c.head_dim)
-        k = ops.rope_halves(g, ops.rms_norm(g, k, "k_norm", c.head_dim, c.eps), *rope, c.kv_heads, c.head_dim)
+        k = ops.split_heads(g, linear(g, seen, "k_proj", c.hidden, kv_dim, c.bias), c.head_dim)
+        v = linear(g, seen, "v_proj", c.hidden, kv_dim, c.bias)
+        q = ops.rope_halves(g, ops.rms_norm(g, q, "q_norm", c.head_dim, c.eps), *rope)
+        k = ops.rope_halves(g, ops.rms_norm(g, k, "k_norm", c.head_dim, c.eps), *rope)
         k, v = (ops.repeat_heads(g, t, c.kv_heads, c.heads // c.kv_heads, c.head_dim) for t in (k, v))
-        mixed = ops.attention(g, q, k, v, c.heads, c.head_dim, bias)
-        return ops.linear(g, mixed, "o_proj", q_dim, c.hidden, c.bias)
+        mixed = ops.attention(g, q, k, v, c.head_dim, bias)
+        return linear(g, mixed, "o_proj", q_dim, c.hidden, c.bias)
 
 
 def mlp(g: GraphBuilder, c: TextEncoderConfig, x: str) -> str:
     """[batch, seq, hidden] -> same."""
     with g.scope("mlp"):
-        sizes = ops.pieces(g, c.intermediate)
-        halves = [part for name in ("gate_proj", "up_proj") for part in ops.linear_parts(g, x, name, c.hidden, sizes)]
-        return ops.linear(g, ops.swiglu(g, halves), "down_proj", c.intermediate, c.hidden)
+        sizes = pieces(g, c.intermediate)
+        halves = [part for name in ("gate_proj", "up_proj") for part in linear_parts(g, x, name, c.hidden, sizes)]
+        return linear(g, ops.swiglu(g, halves), "down_proj", sizes, c.hidden)

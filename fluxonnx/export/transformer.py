@@ -14,6 +14,7 @@ from fluxonnx.checkpoint import Config
 from fluxonnx.errors import CheckpointError
 from fluxonnx.export import ops
 from fluxonnx.export.graph import GraphBuilder
+from fluxonnx.export.linears import alike, linear, linear_parts, pieces
 
 UNUSED: tuple[str, ...] = ()
 
@@ -124,30 +125,31 @@ def transformer(
     (single_mod,) = modulation(g, c, "single_stream_modulation", temb, sets=1)
 
     text_seq = ops.size_of(g, text, 1)
-    image = ops.linear(g, image, "x_embedder", c.in_channels, c.dim)
-    text = ops.linear(g, text, "context_embedder", c.text_dim, c.dim)
+    image = linear(g, image, "x_embedder", c.in_channels, c.dim)
+    text = linear(g, text, "context_embedder", c.text_dim, c.dim)
     for i in range(c.double_layers):
         with g.scope("transformer_blocks", i):
             image, text = double_block(g, c, image, text, image_mods, text_mods, rope, text_seq)
 
     tokens = ops.concat(g, text, image, axis=1)
     for i in range(c.single_layers):
+        last = i == c.single_layers - 1
         with g.scope("single_transformer_blocks", i):
-            tokens = single_block(g, c, tokens, single_mod, rope)
+            tokens = single_block(g, c, tokens, single_mod, rope, text_seq if last else None)
 
-    image = ops.rows_from(g, tokens, text_seq, np.iinfo(np.int64).max, "image_seq")
+    image = tokens
     with g.scope("norm_out"):
         # scale comes first here, unlike in the modulations (AdaLayerNormContinuous, diffusers normalization.py)
-        scale, shift = per_token(g, ops.linear_parts(g, temb, "linear", c.dim, [c.dim] * 2))
+        scale, shift = per_token(g, linear_parts(g, temb, "linear", c.dim, [c.dim] * 2))
         image = ops.modulate(g, ops.layer_norm(g, image, c.dim, c.eps), scale, shift)
-    return ops.linear(g, image, "proj_out", c.dim, c.out_channels)
+    return linear(g, image, "proj_out", c.dim, c.out_channels)
 
 
 def timestep_embedding(g: GraphBuilder, c: TransformerConfig, timestep: str) -> str:
     """[batch, features] -> [batch, dim]."""
     with g.scope("time_guidance_embed"), g.scope("timestep_embedder"):
-        hidden = ops.silu(g, ops.linear(g, timestep, "linear_1", c.timestep_channels, c.dim))
-        return ops.linear(g, hidden, "linear_2", c.dim, c.dim)
+        hidden = ops.silu(g, linear(g, timestep, "linear_1", c.timestep_channels, c.dim))
+        return linear(g, hidden, "linear_2", c.dim, c.dim)
 
 
 def per_token(g: GraphBuilder, values: list[str]) -> list[str]:
@@ -158,7 +160,7 @@ def per_token(g: GraphBuilder, values: list[str]) -> list[str]:
 def modulation(g: GraphBuilder, c: TransformerConfig, name: str, temb: str, sets: int) -> list[Modulation]:
     """Return the modulations of one stream, shared by all its blocks; `temb` [batch, dim] has been through silu."""
     with g.scope(name):
-        parts = per_token(g, ops.linear_parts(g, temb, "linear", c.dim, [c.dim] * 3 * sets))
+        parts = per_token(g, linear_parts(g, temb, "linear", c.dim, [c.dim] * 3 * sets))
     return [Modulation(*parts[3 * i : 3 * i + 3]) for i in range(sets)]
 
 
@@ -200,56 +202,68 @@ def joint_attention(
 ) -> tuple[str, str]:
     """Let all text and image tokens attend to each other; each stream has its own projections."""
     with g.scope("attn"):
-        q, k, v = (
-            ops.concat(
-                g,
-                projected(g, c, text, f"add_{kind}_proj", text_norm),
-                projected(g, c, image, f"to_{kind}", image_norm),
-                axis=1,
-            )
-            for kind, text_norm, image_norm in (
-                ("q", "norm_added_q", "norm_q"),
-                ("k", "norm_added_k", "norm_k"),
-                ("v", None, None),
-            )
-        )
-        mixed = attend(g, c, q, k, v, rope)
+        layers = [(text, f"add_{kind}_proj") for kind in "qkv"] + [(image, f"to_{kind}") for kind in "qkv"]
+        columns = (part for x, name in layers for part in linear_parts(g, x, name, c.dim, [c.dim], unit=c.head_dim))
+        text_q, text_k, text_v, image_q, image_k, image_v = alike(g, c.dim, *columns)
+        q = ops.concat(g, heads(g, c, text_q, "norm_added_q"), heads(g, c, image_q, "norm_q"), axis=1)
+        k = ops.concat(g, heads(g, c, text_k, "norm_added_k"), heads(g, c, image_k, "norm_k"), axis=1)
+        v = ops.concat(g, text_v, image_v, axis=1)
+        mixed = ops.attention(g, ops.rope_interleaved(g, q, rope), ops.rope_interleaved(g, k, rope), v, c.head_dim)
         text_out = ops.rows_from(g, mixed, 0, text_seq, "text_seq")
-        image_out = ops.rows_from(g, mixed, text_seq, np.iinfo(np.int64).max, "image_seq")
+        image_out = rows_of_image(g, mixed, text_seq)
         return (
-            ops.linear(g, image_out, "to_out.0", c.dim, c.dim),
-            ops.linear(g, text_out, "to_add_out", c.dim, c.dim),
+            linear(g, image_out, "to_out.0", c.dim, c.dim),
+            linear(g, text_out, "to_add_out", c.dim, c.dim),
         )
 
 
-def projected(g: GraphBuilder, c: TransformerConfig, x: str, name: str, norm: str | None) -> str:
-    """[batch, seq, dim] -> [batch, seq, heads, head_dim], normalised per head."""
-    heads = ops.split_heads(g, ops.linear(g, x, name, c.dim, c.dim), c.head_dim)
-    return ops.rms_norm(g, heads, norm, c.head_dim, c.eps) if norm else heads
+def rows_of_image(g: GraphBuilder, x: str, text_seq: str, axis: int = 1) -> str:
+    """Return what comes after the rows of the text."""
+    return ops.rows_from(g, x, text_seq, np.iinfo(np.int64).max, "image_seq", axis)
 
 
-def attend(g: GraphBuilder, c: TransformerConfig, q: str, k: str, v: str, rope: tuple[str, str]) -> str:
-    """[batch, seq, heads, head_dim] each -> [batch, seq, dim]."""
-    q = ops.rope_interleaved(g, q, rope, c.heads, c.head_dim)
-    k = ops.rope_interleaved(g, k, rope, c.heads, c.head_dim)
-    return ops.attention(g, q, k, ops.merge_heads(g, v), c.heads, c.head_dim)
+def heads(g: GraphBuilder, c: TransformerConfig, x: str, norm: str) -> str:
+    """[batch, seq, heads * head_dim] -> [batch, seq, heads, head_dim], normalised per head."""
+    return ops.rms_norm(g, ops.split_heads(g, x, c.head_dim), norm, c.head_dim, c.eps)
 
 
 def feed_forward(g: GraphBuilder, c: TransformerConfig, x: str, name: str) -> str:
     """[batch, seq, dim] -> same."""
     with g.scope(name):
-        halves = ops.linear_parts(g, x, "linear_in", c.dim, 2 * ops.pieces(g, c.mlp_dim))
-        return ops.linear(g, ops.swiglu(g, halves), "linear_out", c.mlp_dim, c.dim)
+        sizes = pieces(g, c.mlp_dim)
+        halves = linear_parts(g, x, "linear_in", c.dim, 2 * sizes)
+        return linear(g, ops.swiglu(g, halves), "linear_out", sizes, c.dim)
 
 
-def single_block(g: GraphBuilder, c: TransformerConfig, x: str, mod: Modulation, rope: tuple[str, str]) -> str:
-    """Attention and feed-forward side by side, sharing one projection in and one out: x [batch, seq, dim]."""
+def single_block(
+    g: GraphBuilder, c: TransformerConfig, x: str, mod: Modulation, rope: tuple[str, str], text_seq: str | None
+) -> str:
+    """Attention and feed-forward side by side, sharing one projection in and one out.
+
+    Args:
+        g: The graph.
+        c: Its sizes.
+        x: [batch, seq, dim].
+        mod: The modulation.
+        rope: The tables of all tokens.
+        text_seq: How many tokens of text there are, int64 [1], if only what comes after them is wanted; else None.
+
+    Returns:
+        [batch, seq, dim] of the tokens that are wanted, which attend to all.
+    """
     normal = modulated_norm(g, c, x, mod, "norm")
+    wanted, rope_of_wanted = normal, rope
+    if text_seq is not None:
+        x, wanted = (rows_of_image(g, value, text_seq) for value in (x, normal))
+        cos, sin = (rows_of_image(g, table, text_seq, axis=0) for table in rope)
+        rope_of_wanted = cos, sin
     with g.scope("attn"):
-        sizes = [c.dim] * 3 + 2 * ops.pieces(g, c.mlp_dim)
-        q, k, v, *halves = ops.linear_parts(g, normal, "to_qkv_mlp_proj", c.dim, sizes)
-        q = ops.rms_norm(g, ops.split_heads(g, q, c.head_dim), "norm_q", c.head_dim, c.eps)
-        k = ops.rms_norm(g, ops.split_heads(g, k, c.head_dim), "norm_k", c.head_dim, c.eps)
-        mixed = attend(g, c, q, k, ops.split_heads(g, v, c.head_dim), rope)
-        update = ops.linear(g, [mixed, *ops.swiglu(g, halves)], "to_out", c.dim + c.mlp_dim, c.dim)
+        sizes = pieces(g, c.mlp_dim)
+        inputs = [wanted, normal, normal] + [wanted] * 2 * len(sizes)
+        projections = linear_parts(g, inputs, "to_qkv_mlp_proj", c.dim, [c.dim] * 3 + 2 * sizes, unit=c.head_dim)
+        q, k, v, *halves = projections
+        q = ops.rope_interleaved(g, heads(g, c, q, "norm_q"), rope_of_wanted)
+        k = ops.rope_interleaved(g, heads(g, c, k, "norm_k"), rope)
+        mixed = ops.attention(g, q, k, v, c.head_dim)
+        update = linear(g, [mixed, *ops.swiglu(g, halves)], "to_out", [c.dim, *sizes], c.dim)
     return gated_add(g, x, mod, update)

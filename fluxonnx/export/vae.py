@@ -15,6 +15,7 @@ from fluxonnx.checkpoint import Config
 from fluxonnx.errors import CheckpointError
 from fluxonnx.export import ops
 from fluxonnx.export.graph import GraphBuilder
+from fluxonnx.export.linears import linear
 
 # Encoder and Decoder of diffusers' vae.py fix this for every norm.
 EPS = 1e-6
@@ -198,6 +199,6 @@ def spatial_attention(g: GraphBuilder, c: VaeConfig, x: str, channels: int) -> s
     """Every pixel of [batch, channels, h, w] attends to all others, in one head."""
     normal = ops.group_norm(g, x, "group_norm", channels, c.groups, EPS)
     pixels = g.op("Transpose", ops.reshape(g, normal, [0, 0, -1]), perm=[0, 2, 1])  # [batch, h * w, channels]
-    q, k, v = (ops.linear(g, pixels, name, channels, channels, bias=True) for name in ("to_q", "to_k", "to_v"))
-    mixed = ops.linear(g, ops.attention(g, q, k, v, 1, channels), "to_out.0", channels, channels, bias=True)
+    q, k, v = (linear(g, pixels, name, channels, channels, bias=True) for name in ("to_q", "to_k", "to_v"))
+    mixed = linear(g, ops.attention(g, q, k, v, channels), "to_out.0", channels, channels, bias=True)
     return g.op("Reshape", g.op("Transpose", mixed, perm=[0, 2, 1]), g.op("Shape", x), shape=g.shape(x))

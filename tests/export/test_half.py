@@ -32,7 +32,7 @@ TOLERANCE = 2e-3
 
 # Operators that may see a float16: the products, and what moves or scales their operands.
 PRODUCTS = {"Gemm", "Conv", "MatMul", "MultiHeadAttention"}
-AROUND_PRODUCTS = {"Cast", "Gather", "Reshape", "Transpose", "Mul"}
+AROUND_PRODUCTS = {"Cast", "Gather", "Reshape", "Slice", "Transpose", "Mul"}
 
 
 @pytest.fixture(scope="module")
