@@ -93,9 +93,7 @@ def run_openvino(
     ends: list[float] = []
     with api.load(model, precision=precision, flavour="portable") as flux:
         files = {name: component.graph for name, component in flux._build.components.items()}
-        flux._models._open = lambda component, pack=False: OpenVinoSession(
-            Path(model) / files[component], component, threads
-        )
+        flux._models._open = lambda component: OpenVinoSession(Path(model) / files[component], component, threads)
         flux.generate(
             prompt,
             width,

@@ -41,21 +41,16 @@ def attribute(name: str, value: Any) -> Change:
     return lambda settings: setattr(settings, name, value)
 
 
-# What is changed, and whether weights are packed.
-VARIANTS: dict[str, tuple[Change | None, bool]] = {
-    "as it is, packed": (None, True),
-    "not packed": (None, False),
+VARIANTS: dict[str, Change] = {
+    "as it is": lambda settings: None,
     # Only where onnxruntime chooses how many threads there are does it bind each to a core.
-    "threads not pinned": (attribute("intra_op_num_threads", os.cpu_count()), True),
-    "threads do not spin": (config("session.intra_op.allow_spinning", "0"), True),
-    "memory pattern": (attribute("enable_mem_pattern", True), True),
-    "buffers wait to be reused": (attribute("enable_mem_reuse", True), True),
-    "no arena": (attribute("enable_cpu_mem_arena", False), True),
-    "denormals are zero": (config("session.set_denormal_as_zero", "1"), True),
-    "graph optimisation": (
-        attribute("graph_optimization_level", onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL),
-        True,
-    ),
+    "threads not pinned": attribute("intra_op_num_threads", os.cpu_count()),
+    "threads do not spin": config("session.intra_op.allow_spinning", "0"),
+    "memory pattern": attribute("enable_mem_pattern", True),
+    "buffers wait to be reused": attribute("enable_mem_reuse", True),
+    "no arena": attribute("enable_cpu_mem_arena", False),
+    "denormals are zero": config("session.set_denormal_as_zero", "1"),
+    "graph optimisation": attribute("graph_optimization_level", onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL),
 }
 
 
@@ -78,18 +73,17 @@ def inputs_of(path: Path, image_tokens: int) -> dict[str, np.ndarray]:
     }
 
 
-def measure(path: Path, build: Build, inputs: dict[str, np.ndarray], change: Change | None, pack: bool) -> list[float]:
+def measure(path: Path, build: Build, inputs: dict[str, np.ndarray], change: Change) -> list[float]:
     """Return the seconds to open a session, and of its second run."""
     opener = onnxruntime.InferenceSession
 
     def changed(path: str, settings: onnxruntime.SessionOptions, **options: Any) -> onnxruntime.InferenceSession:
-        if change:
-            change(settings)
+        change(settings)
         return opener(path, settings, **options)
 
     with mock.patch.object(onnxruntime, "InferenceSession", changed):
         start = time.perf_counter()
-        with Session(path, "transformer", SessionOptions(), build, pack) as session:
+        with Session(path, "transformer", SessionOptions(), build) as session:
             opened = time.perf_counter() - start
             session.run(**inputs)
             start = time.perf_counter()
@@ -118,8 +112,8 @@ def main() -> int:
     inputs = inputs_of(path, width * height // 256)
     found: dict[str, list[list[float]]] = {name: [] for name in VARIANTS}
     for _ in range(arguments.repeat):
-        for name, (change, pack) in VARIANTS.items():
-            found[name].append(measure(path, build, inputs, change, pack))
+        for name, change in VARIANTS.items():
+            found[name].append(measure(path, build, inputs, change))
     medians = {name: [middle(values) or 0.0 for values in zip(*runs, strict=True)] for name, runs in found.items()}
     base = next(iter(medians.values()))[1]
     here = machine()

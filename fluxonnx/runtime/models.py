@@ -9,20 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from fluxonnx.errors import CheckpointError
-from fluxonnx.machine import available_memory
 from fluxonnx.manifest import COMPONENTS, Build
-from fluxonnx.runtime.providers import CPU
 from fluxonnx.runtime.reading import Span, Touching, is_in_memory, read_ahead, rows_and_rest, whole
 from fluxonnx.runtime.sampler import Velocity
 from fluxonnx.runtime.schedule import timestep
 from fluxonnx.runtime.session import Session, SessionOptions
 from fluxonnx.runtime.tiles import Tiling, in_tiles
-
-# Packing 8-bit weights costs 0.8 to 2.8 ns a byte, most of it for new memory, and saves 0.2 to 0.7 ps a byte and token
-# (measured on the 4B transformer).
-WORTH_PACKING = 6000
-# What has to be free besides the packed weights.
-SPARE = 2 << 30
 
 # The text encoder's largest weight, of which a prompt needs a row per token.
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -47,9 +39,9 @@ class Models:
         self._text_encoder: Session | None = None
         self._transformer_is_new = False
 
-    def _open(self, component: str, pack: bool = False) -> Session:
+    def _open(self, component: str) -> Session:
         graph = self._root / self._build.components[component].graph
-        return Session(graph, component, self._options, self._build, pack)
+        return Session(graph, component, self._options, self._build)
 
     def prompt_embeds(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         """int64 [batch, seq] twice -> f32 [batch, seq, 3 * hidden]; the encoder stays loaded until it is released."""
@@ -85,19 +77,13 @@ class Models:
             return np.concatenate([in_tiles(decode, one[None], tiling, 1, tiling.unit) for one in latents])
 
     @contextmanager
-    def transformer(self, tokens: int) -> Iterator[Transformer]:
-        """Load the transformer for the length of a `with` block, in which it will see so many tokens in all."""
-        pack = (
-            self._options.provider == CPU
-            and not self._options.low_memory
-            and tokens >= WORTH_PACKING
-            and self._weight_bytes("transformer") + SPARE < available_memory()
-        )
+    def transformer(self) -> Iterator[Transformer]:
+        """Load the transformer for the length of a `with` block."""
         spans = self._spans("transformer")
         read_ahead(spans)
         with Touching(spans if self._transformer_is_new else ()) as touching:
             self._transformer_is_new = False
-            with self._open("conditioning") as conditioning, self._open("transformer", pack) as transformer:
+            with self._open("conditioning") as conditioning, self._open("transformer") as transformer:
                 touching.wait()
                 yield Transformer(conditioning, transformer)
 
@@ -110,9 +96,6 @@ class Models:
         for file in self._weights(component):
             spans += [whole(file)] if input_ids is None else rows_and_rest(file, EMBEDDINGS, np.unique(input_ids))
         return spans
-
-    def _weight_bytes(self, component: str) -> int:
-        return sum(file.stat().st_size for file in self._weights(component))
 
     def _weights(self, component: str) -> list[Path]:
         return [self._root / name for name in self._build.components[component].weights]

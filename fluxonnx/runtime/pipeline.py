@@ -227,10 +227,7 @@ class Flux:
             sigmas = sigmas[start_step(len(sigmas) - 1, request.strength) :]
         if start is not None:
             latents = sigmas[0] * noise + (1 - sigmas[0]) * pack(start)
-        text = sum(embed.shape[1] for embed in embeds)
-        image = rows * columns + sum(reference[0, 0].size for reference in references)
-        tokens = (text + len(embeds) * image) * (len(sigmas) - 1) * len(seeds)
-        with self.phases("load transformer"), self._models.transformer(tokens) as transformer:
+        with self.phases("load transformer"), self._models.transformer() as transformer:
             velocity = _velocity(transformer, request, embeds, (rows, columns), references, len(seeds))
             with self.phases("denoise"):
                 for step in sample(velocity, latents, sigmas, request.sampler):

@@ -25,8 +25,10 @@ ALWAYS_ON_CPU = ("conditioning",)
 # convolutions are only laid out for the CPU's caches when their weights are constants.
 STREAMED = ("text_encoder", "transformer")
 
-# Each product with 8-bit weights packs a copy of its own, and in the decoder all bands of rows have the same weights.
-PACKED_IF_ASKED = (*STREAMED, "vae_decoder")
+# Graphs with products of 8-bit weights. onnxruntime would lay these out for the processor first, as a copy in memory
+# that takes seconds to make, except where they lie in runs; as such they are multiplied about as fast. Each product has
+# a copy of its own, and in the decoder all bands of rows have the same weights.
+NOT_PACKED = (*STREAMED, "vae_decoder")
 
 
 # observe(component, inputs by name, outputs)
@@ -41,8 +43,7 @@ class SessionOptions:
         threads: Threads per operator; None for one per core.
         profile: Told how long each operator took; None to run without onnxruntime's profiler.
         observe: Called after each run with the component's name, its inputs and its outputs.
-        low_memory: Weights are never packed, one picture is made at a time, and large ones are encoded and decoded in
-            tiles.
+        low_memory: One picture is made at a time, and large ones are encoded and decoded in tiles.
         provider: What computes, see `providers`.
     """
 
@@ -62,9 +63,7 @@ class SessionOptions:
 class Session:
     """One graph, loaded: a context manager, since its memory is worth giving back early."""
 
-    def __init__(
-        self, path: Path, component: str, options: SessionOptions, build: Build | None = None, pack: bool = False
-    ) -> None:
+    def __init__(self, path: Path, component: str, options: SessionOptions, build: Build | None = None) -> None:
         """Load the graph at `path`, a `component` of some `build`.
 
         Args:
@@ -72,8 +71,6 @@ class Session:
             component: Which one it is.
             options: How graphs are run.
             build: What is known about how it was made.
-            pack: Whether 8-bit weights are laid out for the processor first: a copy of them in memory and seconds of
-                start-up, for faster products.
 
         Raises:
             FluxonnxError: onnxruntime can't load it, or can't start the provider.
@@ -101,7 +98,7 @@ class Session:
             # These graphs are exported as onnxruntime would make them; to look for more is half of the time to open one
             # (11500 nodes: 0.95 s with, 0.45 s without). To make weights unsigned is the work of one of the optimisers.
             settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if component in PACKED_IF_ASKED and build is not None and build.precision == "int8" and not pack:
+        if component in NOT_PACKED and build is not None and build.precision == "int8":
             settings.add_session_config_entry("session.disable_prepacking", "1")
         if options.profile is not None:
             options.profile.start(settings, component)

@@ -64,10 +64,10 @@ def test_new_memory_is_touched_once(opened, monkeypatch, touched):
     opened.prompt_embeds(IDS, MASK)
     opened.release_text_encoder()
     for _ in range(2):
-        with opened.transformer(8):
+        with opened.transformer():
             pass
     opened.prompt_embeds(IDS, MASK)
     opened.release_text_encoder()
-    with opened.transformer(8):
+    with opened.transformer():
         pass
     assert [len(spans) for spans in touched] == [2, 0, 0]

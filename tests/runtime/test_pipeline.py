@@ -313,27 +313,3 @@ def test_guidance_1_skips_the_unconditional_pass(base, monkeypatch):
     assert len(runs) == 2
     base.generate("a", 64, 64, steps=2)
     assert len(runs) == 6
-
-
-def test_weights_are_packed_where_it_pays_and_fits(copy_of, monkeypatch):
-    """For many tokens, if there is memory; the picture is the same, since products of integers are exact."""
-    root = copy_of(Case("odd-heads"))
-    packed = []
-    real = models.Session.__init__
-
-    def remember(self, path, component, options, build=None, pack=False):
-        if component == "transformer":
-            packed.append(pack)
-        real(self, path, component, options, build, pack)
-
-    monkeypatch.setattr(models.Session, "__init__", remember)
-    pictures = []
-    for steps, memory in ((1, 1 << 40), (16, 1 << 40), (16, 1 << 30)):
-        monkeypatch.setattr(models, "available_memory", lambda memory=memory: memory)
-        with fluxonnx.load(root, precision="int8") as flux:
-            pictures.append(np.asarray(flux.generate("x", 64, 64, steps=steps, seed=1)))
-    with fluxonnx.load(root, precision="int8", low_memory=True) as flux:
-        monkeypatch.setattr(models, "available_memory", lambda: 1 << 40)
-        flux.generate("a", 64, 64, 16, 1)
-    assert packed == [False, True, False, False]
-    np.testing.assert_array_equal(pictures[1], pictures[2])
