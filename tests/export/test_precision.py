@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -167,6 +168,23 @@ def test_runs_are_the_whole(checkpoints, tmp_path, monkeypatch, name, component,
     assert many["MatMulIntegerToFloat"] + many["MatMulInteger"] > few["MatMulIntegerToFloat"] + few["MatMulInteger"]
     assert many["Transpose"] > few["Transpose"]
     assert distance(runs, whole) < 1e-6
+
+
+@pytest.mark.parametrize("keep", ["add_k_proj|linear_out", r"to_qkv_mlp_proj\.weight$", r"attn\.to_(v|out)"])
+def test_runs_beside_kept_layers(copy, monkeypatch, keep):
+    """What is kept has its columns side by side, and may be put together with, or read, what has not."""
+    monkeypatch.setattr(precision, "RUNS", 2)
+    found = []
+    for widths in ((), (48, 32, 16)):
+        monkeypatch.setattr(int8, "RUN_WIDTHS", widths)
+        export(copy, precision="int8", components=["transformer"], keep=keep, force=True)
+        found.append(run(copy, "transformer", "int8"))
+    assert distance(*found) < 1e-6
+    (file,) = read_manifest(copy).builds["int8"].components["transformer"].weights
+    stored = read_header(copy / file)
+    kept = {name for name in stored if re.search(keep, re.sub(r"(\.\d+)+$", "", name)) and "scale" not in name}
+    assert kept
+    assert all(stored[name].dtype != "I8" for name in kept)
 
 
 @pytest.mark.parametrize("flavour", ["ort", "portable"])
