@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,7 +68,8 @@ def linear_parts(
     xs = [x] * len(sizes) if isinstance(x, str) else x
     with g.scope(name):
         tensor = g.tensor("weight", (sum(sizes), n_in))
-        groups = [(key, [size for _, size in group]) for key, group in groupby(zip(xs, sizes, strict=True), _first)]
+        of_each_input = groupby(zip(xs, sizes, strict=True), itemgetter(0))
+        groups = [(value, [size for _, size in group]) for value, group in of_each_input]
         parts = [tensor] if len(groups) == 1 else tensor.split([sum(group) for _, group in groups])
         results = []
         for part, (value, group) in zip(parts, groups, strict=True):
@@ -99,10 +101,6 @@ def side_by_side(g: GraphBuilder, xs: Sequence[str]) -> str:
         value = _transposed(g, x)
         plain.append(value if value == x else g.op("Reshape", value, g.constant([-1, size], np.int64)))
     return ops.concat(g, *plain, axis=-1)
-
-
-def _first(pair: tuple[str, int]) -> str:
-    return pair[0]
 
 
 def _known(size: Dim) -> int:
