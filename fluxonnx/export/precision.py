@@ -35,6 +35,8 @@ class Precision:
     self_contained = False
     # Whether it can multiply by weights that are integers in the checkpoint.
     takes_integers = False
+    # Whether convolutions are computed with float32 kernels, which may then be sums of those in the file.
+    sums_kernels = True
 
     def settings(self) -> dict[str, str]:
         """Return what distinguishes this build from others of the same name."""
@@ -139,6 +141,7 @@ class Float16(Precision):
 
     name = "fp16"
     self_contained = True
+    sums_kernels = False
 
     def stored_dtype(self, tensor: Tensor) -> str:
         """Return F32: what is not a matrix is small, and errors in it reach everything."""

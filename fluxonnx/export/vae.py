@@ -162,7 +162,7 @@ def decoder(g: GraphBuilder, c: VaeConfig, x: str) -> str:
                 channels = width
             if i < len(c.decoder_channels) - 1:
                 with g.scope("upsamplers.0"):
-                    x = ops.conv(g, ops.upsample(g, x), "conv", width, width)
+                    x = ops.upsample_conv(g, x, "conv", width)
                 bands *= 2
     return head(g, c, x, channels, c.out_channels)
 

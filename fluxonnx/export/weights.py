@@ -169,13 +169,19 @@ def require_space(folder: Path, size: int, what: object) -> None:
 
 
 def _refuse_link(root: Path, file: Path) -> None:
-    # onnxruntime and onnx.checker both refuse external data behind links or outside the graph's folder.
+    # onnxruntime and onnx.checker refuse external data behind symbolic links or outside the graph's folder, the latter
+    # also what has several names.
     parts = [root / Path(*file.relative_to(root).parts[: i + 1]) for i in range(len(file.relative_to(root).parts))]
     link = next((part for part in parts if part.is_symlink()), None)
     if link is not None:
         raise CheckpointError(
             f"{link} is a symbolic link (a hub cache?), which ONNX can't use for weights: make a self-contained copy "
             "with -o DIR, or download with `hf download ... --local-dir DIR`"
+        )
+    if file.stat().st_nlink > 1:
+        raise CheckpointError(
+            f"{file} has several names (hard links), which ONNX refuses for weights: make a self-contained copy with "
+            "-o DIR"
         )
 
 

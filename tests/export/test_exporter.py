@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -142,6 +143,25 @@ def test_fp32_weights_are_valid_safetensors(checkpoints):
         assert np.array_equal(found[name], tensor.array().astype(np.float32)), name
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_flavours_share_weight_files(checkpoints, tmp_path, precision):
+    """Byte for byte, also in which order: the second export must not move the weights under the first one's graphs."""
+    root = Path(shutil.copytree(checkpoints.get(CASE), tmp_path / "model"))
+    export(root, precision=precision)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in root.rglob("*.safetensors")}
+    export(root, precision=precision, flavour="portable")
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in root.rglob("*.safetensors")} == before
+
+
+@pytest.mark.parametrize(
+    ("precision", "flavour", "folded"),
+    [("bf16", "ort", True), ("int8", "ort", True), ("fp16", "ort", False), ("bf16", "portable", False)],
+)
+def test_upsampling_is_folded_into_kernels(checkpoints, precision, flavour, folded):
+    decoder = graphs(checkpoints.exported(CASE, precision, flavour), precision, flavour)["vae_decoder"]
+    assert ("Resize" not in {node.op_type for node in decoder.graph.node}) == folded
+
+
 def test_second_export_does_nothing(checkpoints, tmp_path):
     root = shutil.copytree(checkpoints.get(CASE), tmp_path / "model")
     export(root, precision="fp32")
@@ -255,6 +275,14 @@ def test_links_are_refused_with_the_cure(checkpoints, tmp_path):
     assert not any(path.is_symlink() for path in (tmp_path / "copy").rglob("*"))
     with fluxonnx.load(tmp_path / "copy") as flux:
         flux.generate("x", 64, 64, steps=1)
+
+
+def test_hard_links_are_refused_with_the_cure(checkpoints, tmp_path):
+    root = Path(shutil.copytree(checkpoints.get(CASE), tmp_path / "model", copy_function=os.link))
+    with pytest.raises(CheckpointError, match=r"hard links.*-o DIR"):
+        export(root)
+    export(root, precision="int8")
+    export(root, tmp_path / "copy")
 
 
 def rewrite(path: Path, change) -> None:
