@@ -3,8 +3,9 @@
     python benchmarks/limits.py [--rows 768] [--inner 3072] [--columns 9216] [--repeat 5] [-d DIR --size 256]
 
 Products of one size are run in turns, in onnxruntime, each alone in a session: float32, 8-bit integers in the forms
-that weights can be stored in, and MatMulNBits. With a model directory it also counts the operations of a step at a
-size, and prints how long they would take at those rates: what no schedule of the same products can beat.
+that weights can be stored in (int8 builds have them in runs of columns), and MatMulNBits. With a model directory it
+also counts the operations of a step at a size, and prints how long they would take at those rates: what no schedule of
+the same products can beat.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fluxonnx.bench import machine, middle, parse_size, table
 from fluxonnx.checkpoint import Checkpoint
 from fluxonnx.errors import FluxonnxError
+from fluxonnx.export.int8 import width_of_runs
 from fluxonnx.export.transformer import TransformerConfig
 
 TEXT_TOKENS = 512
@@ -42,7 +44,7 @@ def product(
     **attributes: int,
 ) -> Callable[[], object]:
     """Return a call that multiplies once; `weights` are the inputs after x, in order."""
-    inner = attributes.get("K") or next(iter(weights.values())).shape[0]
+    inner = attributes.get("K") or next(iter(weights.values())).shape[-2]
     node = helper.make_node(op, ["x", *weights], ["y"], domain=domain, **attributes)
     graph = helper.make_graph(
         [node],
@@ -78,9 +80,11 @@ def products(rows: int, inner: int, columns: int) -> dict[str, Callable[[], obje
     signed = rng.integers(-72, 73, (inner, columns)).astype(np.int8)  # no pair of products saturates
     unsigned = (signed.astype(np.int16) + 128).astype(np.uint8)
     zero, middle_ = np.array(112, np.uint8), np.array(128, np.uint8)
+    in_runs = signed.reshape(inner, -1, width_of_runs(columns, 1)).transpose(1, 0, 2).copy()
     u8 = TensorProto.UINT8
     found = {
         "float32": product("MatMul", rows, TensorProto.FLOAT, {"w": floats}, {}),
+        "uint8 x int8, in runs": product("MatMulInteger", rows, u8, {"w": in_runs, "a": zero}, UNPACKED),
         "uint8 x int8, packed": product("MatMulInteger", rows, u8, {"w": signed, "a": zero}, {}),
         "uint8 x int8, not packed": product("MatMulInteger", rows, u8, {"w": signed, "a": zero}, UNPACKED),
         "uint8 x int8 made unsigned": product("MatMulInteger", rows, u8, {"w": signed, "a": zero}, UNSIGNED),
@@ -109,11 +113,16 @@ def seconds_of(calls: dict[str, Callable[[], object]], repeat: int) -> dict[str,
 
 
 def operations_of_a_step(c: TransformerConfig, tokens: int) -> tuple[float, float]:
-    """Return the operations of a step's linears, and of its attention: two for each product that is added."""
+    """Return the operations of a step's linears, and of its attention: two for each product that is added.
+
+    Of the text's rows, the last block computes keys and values only.
+    """
     linear = c.dim * (4 * c.dim + 3 * c.mlp_dim)  # parameters of one stream of a double block, and of a single block
     total = TEXT_TOKENS + tokens
     layers = c.double_layers + c.single_layers
-    return 2.0 * total * linear * layers, 4.0 * total * total * c.dim * layers
+    products = total * linear * layers - TEXT_TOKENS * (linear - 2 * c.dim**2)
+    pairs = total * (total * layers - TEXT_TOKENS)
+    return 2.0 * products, 4.0 * pairs * c.dim
 
 
 def main() -> int:
