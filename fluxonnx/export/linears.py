@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fluxonnx.checkpoint import Tensor
 from fluxonnx.export import ops
 
 if TYPE_CHECKING:
@@ -43,9 +42,8 @@ def linear(
     with g.scope(name):
         tensor = g.tensor("weight", (n_out, sum(columns)))
         added = g.weight("bias", n_out) if bias else None
-        runs = _runs(g, xs[0], tensor, n_out, 1)
         rows = [_rows(g, *pair) for pair in zip(xs, columns, strict=True)]
-        products = g.target.precision.linear(g, rows, tensor, added, [n_out], [runs])
+        products = g.target.precision.linear(g, rows, tensor, added, [n_out], _unit(g, xs[0], 1))
         return _sequence(g, _transposed(g, products[0]), xs[0], columns[0], n_out, 1)
 
 
@@ -73,10 +71,10 @@ def linear_parts(
         parts = [tensor] if len(groups) == 1 else tensor.split([sum(group) for _, group in groups])
         results = []
         for part, (value, group) in zip(parts, groups, strict=True):
-            runs = [_runs(g, value, part, size, unit) for size in group]
-            products = g.target.precision.linear(g, [_rows(g, value, n_in)], part, None, group, runs)
-            of_each = zip(products, group, runs, strict=True)
-            results += [_sequence(g, product, value, n_in, size, count) for product, size, count in of_each]
+            rows = [_rows(g, value, n_in)]
+            products = g.target.precision.linear(g, rows, part, None, group, _unit(g, value, unit))
+            pairs = zip(products, group, strict=True)
+            results += [_sequence(g, product, value, n_in, size, _runs(g, product)) for product, size in pairs]
         return results
 
 
@@ -97,20 +95,22 @@ def side_by_side(g: GraphBuilder, xs: Sequence[str]) -> str:
     """[rows, n] or [runs, rows, n] each -> [rows, all columns]."""
     plain = []
     for x in xs:
-        size = g.width(x) * (_known(g.shape(x)[0]) if len(g.shape(x)) == 3 else 1)
+        size = g.width(x) * _runs(g, x)
         value = _transposed(g, x)
         plain.append(value if value == x else g.op("Reshape", value, g.constant([-1, size], np.int64)))
     return ops.concat(g, *plain, axis=-1)
 
 
-def _known(size: Dim) -> int:
-    assert isinstance(size, int)
-    return size
+def _unit(g: GraphBuilder, x: str, unit: int) -> int | None:
+    """Return of how many columns runs have to be multiples; None for one row for each of a batch, which needs none."""
+    return unit if len(g.shape(x)) == 3 else None
 
 
-def _runs(g: GraphBuilder, x: str, tensor: Tensor, size: int, unit: int) -> int:
-    """Return in how many runs `size` columns best lie; one row for each of a batch needs none."""
-    return g.target.precision.runs(tensor, size, unit) if len(g.shape(x)) == 3 else 1
+def _runs(g: GraphBuilder, rows: str) -> int:
+    """Return in how many runs the columns of [rows, n] or [runs, rows, n] lie."""
+    runs = g.shape(rows)[0] if len(g.shape(rows)) == 3 else 1
+    assert isinstance(runs, int)
+    return runs
 
 
 def _rows(g: GraphBuilder, x: str, columns: int) -> str:

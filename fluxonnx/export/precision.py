@@ -65,10 +65,6 @@ class Precision:
         """Return the sizes of the values that hold `size` columns between the linears of a feed-forward."""
         return [size]
 
-    def runs(self, tensor: Tensor, size: int, unit: int) -> int:
-        """Return in how many runs `size` columns of a product with `tensor` lie, each of a multiple of `unit`."""
-        return 1
-
     def linear(
         self,
         g: GraphBuilder,
@@ -76,7 +72,7 @@ class Precision:
         tensor: Tensor,
         bias: str | None,
         sizes: Sequence[int],
-        runs: Sequence[int],
+        unit: int | None,
     ) -> list[str]:
         """Multiply rows by `tensor` [out, in] as the checkpoint has it, and add `bias` [out].
 
@@ -86,7 +82,8 @@ class Precision:
             tensor: The weight.
             bias: What is added.
             sizes: Columns of each of the values that the result [rows, out] is returned as.
-            runs: What `runs` returned for each of them: [runs, rows, size / runs] is returned, [rows, size] for 1.
+            unit: Of how many columns a run has to be a multiple, if one may be [runs, rows, size / runs] instead of
+                [rows, size]; else None.
         """
         return ops.split(g, self.product(g, linears.side_by_side(g, xs), tensor, bias), sizes)
 
@@ -213,7 +210,7 @@ class Quantised(Precision):
         tensor: Tensor,
         bias: str | None,
         sizes: Sequence[int],
-        runs: Sequence[int],
+        unit: int | None,
     ) -> list[str]:
         """Multiply as `Precision.linear` does, by parts of a weight that is kept.
 
@@ -221,7 +218,7 @@ class Quantised(Precision):
         slow.
         """
         if len(sizes) == 1 or self.quantises(tensor):
-            return super().linear(g, xs, tensor, bias, sizes, runs)
+            return super().linear(g, xs, tensor, bias, sizes, unit)
         x = linears.side_by_side(g, xs)
         biases = ops.split(g, bias, sizes) if bias else [None] * len(sizes)
         return [self.product(g, x, part, added) for part, added in zip(tensor.split(sizes), biases, strict=True)]
@@ -283,10 +280,6 @@ class Int8(Quantised):
         values = -(-count // RUNS)
         return [(count // values + (i < count % values)) * width for i in range(values)]
 
-    def runs(self, tensor: Tensor, size: int, unit: int) -> int:
-        """Return as many as make their products fast."""
-        return size // int8.width_of_runs(size, unit) if self.quantises(tensor) else 1
-
     def linear(
         self,
         g: GraphBuilder,
@@ -294,13 +287,14 @@ class Int8(Quantised):
         tensor: Tensor,
         bias: str | None,
         sizes: Sequence[int],
-        runs: Sequence[int],
+        unit: int | None,
     ) -> list[str]:
         """Multiply as `Precision.linear` does, in integers."""
         if not self.quantises(tensor):
-            return super().linear(g, xs, tensor, bias, sizes, runs)
+            return super().linear(g, xs, tensor, bias, sizes, unit)
         levels = 127 if tensor.quantisation else self.levels
-        return int8.linear(g, xs, tensor, bias, sizes, runs, levels, self.rotation(tensor), self.paired)
+        widths = sizes if unit is None else [int8.width_of_runs(size, unit) for size in sizes]
+        return int8.linear(g, xs, tensor, bias, sizes, widths, levels, self.rotation(tensor), self.paired)
 
     def conv(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str, bands: int | None, **attributes: Any) -> str:
         """Convolve as `Precision.conv` does, in integers where that is exact and pays.
