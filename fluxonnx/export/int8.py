@@ -23,7 +23,7 @@ def linear(
     tensor: Tensor,
     bias: str | None,
     sizes: Sequence[int],
-    widths: Sequence[int],
+    unit: int | None,
     levels: int,
     rotation: int,
     paired: bool,
@@ -36,7 +36,7 @@ def linear(
         tensor: The weight [out, in]: floats, or integers that are kept.
         bias: What is added, float32 [out].
         sizes: Columns of each of the values that float32 [rows, out] is returned as: each is a product of its own.
-        widths: Columns of each of their runs: [runs, rows, width], or [rows, size] if that is all of them.
+        unit: As for `Precision.linear`.
         levels: Steps of the activations on each side of zero.
         rotation: How many inputs are mixed at a time, 0 for none.
         paired: Whether products are added in pairs that must not overflow.
@@ -46,7 +46,7 @@ def linear(
         xs = g.once(("rotated", rotation, tuple(xs)), lambda: _rotated(g, xs, rotation))
     rows, row_scale = g.once(("int8", levels, tuple(xs)), lambda: _rounded(g, xs, levels))
 
-    runs = [size // width for size, width in zip(sizes, widths, strict=True)]
+    runs = [1 if unit is None else size // width_of_runs(size, unit) for size in sizes]
     suffixes = [""] if len(sizes) == 1 else [f".{i}" for i in range(len(sizes))]
     n_in, parts = tensor.shape[1], []
     for suffix, size, count in zip(suffixes, sizes, runs, strict=True):

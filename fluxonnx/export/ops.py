@@ -306,7 +306,7 @@ def upsample_conv(g: GraphBuilder, x: str, name: str, channels: int) -> str:
     if not g.target.fused or not g.target.precision.sums_kernels:
         return conv(g, _upsample(g, x), name, channels, channels)
     with g.scope(name):
-        bias = g.weight("bias", channels)
+        bias = g.weight("bias", channels)  # first, as in `conv`: both flavours share a file of weights in this order
         kernels = _kernels_by_place(g, g.weight("weight", channels, channels, 3, 3))
         axis, row = g.constant([4], np.int64), g.constant([0, 0, 0, 1, -1], np.int64)
         rows = []

@@ -293,8 +293,7 @@ class Int8(Quantised):
         if not self.quantises(tensor):
             return super().linear(g, xs, tensor, bias, sizes, unit)
         levels = 127 if tensor.quantisation else self.levels
-        widths = sizes if unit is None else [int8.width_of_runs(size, unit) for size in sizes]
-        return int8.linear(g, xs, tensor, bias, sizes, widths, levels, self.rotation(tensor), self.paired)
+        return int8.linear(g, xs, tensor, bias, sizes, unit, levels, self.rotation(tensor), self.paired)
 
     def conv(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str, bands: int | None, **attributes: Any) -> str:
         """Convolve as `Precision.conv` does, in integers where that is exact and pays.

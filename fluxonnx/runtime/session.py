@@ -96,7 +96,7 @@ class Session:
             settings.add_session_config_entry("session.x64quantprecision", "1")
         elif component in STREAMED and build is not None and build.flavour == "ort" and options.provider == CPU:
             # These graphs are exported as onnxruntime would make them; to look for more is half of the time to open one
-            # (11500 nodes then: 0.95 s with, 0.45 s without). It takes an optimiser to make weights unsigned.
+            # (11500 nodes: 0.95 s with, 0.45 s without). To make weights unsigned is the work of one of the optimisers.
             settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if component in NOT_PACKED and build is not None and build.precision == "int8":
             settings.add_session_config_entry("session.disable_prepacking", "1")
