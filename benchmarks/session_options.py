@@ -1,10 +1,10 @@
-"""What onnxruntime's options are worth for a step of the transformer: seconds to open it, and seconds a step, in turns.
+"""The effect of single onnxruntime session options on the transformer: seconds to open it, and seconds of a step.
 
     python benchmarks/session_options.py -d DIR [--precision int8] [--size 256] [--repeat 3]
 
-The first row is what fluxonnx does. Each of the others changes one thing. Every session is opened anew in every round,
-and runs twice; the second run counts. A model of fewer layers (`make_checkpoint.py --architecture 4b-short`) tells as
-much as the whole one.
+The first row shows the settings of fluxonnx. Each of the others changes one setting. Rounds alternate between the rows.
+In every round a new session is opened and run twice, and the second run is measured. A model with fewer layers
+(`make_checkpoint.py --architecture 4b-short`) gives the same answer as the whole one.
 """
 
 from __future__ import annotations
@@ -13,49 +13,47 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from unittest import mock
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
-import onnxruntime
 
 from fluxonnx import api
-from fluxonnx.bench import machine, middle, parse_size, table
+from fluxonnx.checkpoint.manifest import Build, build_name, read_manifest
 from fluxonnx.errors import FluxonnxError
-from fluxonnx.manifest import Build, build_name, read_manifest
-from fluxonnx.runtime.session import Session, SessionOptions
+from fluxonnx.machine import has_exact_int8_dot
+from fluxonnx.measure.speed import parse_size
+from fluxonnx.measure.tables import machine, table
+from fluxonnx.runtime.engine import SessionOptions
+from fluxonnx.runtime.session import Session, Settings, settings
 
 TEXT_TOKENS = 512
-Change = Callable[[onnxruntime.SessionOptions], None]
+Change = Callable[[Settings], Settings]
 
 
 def config(key: str, value: str) -> Change:
-    return lambda settings: settings.add_session_config_entry(key, value)
-
-
-def attribute(name: str, value: Any) -> Change:
-    return lambda settings: setattr(settings, name, value)
+    return lambda chosen: replace(chosen, config={**chosen.config, key: value})
 
 
 VARIANTS: dict[str, Change] = {
-    "as it is": lambda settings: None,
-    # Only where onnxruntime chooses how many threads there are does it bind each to a core.
-    "threads not pinned": attribute("intra_op_num_threads", os.cpu_count()),
+    "as it is": lambda chosen: chosen,
+    # onnxruntime binds each thread to a core only where it chooses the number of threads itself.
+    "threads not pinned": lambda chosen: replace(chosen, threads=os.cpu_count()),
     "threads do not spin": config("session.intra_op.allow_spinning", "0"),
-    "memory pattern": attribute("enable_mem_pattern", True),
-    "buffers wait to be reused": attribute("enable_mem_reuse", True),
-    "no arena": attribute("enable_cpu_mem_arena", False),
+    "memory pattern": lambda chosen: replace(chosen, memory_pattern=True),
+    "buffers wait to be reused": lambda chosen: replace(chosen, memory_reuse=True),
+    "no arena": lambda chosen: replace(chosen, arena=False),
     "denormals are zero": config("session.set_denormal_as_zero", "1"),
-    "graph optimisation": attribute("graph_optimization_level", onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL),
+    "graph optimisation": lambda chosen: replace(chosen, optimise=True),
 }
 
 
 def inputs_of(path: Path, image_tokens: int) -> dict[str, np.ndarray]:
-    """Draw inputs of the sizes that the graph wants."""
+    """Draw random inputs of the sizes that the graph declares."""
     import onnx
 
     rng = np.random.default_rng(0)
@@ -75,30 +73,29 @@ def inputs_of(path: Path, image_tokens: int) -> dict[str, np.ndarray]:
 
 def measure(path: Path, build: Build, inputs: dict[str, np.ndarray], change: Change) -> list[float]:
     """Return the seconds to open a session, and of its second run."""
-    opener = onnxruntime.InferenceSession
-
-    def changed(path: str, settings: onnxruntime.SessionOptions, **options: Any) -> onnxruntime.InferenceSession:
-        change(settings)
-        return opener(path, settings, **options)
-
-    with mock.patch.object(onnxruntime, "InferenceSession", changed):
+    options = SessionOptions()
+    changed = change(settings("transformer", build, options, has_exact_int8_dot()))
+    start = time.perf_counter()
+    with Session(path, "transformer", options, build, changed) as session:
+        opened = time.perf_counter() - start
+        session.run(**inputs)
         start = time.perf_counter()
-        with Session(path, "transformer", SessionOptions(), build) as session:
-            opened = time.perf_counter() - start
-            session.run(**inputs)
-            start = time.perf_counter()
-            session.run(**inputs)
-            return [opened, time.perf_counter() - start]
+        session.run(**inputs)
+        return [opened, time.perf_counter() - start]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure; returns 0, or 1 if the model can't be used."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="More in the head of this file.")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="See the docstring of this file for more."
+    )
     parser.add_argument("-d", "--dir", required=True, help="model directory")
     parser.add_argument("--precision", default="int8", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--size", default="256", metavar="WxH", help="default: %(default)s")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="rounds (default: %(default)s)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    if arguments.repeat < 1:
+        parser.error("argument --repeat: must be at least 1")
     try:
         width, height = parse_size(arguments.size)
         api.load(arguments.dir, precision=arguments.precision).close()
@@ -106,7 +103,7 @@ def main() -> int:
         print(f"session_options: {error}", file=sys.stderr)
         return 1
     manifest = read_manifest(Path(arguments.dir))
-    assert manifest is not None
+    assert manifest is not None  # `load` has exported the build
     build = manifest.builds[build_name(arguments.precision, "ort")]
     path = Path(arguments.dir) / build.components["transformer"].graph
     inputs = inputs_of(path, width * height // 256)
@@ -114,7 +111,7 @@ def main() -> int:
     for _ in range(arguments.repeat):
         for name, change in VARIANTS.items():
             found[name].append(measure(path, build, inputs, change))
-    medians = {name: [middle(values) or 0.0 for values in zip(*runs, strict=True)] for name, runs in found.items()}
+    medians = {name: [median(values) for values in zip(*runs, strict=True)] for name, runs in found.items()}
     base = next(iter(medians.values()))[1]
     here = machine()
     print(f"{here['processor']}, {here['cores']} cores, {arguments.precision}, {width}x{height}\n")

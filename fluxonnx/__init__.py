@@ -11,13 +11,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fluxonnx.errors import Cancelled, CheckpointError, ExportError, FluxonnxError, ImageError, UsageError
+from fluxonnx.version import __version__
 
 if TYPE_CHECKING:
     from fluxonnx.api import load
     from fluxonnx.runtime.pipeline import Flux
     from fluxonnx.runtime.request import Request
-
-__version__ = "0.1.2"
 
 __all__ = [
     "Cancelled",

@@ -1,27 +1,22 @@
-"""`--precision auto`: which precision and which provider suit the model and the machine, and why."""
+"""`--precision auto`: the precision and the provider that suit the model and the machine, and why."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from fluxonnx.checkpoint import Checkpoint
-from fluxonnx.machine import adds_int8_products_exactly, available_memory
+from fluxonnx.checkpoint.directory import Checkpoint
+from fluxonnx.machine import available_memory, has_exact_int8_dot
+from fluxonnx.runtime.memory import SMALL, int8_bytes
 from fluxonnx.runtime.providers import CPU, available, traits, works
-from fluxonnx.single_file import transformer_tensors
 
-# Below this a transformer's weights cost neither time nor memory worth saving.
-SMALL = 500e6
-# What a run needs besides the transformer's weights, up to 512x512 (measured on the 4B model).
-WORKING_MEMORY = 1.5e9
-# int8 weights against the checkpoint's 16-bit ones, with the layers that are kept.
-INT8_SHARE = 0.55
-# Taken unasked where they work. Others may be slower than the CPU: they are for who asks for them.
+# Providers that are chosen unasked where they work. Others may be slower than the CPU.
 FASTER_THAN_CPU = ("cuda",)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A precision and a provider, and why, half a sentence."""
+    """A precision, a provider, and the reason in half a sentence."""
 
     precision: str
     provider: str
@@ -31,34 +26,62 @@ class Choice:
         return f"Precision {self.precision}, provider {self.provider}: {self.reason}"
 
 
-def choose(checkpoint: Checkpoint, provider: str | None = None, memory: int | None = None) -> Choice:
-    """Choose a precision for a checkpoint, and a provider unless that is given.
+@dataclass(frozen=True)
+class Surroundings:
+    """What the choice depends on besides the model.
 
-    On CPUs int8 is the fastest as long as its weights stay in memory; int4 is for less memory than that.
+    Attributes:
+        memory: Bytes of free memory.
+        exact_int8_dot: See `machine.has_exact_int8_dot`.
+        providers: The providers of the installed onnxruntime.
+        works: Whether one of them can be started.
+    """
 
-    Args:
-        checkpoint: The model.
-        provider: What it is to run on.
-        memory: Bytes of memory that can be had; by default what this machine has now.
+    memory: int
+    exact_int8_dot: bool
+    providers: tuple[str, ...]
+    works: Callable[[str], bool]
+
+
+def surroundings() -> Surroundings:
+    """Return the surroundings on this machine."""
+    return Surroundings(available_memory(), has_exact_int8_dot(), tuple(available()), works)
+
+
+def choose(checkpoint: Checkpoint, provider: str | None = None) -> Choice:
+    """Choose a precision for a checkpoint on this machine, and a provider unless that is given.
 
     Raises:
         CheckpointError: The transformer's weights are missing or corrupt.
     """
-    tensors = transformer_tensors(checkpoint).values()
+    tensors = checkpoint.tensors("transformer").values()
     weights = sum(tensor.nbytes for tensor in tensors)
-    if any(tensor.quantisation for tensor in tensors):
+    return choose_for(weights, any(tensor.quantisation for tensor in tensors), provider, surroundings())
+
+
+def choose_for(weights: int, quantised: bool, provider: str | None, here: Surroundings) -> Choice:
+    """Choose a precision, and a provider unless that is given.
+
+    On CPUs int8 is the fastest as long as its weights stay in memory; int4 is for less memory than that.
+
+    Args:
+        weights: Bytes of the transformer's weights.
+        quantised: Whether they are 8-bit integers.
+        provider: The provider to run on.
+        here: The machine.
+    """
+    if quantised:
         return Choice("int8", provider or CPU, "the transformer's weights are 8-bit integers already")
     if weights < SMALL:
         reason = f"the transformer's {weights / 1e6:.0f} MB of weights cost nothing as they are"
         return Choice("bf16", provider or CPU, reason)
     if provider is None:
-        provider = next((name for name in FASTER_THAN_CPU if name in available() and works(name)), CPU)
+        provider = next((name for name in FASTER_THAN_CPU if name in here.providers and here.works(name)), CPU)
     if precision := traits(provider).precision:
         return Choice(precision, provider, f"{provider} computes faster in 16 bits than in 32")
-    free = available_memory() if memory is None else memory
-    needed = weights * INT8_SHARE + WORKING_MEMORY
-    if free < needed:
-        reason = f"{free / 1e9:.1f} GB of memory are free, int8 would need {needed / 1e9:.1f} GB"
+    needed = int8_bytes(weights)
+    if here.memory < needed:
+        reason = f"{here.memory / 1e9:.1f} GB of memory are free, int8 would need {needed / 1e9:.1f} GB"
         return Choice("int4", provider, reason)
-    how = "has 8-bit products" if adds_int8_products_exactly() else "lacks VNNI, but 8-bit products are faster still"
-    return Choice("int8", provider, f"{free / 1e9:.1f} GB of memory are free, and this CPU {how}")
+    how = "has exact 8-bit dot products" if here.exact_int8_dot else "lacks VNNI, but 8-bit products are faster still"
+    return Choice("int8", provider, f"{here.memory / 1e9:.1f} GB of memory are free, and this CPU {how}")

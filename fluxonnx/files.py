@@ -1,4 +1,4 @@
-"""Writing files so that nothing half-written ever has a final name."""
+"""Writing files so that no half-written file ever has its final name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fluxonnx.errors import ExportError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; it becomes `path` if the block ends well and is removed if not.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; it becomes `path` if the block succeeds and is removed otherwise.
 
-    What a killed process left under such a name is removed, too: it can be gigabytes.
+    Temporary files of killed processes are removed, too: they can be gigabytes.
     """
     _sweep(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
@@ -31,10 +31,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def resuming(path: Path, header: bytes) -> Iterator[BinaryIO]:
-    """Yield a file that starts with `header` and becomes `path` if the block ends well; if not, it is kept.
+def resumable_write(path: Path, header: bytes) -> Iterator[BinaryIO]:
+    """Yield a file that starts with `header` and becomes `path` if the block succeeds; otherwise it is kept.
 
-    The file may hold what an interrupted run with the same header wrote; it is positioned at its end.
+    The file may hold what an interrupted run with the same header wrote; the position is at its end.
 
     Raises:
         ExportError: Another process is writing it.
@@ -55,7 +55,7 @@ def resuming(path: Path, header: bytes) -> Iterator[BinaryIO]:
 
 
 def _lock(file: BinaryIO) -> bool:
-    """Take a file for this process, where the system can."""
+    """Lock a file for this process; True also where the system has no locks."""
     try:
         import fcntl
     except ImportError:
@@ -68,14 +68,14 @@ def _lock(file: BinaryIO) -> bool:
 
 
 def probe(path: Path) -> None:
-    """Find out whether a file could be put at `path`; leaves nothing behind, and what is there as it is.
+    """Find out whether a file could be written at `path`, without leaving or changing anything.
 
     Raises:
         OSError: It could not.
     """
-    with suppress(InterruptedError), replacing(path.with_name(f"{path.name}.probe")) as temporary:
+    with suppress(InterruptedError), atomic_write(path.with_name(f"{path.name}.probe")) as temporary:
         temporary.touch()
-        raise InterruptedError  # probed enough: nothing is to be renamed
+        raise InterruptedError  # so that nothing is renamed
 
 
 def _sweep(path: Path) -> None:
@@ -98,13 +98,13 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def explain(error: OSError, what: object, otherwise: str = "choose another with -o") -> str:
-    """Say in one line why writing `what` failed and what to do about it.
+def describe_os_error(error: OSError, what: object, otherwise: str = "choose another with -o") -> str:
+    """Say in one line why writing failed and what to do about it.
 
     Args:
-        error: Why.
+        error: The system's error.
         what: The file, or a word for it.
-        otherwise: What to do where there is no permission, other than to change it.
+        otherwise: The alternative to changing permissions.
     """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left to write {what}: free some and run the same command again"

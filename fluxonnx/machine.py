@@ -1,4 +1,4 @@
-"""What this machine can do: memory, and instructions for products of 8-bit integers."""
+"""What this machine has: memory, and processor instructions for dot products of 8-bit integers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
 
 
-def adds_int8_products_exactly() -> bool:
-    """Whether uint8 times int8 is both fast and exact.
+def has_exact_int8_dot() -> bool:
+    """Whether the dot product of uint8 and int8 values is both fast and exact.
 
-    x86 processors without VNNI add pairs of products in 16 bits, which saturate.
-    Where the system does not tell, the answer is no for x86: what follows from it is slower, but never wrong.
+    x86 processors without VNNI add pairs of products in 16 bits, which saturate. Where the system does not tell, the
+    answer for x86 is no: the consequences are slower, but never wrong.
     """
     if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686", "x86"):
         return True
@@ -29,7 +29,7 @@ def adds_int8_products_exactly() -> bool:
 
 
 def available_memory() -> int:
-    """Return how many bytes can be had without swapping; 4 GB where the system does not tell."""
+    """Return how many bytes can be allocated without swapping; 4 GB where the system does not tell."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

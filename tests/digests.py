@@ -27,13 +27,17 @@ import onnx
 from onnx import TensorProto
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.architectures import Architecture, TextEncoderSize, VaeSize, tiny
-from benchmarks.make_checkpoint import make_checkpoint
-from fluxonnx.export import export, precision
-from fluxonnx.manifest import COMPONENTS
+from fluxonnx.contract import COMPONENTS
+from fluxonnx.export.exporter import export
+from fluxonnx.export.precisions import Int8, Precision, make_precision
 from tests import comfyui
+from tools.architectures import Architecture, TextEncoderSize, VaeSize, tiny
+from tools.make_checkpoint import make_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden/digests.json"
+
+# Metadata of a weight file that says by which version, and from which files, it was made.
+UNSTABLE = ("version", "graph_format", "exporter", "source")
 
 # Floats of a constant up to this many are part of its name and of its digest.
 FEW = 4
@@ -112,15 +116,15 @@ def digests(root: Path, name: str, variant: Variant, flavour: str) -> dict[str, 
     """Export a build of one of `ARCHITECTURES`, and return a digest per graph and per weight file."""
     model = root / "model"
     checkpoint(model, name)
-    options = dict(variant.options)
+    transformer = None
     if variant.label.startswith("comfyui"):
         group = 16 if name == "odd" else 64
         file = root / "comfyui.safetensors"
         source = model / "transformer/diffusion_pytorch_model.safetensors"
         comfyui.write(source, file, comfyui.Form(group=group if variant.exact else 0))
-        options["transformer"] = file
+        transformer = file
     before = {file for file in model.rglob("*") if file.is_file()}
-    _export(model, variant, flavour, options)
+    export(model, precision=_precision(variant), flavour=flavour, transformer=transformer)
     written = sorted({file for file in model.rglob("*") if file.is_file()} - before)
     found = {}
     for file in written:
@@ -132,13 +136,10 @@ def digests(root: Path, name: str, variant: Variant, flavour: str) -> dict[str, 
     return {f"{name}/{variant.id}/{flavour}/{key}": value for key, value in found.items()}
 
 
-def _export(model: Path, variant: Variant, flavour: str, options: dict[str, Any]) -> None:
-    real = precision.adds_int8_products_exactly
-    precision.adds_int8_products_exactly = lambda: variant.exact
-    try:
-        export(model, precision=variant.precision, flavour=flavour, **options)
-    finally:
-        precision.adds_int8_products_exactly = real
+def _precision(variant: Variant) -> Precision:
+    if variant.precision == "int8":
+        return Int8(saturating=not variant.exact, **variant.options)
+    return make_precision(variant.precision, **variant.options)
 
 
 def _digest(lines: Iterator[str]) -> str:
@@ -185,9 +186,7 @@ def weights_text(file: Path) -> Iterator[str]:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         data = hashlib.sha256(stream.read()).hexdigest()
     metadata = header.pop("__metadata__")
-    yield json.dumps(
-        {key: value for key, value in metadata.items() if key not in ("version", "source")}, sort_keys=True
-    )
+    yield json.dumps({key: value for key, value in metadata.items() if key not in UNSTABLE}, sort_keys=True)
     yield json.dumps(header)
     yield data
 

@@ -1,22 +1,24 @@
-"""`fluxonnx bench`: which figures it prints and writes, and how it fails; never whether they are good ones."""
+"""`fluxonnx bench`: the figures that it prints and writes, and its errors; never the values of the figures."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
-from fluxonnx import bench, measure
 from fluxonnx.cli import main
 from fluxonnx.errors import FluxonnxError
-from tests.conftest import Case
+from fluxonnx.measure import picture, process, speed
+from tests.support import Case
+
+pytestmark = pytest.mark.slow
 
 CASE = Case("odd-heads")
 PHASES = ["encode prompt", "load transformer", "denoise", "decode"]
-HAS_PROC = measure.resident() is not None
+HAS_PROC = process.resident() is not None
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def model(checkpoints) -> str:
 
 
 def cells(text: str) -> list[list[str]]:
-    """The cells of all lines of all Markdown tables in a text."""
+    """The cells of every row of every Markdown table in a text."""
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
 
 
@@ -37,7 +39,7 @@ def test_all_combinations_are_measured(model, tmp_path, capsys):
     found = json.loads(path.read_text())
     assert found["steps"] == 3
     assert found["repeat"] == 2
-    assert found["prompt"] == bench.PROMPT
+    assert found["prompt"] == speed.PROMPT
     assert {"processor", "cores", "onnxruntime", "fluxonnx"} <= found["machine"].keys()
     assert [result["configuration"] for result in found["results"]] == [
         {"width": width, "height": 64, "precision": precision, "threads": 1, "provider": "cpu"}
@@ -63,7 +65,7 @@ def test_table(model, capsys):
     header, _, *rows = cells(captured.out)
     assert header == ["size", "precision", "threads", "provider", "phase", "seconds", "anonymous GB", "mapped GB"]
     assert [row[:5] for row in rows] == [
-        ["64x64", "bf16", "all", "cpu", phase] for phase in [*PHASES, "one step (median after the first)", "in all"]
+        ["64x64", "bf16", "all", "cpu", phase] for phase in [*PHASES, "one step (median after the first)", "total"]
     ]
     for row in rows[: len(PHASES)]:
         assert re.fullmatch(r"[\d.]+", row[5])
@@ -73,7 +75,7 @@ def test_table(model, capsys):
 
 def test_one_step_has_no_median_after_the_first(model, capsys):
     assert main(["bench", "-d", model, "--size", "64", "--steps", "1", "-p", "a cat"]) == 0
-    assert [row[4] for row in cells(capsys.readouterr().out)[2:]] == [*PHASES, "in all"]
+    assert [row[4] for row in cells(capsys.readouterr().out)[2:]] == [*PHASES, "total"]
 
 
 def test_low_memory(model, tmp_path, capsys):
@@ -169,22 +171,20 @@ def test_missing_model(fails, tmp_path):
     fails(1, "does not exist", "bench", "-d", tmp_path / "no")
 
 
-def test_memory_columns_are_empty_where_the_system_does_not_tell(model, monkeypatch):
-    monkeypatch.setattr(measure, "resident", lambda process="self": None)
-    run = measure.measure_picture(model, 64, 64, 1, "a cat", precision="bf16")
-    result = bench.Result(bench.Configuration(64, 64, "bf16", None), [run])
-    assert {row[4]: row[6:] for row in bench.result_rows(result)} == {phase: ["", ""] for phase in [*PHASES, "in all"]}
+def test_memory_columns_are_empty_where_the_system_does_not_report_it(model):
+    run = picture.measure_picture(model, 64, 64, 1, "a cat", precision="bf16", read=lambda process: None)
+    result = speed.Result(speed.Configuration(64, 64, "bf16", None), [run])
+    assert {row[4]: row[6:] for row in speed.result_rows(result)} == {phase: ["", ""] for phase in [*PHASES, "total"]}
 
 
-def test_memory_is_of_the_phase_in_which_it_was_taken(monkeypatch):
-    taken = iter([(1.0, 1.0), (1.0, 1.0), (3.0, 2.0), (3.0, 2.0), (2.0, 5.0), (2.0, 5.0)])
-    monkeypatch.setattr(measure, "resident", lambda process="self": next(taken))
-    watch = measure.Watch()
+def test_memory_belongs_to_the_phase_in_which_it_was_read():
+    readings = iter([(1.0, 1.0), (1.0, 1.0), (3.0, 2.0), (3.0, 2.0), (2.0, 5.0), (2.0, 5.0)])
+    memory = process.PeakMemory(lambda process: next(readings))
     for phase in ("encode", "decode", ""):
-        watch.phase(phase)
-    assert watch.peak("encode") == (3.0, 2.0)
-    assert watch.peak("decode") == (3.0, 5.0)
-    assert watch.peak("nothing") is None
+        memory.begin(phase)
+    assert memory.of("encode") == (3.0, 2.0)
+    assert memory.of("decode") == (3.0, 5.0)
+    assert memory.of("nothing") is None
 
 
 @pytest.mark.parametrize(
@@ -199,16 +199,59 @@ def test_memory_is_of_the_phase_in_which_it_was_taken(monkeypatch):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_programs_that_fail(code, reason):
     with pytest.raises(FluxonnxError, match=f"^{reason}$"):
-        measure.run_program([sys.executable, "-c", code])
+        process.run_program([sys.executable, "-c", code])
 
 
-def test_program_that_is_not_there(tmp_path):
+def test_program_that_does_not_exist(tmp_path):
     with pytest.raises(FluxonnxError, match="can't be started: No such file"):
-        measure.run_program([str(tmp_path / "no")])
+        process.run_program([str(tmp_path / "no")])
 
 
-def test_program_that_ends_well(tmp_path: Path):
-    done = measure.run_program([sys.executable, "-c", "import time; print('out' * 100000); time.sleep(0.2)"])
+def test_program_that_ends_well():
+    done = process.run_program([sys.executable, "-c", "print('out' * 100000)"])
     assert done.output == "out" * 100000 + "\n"
     assert done.messages == ""
-    assert (done.anonymous is not None) == HAS_PROC
+
+
+# Ends when something is written to the pipe that its argument names, so that its memory is read before.
+WAITING = "import os, sys; print(os.getpid(), open(sys.argv[1]).read())"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="named pipes")
+def test_memory_of_a_program_is_its_peak(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    readings = iter([(1.0, 4.0), (3.0, 1.0), (2.0, 1.0)])
+    numbers: set[int | str] = set()
+
+    def read(number: int | str) -> process.Memory:
+        numbers.add(number)
+        reading = next(readings, None)
+        if reading == (2.0, 1.0):
+            pipe.write_text("go")
+        return reading
+
+    done = process.run_program([sys.executable, "-c", WAITING, str(pipe)], read=read)
+    assert done.output.split() == [*map(str, numbers), "go"]
+    assert (done.anonymous, done.resident) == (3.0, 5.0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="named pipes")
+def test_memory_of_a_program_is_read(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    readings: list[process.Memory] = []
+
+    def read(number: int | str) -> process.Memory:
+        readings.append(process.resident(number))
+        if len(readings) == 1:
+            pipe.write_text("go")
+        return readings[-1]
+
+    done = process.run_program([sys.executable, "-c", WAITING, str(pipe)], read=read)
+    assert (done.anonymous is not None) == (done.resident is not None) == HAS_PROC
+
+
+def test_memory_of_a_program_is_unknown_where_the_system_does_not_report_it():
+    done = process.run_program([sys.executable, "-c", ""], read=lambda process: None)
+    assert (done.anonymous, done.resident) == (None, None)

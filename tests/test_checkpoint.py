@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fluxonnx.checkpoint import Checkpoint, Quantisation, fingerprint, read_header, read_tensors
+from fluxonnx.checkpoint.directory import read_tensors
+from fluxonnx.checkpoint.safetensors import Quantisation, fingerprint, read_header
+from fluxonnx.contract import COMPONENT_CLASSES, open_checkpoint
 from fluxonnx.errors import CheckpointError
-from tests.conftest import Case
+from tests.support import Case
 
 CASE = Case("one-double-three-single", shards=3)
 
@@ -108,16 +110,16 @@ def test_no_weights_at_all(copy_of):
 def test_other_pipelines_are_refused(copy_of, tmp_path):
     path = copy_of(Case("odd-heads"))
     with pytest.raises(CheckpointError, match="does not exist"):
-        Checkpoint(tmp_path / "nowhere")
+        open_checkpoint(tmp_path / "nowhere")
     (path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(CheckpointError, match="StableDiffusionPipeline"):
-        Checkpoint(path)
+        open_checkpoint(path)
     (path / "model_index.json").write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
-        Checkpoint(path)
+        open_checkpoint(path)
     (path / "model_index.json").unlink()
     with pytest.raises(CheckpointError, match=r"model_index\.json is missing"):
-        Checkpoint(path)
+        open_checkpoint(path)
 
 
 @pytest.mark.parametrize(("component", "key"), [("transformer", "_class_name"), ("text_encoder", "architectures")])
@@ -128,7 +130,7 @@ def test_other_model_classes_are_refused(copy_of, component, key):
     values[key] = ["Other"] if key == "architectures" else "Other"
     config.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match="Other"):
-        Checkpoint(path).config(component)
+        open_checkpoint(path).config(component, COMPONENT_CLASSES[component])
 
 
 def test_fingerprint_sees_header_size_and_data(tmp_path):
@@ -143,11 +145,13 @@ def test_hub_cache_gives_the_models_name(checkpoints, tmp_path):
     snapshot = tmp_path / "models--black-forest-labs--FLUX.2-klein-4B" / "snapshots" / "0123abc"
     snapshot.parent.mkdir(parents=True)
     snapshot.symlink_to(checkpoints.get(Case("odd-heads")))
-    assert Checkpoint(snapshot).name == Checkpoint(checkpoints.get(Case("odd-heads"))).name  # a link is followed ...
+    assert (
+        open_checkpoint(snapshot).name == open_checkpoint(checkpoints.get(Case("odd-heads"))).name
+    )  # a link is followed ...
     snapshot.unlink()
     snapshot.mkdir()
     (snapshot / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
-    assert Checkpoint(snapshot).name == "FLUX.2-klein-4B"  # ... a snapshot folder is not called by its hash
+    assert open_checkpoint(snapshot).name == "FLUX.2-klein-4B"  # ... a snapshot folder is not called by its hash
 
 
 def test_rows_of_a_tensor_are_tensors(tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image
 
 import fluxonnx
 from fluxonnx.cli import build_parser, main
-from tests.conftest import Case
+from tests.support import Case
 
 CASE = Case("odd-heads")
 
@@ -90,7 +90,7 @@ def test_generate_exports_on_the_spot(copy_of, tmp_path):
 
 
 def test_model_is_found_without_d(copy_of, tmp_path, model):
-    """$FLUXONNX_MODEL, else ./model, else the one in the box, which says what it is."""
+    """$FLUXONNX_MODEL, else ./model, else the bundled demo model, which says what it is."""
     arguments = ["generate", "-p", "x", "-W", "64", "-H", "64", "-s", "1", "-o", "a.png"]
     copy_of(CASE)  # to tmp_path/model
     for environment, name in (({"FLUXONNX_MODEL": model}, Path(model).name), ({}, "model")):
@@ -147,7 +147,7 @@ def test_missing_model(fails, tmp_path):
         (["-p", "x", "-H", "2000"], "height 2000 can't be drawn.*the nearest is 1792"),
         (["-p", "x", "-W", "8"], "the nearest is 64"),
         (["-p", "x", "-s", "0"], "steps is 0"),
-        (["-p", "x", "-S", "-1"], "seed -1 is out of range"),
+        (["-p", "x", "-S", "-1"], "seed is -1, but must be from 0"),
         (["-p", "x", "--max-sequence-length", "100"], "multiple of 8"),
         (["-p", "x", "--threads", "0"], "threads is 0"),
         (["-p", "x", "-o", "a.gif"], r"must end in one of \.png"),
@@ -215,7 +215,7 @@ def test_graph_deleted_or_damaged_after_export(copy_of, fails, tmp_path):
 
 
 def test_help_fits_a_screen_and_shows_an_example(capsys):
-    for command in ("generate", "export", "bench"):
+    for command in ("generate", "export", "info", "bench", "compare"):
         with pytest.raises(SystemExit):
             build_parser().parse_args([command, "--help"])
         text = capsys.readouterr().out
@@ -235,7 +235,7 @@ def test_nothing_heavy_is_imported_for_help():
         # not even if they are there
         {"torch", "diffusers", "transformers"},
         # of the exporter, once a model is exported: onnx alone takes longer to import than a small picture to draw
-        {"onnx", "fluxonnx.export", "fluxonnx.compare"},
+        {"onnx", "fluxonnx.export", "fluxonnx.measure.quality"},
     ],
 )
 def test_drawing_never_imports(model, tmp_path, modules):

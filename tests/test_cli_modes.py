@@ -12,7 +12,11 @@ from PIL import Image
 
 import fluxonnx
 from fluxonnx.cli import main
-from tests.conftest import Case
+from fluxonnx.runtime.images import save_image
+from fluxonnx.runtime.metadata import read_parameters
+from tests.support import Case
+
+pytestmark = pytest.mark.slow
 
 CASE, BASE = Case("odd-heads"), Case("odd-heads", is_distilled=False)
 SMALL = ["-W", "64", "-H", "64", "-s", "2"]
@@ -206,18 +210,64 @@ def test_flags_override_a_picture(generate):
     assert (parameters("c.png")["schedule"], parameters("c.png")["steps"]) == ("custom", 3)
 
 
-def test_changed_input_is_told(generate, capsys):
+def test_changed_input_is_reported(generate, capsys):
     assert generate("-p", "a", "-i", "in1.png", "-S", 4, "-o", "a.png") == 0
     Image.open("in2.png").save("in1.png")
     assert generate("--from", "a.png", "-o", "b.png") == 0
     assert "has changed since" in capsys.readouterr().err
 
 
-def test_another_model_is_told(generate, checkpoints, capsys):
+def test_another_model_is_reported(generate, checkpoints, capsys):
     assert generate("-p", "a", *SMALL, "-S", 4, "-o", "a.png") == 0
     other = str(checkpoints.exported(Case("one-double-three-single")))
     assert generate("--from", "a.png", "-o", "b.png", model=other) == 0
     assert "a.png was made with odd-heads" in capsys.readouterr().err
+
+
+def with_parameters(name: str, **changes: object) -> None:
+    """Change parameters in a picture; None removes one."""
+    known = {key: value for key, value in {**read_parameters(name), **changes}.items() if value is not None}
+    with Image.open(name) as image:
+        save_image(image.convert("RGB"), name, known)
+
+
+def test_picture_says_its_provider(generate, capsys):
+    assert generate("-p", "a", *SMALL, "-S", 4, "-o", "a.png") == 0
+    assert parameters("a.png")["provider"] == "cpu"
+    with_parameters("a.png", provider="no-such-provider")
+    assert generate("--from", "a.png", "-o", "b.png") == 0
+    assert "a.png was made on no-such-provider, which is not available" in capsys.readouterr().err
+    assert parameters("b.png")["provider"] == "cpu"
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_picture_is_made_again_with_its_flavour(generate, copy_of, older):
+    """Also one from before pictures said their provider."""
+    root = copy_of(CASE)
+    with fluxonnx.load(root, flavour="portable") as flux:
+        image = flux.generate("x", 64, 64, 1, 1)
+    save_image(image, "a.png", image.info)
+    if older:
+        with_parameters("a.png", provider=None)
+    assert generate("--from", "a.png", "-o", "b.png", model=str(root)) == 0
+    assert parameters("b.png")["flavour"] == "portable"
+    assert pixels("b.png") == pixels("a.png")
+
+
+def test_pictures_are_saved_one_by_one(generate, monkeypatch):
+    """What is finished before a run is interrupted is kept."""
+    save = Image.Image.save
+    saved: list[object] = []
+
+    def interrupt_the_second(self: Image.Image, target: object, **options: object) -> None:
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(target)
+        save(self, target, **options)
+
+    monkeypatch.setattr(Image.Image, "save", interrupt_the_second)
+    assert generate("-p", "a", *SMALL, "-S", 7, "-n", 3, "-o", "cat.png") == 130
+    assert names() == ["cat-0001.png"]
 
 
 def test_info_prints_json(generate, capsys):
@@ -257,7 +307,7 @@ def test_exif_rotated_input(generate):
         (1, "absent.png does not exist", ["-p", "a", "-i", "absent.png"]),
         (1, "in.txt is not an image", ["-p", "a", "-r", "in.txt"]),
         (2, "strength is 1.5, but must be from 0", ["-p", "a", "-i", "in0.png", "-t", "1.5"]),
-        (2, "give it with -i", ["-p", "a", "-t", "0.5"]),
+        (2, "give the picture with -i", ["-p", "a", "-t", "0.5"]),
         (2, "give one -i", ["-p", "a", "-i", "in0.png", "-i", "in1.png", "-t", "0.5"]),
         (2, "11 reference images are too many", ["-p", "a", *(["-r", "in0.png"] * 11)]),
         (2, "guidance_scale is 0.2", ["-p", "a", "-g", "0.2"]),
@@ -292,7 +342,10 @@ def test_impossible_flags(folder, fails, code, pattern, arguments):
     [
         ("{", "line 1 is not valid JSON"),
         ('{"seed": 1}', 'line 1 has no "prompt"'),
-        ('{"prompt": "a", "seed": "x"}', "\"seed\" is 'x', expected int"),
+        ('{"prompt": ["a"]}', r"line 1: \"prompt\" is \['a'\], expected a string"),
+        (f'{{"prompt": "a", "seed": {"9" * 5000}}}', "line 1 is not valid JSON"),
+        (f'{{"prompt": "a", "seed": {2**64}}}', f"seed is {2**64}, but must be from 0 to {2**64 - 1}"),
+        ('{"prompt": "a", "seed": "x"}', "\"seed\" is 'x', expected an integer"),
         ('{"prompt": "a", "width": true}', '"width" is True'),
         ('{"prompt": "a", "output": "no/a.png"}', "folder no does not exist"),
         ('{"prompt": "a", "width": 70}', "width 70 can't be drawn"),
@@ -301,6 +354,30 @@ def test_impossible_flags(folder, fails, code, pattern, arguments):
 def test_bad_line_of_a_prompt_file(folder, fails, line, pattern):
     Path("in.jsonl").write_text(line)
     fails(2, pattern, "-q", "--prompt-file", "in.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("changes", "pattern"),
+    [
+        ({"width": "64"}, "\"width\" is '64', expected an integer"),
+        ({"prompt": ["a"]}, r"\"prompt\" is \['a'\], expected a string"),
+        ({"seed": 1.5}, '"seed" is 1.5, expected an integer'),
+        ({"sigmas": "1, 0.5"}, "\"sigmas\" is '1, 0.5', expected a list of numbers"),
+        ({"reference_files": "in0.png"}, "\"reference_files\" is 'in0.png', expected a list of strings"),
+        ({"precision": 8}, '"precision" is 8, expected a string'),
+    ],
+)
+def test_damaged_parameters_of_a_picture(folder, fails, changes, pattern):
+    save_image(Image.new("RGB", (64, 64)), "in-made.png", {"prompt": "a", **changes})
+    fails(1, f"in-made.png holds damaged fluxonnx parameters: {pattern}", "-q", "--from", "in-made.png")
+
+
+def test_parameters_that_are_unknown_are_ignored(generate):
+    save_image(
+        Image.new("RGB", (64, 64)), "in-made.png", {"prompt": "a", "output": "b.png", "image": "in0.png", "mood": {}}
+    )
+    assert generate("--from", "in-made.png", *SMALL, "-o", "a.png") == 0
+    assert names() == ["a.png"]
 
 
 def test_a_bad_line_is_found_before_the_first_picture(folder, fails):

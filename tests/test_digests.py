@@ -8,6 +8,8 @@ import pytest
 
 from tests.digests import ARCHITECTURES, GOLDEN, VARIANTS, digests
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("flavour", ["ort", "portable"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.id)

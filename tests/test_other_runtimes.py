@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from fluxonnx.manifest import graph_file
-from tests.conftest import Case
-from tests.test_golden import GOLDEN, GRAPHS, TOLERANCE
+from fluxonnx.checkpoint.manifest import graph_file
+from fluxonnx.contract import COMPONENTS
+from tests.support import GRAPH_TOLERANCE, Case, golden_inputs, golden_outputs, optional, relative_error
+
+pytestmark = pytest.mark.slow
 
 CASE = Case("odd-heads")
-
-EXPECTED = {
-    **GRAPHS,
-    "transformer": (("hidden_states", "timestep_proj", "rotary_cos", "rotary_sin"), ("velocity",)),
-    "vae_decoder": (("latents",), ("decoded",)),
-}
-
-
-def inputs_of(component: str) -> dict[str, np.ndarray]:
-    inputs = {name: GOLDEN[name] for name in EXPECTED[component][0]}
-    if component == "transformer":
-        inputs["encoder_hidden_states"] = GOLDEN["prompt_embeds"]
-    return inputs
-
-
-def assert_equals_golden(component: str, outputs: list[np.ndarray]) -> None:
-    for found, name in zip(outputs, EXPECTED[component][1], strict=True):
-        assert found.shape == GOLDEN[name].shape
-        assert np.linalg.norm(found - GOLDEN[name]) < TOLERANCE * np.linalg.norm(GOLDEN[name])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -39,18 +21,21 @@ def test_onnx_reference_evaluator(checkpoints, precision, component):
     """ONNX's own definition of each operator, in numpy; the VAE is left out, since its convolutions take minutes."""
     root = checkpoints.exported(CASE, precision, "portable")
     model = onnx.load(root / graph_file(component, precision, "portable"))
-    assert_equals_golden(component, ReferenceEvaluator(model).run(None, inputs_of(component)))
+    found = ReferenceEvaluator(model).run(None, golden_inputs(component))
+    for output, expected in zip(found, golden_outputs(component), strict=True):
+        assert relative_error(output, expected) < GRAPH_TOLERANCE
 
 
+@optional("openvino")
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("component", EXPECTED)
+@pytest.mark.parametrize("component", COMPONENTS)
 def test_openvino(checkpoints, precision, component):
     """In float32; its default on some machines is bfloat16."""
-    openvino = pytest.importorskip("openvino")
+    import openvino
+
     root = checkpoints.exported(CASE, precision, "portable")
-    core = openvino.Core()
-    model = core.compile_model(
-        root / graph_file(component, precision, "portable"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
-    )
-    result = model(inputs_of(component))
-    assert_equals_golden(component, [result[name] for name in model.outputs])
+    file = root / graph_file(component, precision, "portable")
+    model = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    result = model(golden_inputs(component))
+    for name, expected in zip(model.outputs, golden_outputs(component), strict=True):
+        assert relative_error(result[name], expected) < GRAPH_TOLERANCE

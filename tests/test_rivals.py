@@ -1,7 +1,8 @@
-"""`benchmarks/rivals.py` with stand-ins for the binaries; the real libraries are in tests/parity."""
+"""`benchmarks/rivals.py` with stand-ins for the binaries; tests/parity runs the real libraries."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -9,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import rivals
-from tests.conftest import Case
+from tests.support import Case
 
 CASE = Case("odd-heads")
 
-# What the binaries print around their timings, and the flags they must have been given.
+# What the binaries print around their timings; they fail without the right flags.
 FLUX2C = """#!/bin/sh
 case "$*" in *"-W 96 -H 64 -s 3"*) ;; *) exit 5 ;; esac
 echo "  Step 1/3 ddsF" >&2
@@ -26,7 +27,7 @@ case "$*" in *"--steps 3 "*"-t 1"*) ;; *) exit 5 ;; esac
 printf '\r  |====>     | 1/3 - 9.50s/it\r  |=======>  | 2/3 - 2.00s/it\r  |==========| 3/3 - 0.50it/s\n'
 """
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="the stand-ins are shell scripts")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="the stand-ins are shell scripts")]
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def program(path: Path, text: str) -> str:
 def test_binaries(model, tmp_path, capsys):
     flux2c, sdcpp = program(tmp_path / "flux", FLUX2C), program(tmp_path / "sd", SDCPP)
     json_path = tmp_path / "rivals.json"
-    weights = str(Path(model) / "model_index.json")  # any file will do
+    weights = str(Path(model) / "model_index.json")  # the stand-in does not read it
     arguments = ["-d", model, "--size", "96x64", "-s", "3", "--threads", "1", "--json", str(json_path)]
     arguments += ["--rivals", "flux2c", "sdcpp", "--flux2c", flux2c, "--sdcpp", sdcpp]
     arguments += ["--sdcpp-model", weights, "--sdcpp-llm", weights, "--sdcpp-vae", weights]
@@ -61,7 +62,7 @@ def test_binaries(model, tmp_path, capsys):
     assert all(f"| {name} " in table for name in programs for table in (measured, ratios))
 
 
-def test_what_is_missing_is_skipped_and_what_fails_is_told(model, tmp_path, capsys):
+def test_missing_programs_are_skipped_and_failures_are_reported(model, tmp_path, capsys):
     broken = program(tmp_path / "flux", "#!/bin/sh\necho 'cannot read the model' >&2\nexit 1\n")
     arguments = ["-d", model, "--size", "64", "-s", "2", "--repeat", "2", "--flux2c", broken]
     assert rivals.main([*arguments, "--rivals", "flux2c", "sdcpp", "--sdcpp", str(tmp_path / "sd")]) == 1
@@ -73,7 +74,7 @@ def test_what_is_missing_is_skipped_and_what_fails_is_told(model, tmp_path, caps
 
 
 def test_missing_packages_are_skipped(model, capsys, monkeypatch):
-    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert rivals.main(["-d", model, "--size", "64", "-s", "1", "--repeat", "1"]) == 0
     err = capsys.readouterr().err
     for line in ("diffusers-bf16: pip install torch", "openvino: pip install openvino", "flux2c: give its binary"):
@@ -94,14 +95,14 @@ def test_bad_input(model, capsys, arguments, code, pattern):
     assert pattern in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system can't be told")
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs posix_fadvise")
 def test_cold(model, tmp_path, monkeypatch, capsys):
-    """All files that any of the programs reads are forgotten before each run."""
-    forgotten: list[int] = []
+    """All files that any of the programs reads leave the page cache before each run."""
+    dropped: list[int] = []
 
     def note(descriptor: int, start: int, length: int, advice: int) -> None:
         if advice == os.POSIX_FADV_DONTNEED:
-            forgotten.append(os.fstat(descriptor).st_ino)
+            dropped.append(os.fstat(descriptor).st_ino)
 
     monkeypatch.setattr(os, "posix_fadvise", note)
     flux2c = program(tmp_path / "flux", FLUX2C)
@@ -110,5 +111,5 @@ def test_cold(model, tmp_path, monkeypatch, capsys):
     assert rivals.main([*arguments, "--sdcpp-model", str(tmp_path / "missing")]) == 0  # skipped, as without --cold
     weights = sorted(path.stat().st_ino for path in Path(model).rglob("*.safetensors"))
     assert len(weights) >= 3
-    assert sorted(forgotten) == sorted(2 * weights)
+    assert sorted(dropped) == sorted(2 * weights)
     assert "3 steps, cold" in capsys.readouterr().out

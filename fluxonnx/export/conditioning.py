@@ -7,34 +7,23 @@ weights and costs nothing.
 from __future__ import annotations
 
 import numpy as np
-from onnx import TensorProto
 
+from fluxonnx.contract import Ports, TransformerConfig
 from fluxonnx.export.graph import GraphBuilder
-from fluxonnx.export.transformer import TransformerConfig
 
 # Positions have two digits of this base, so they end below its square.
 POSITION_BASE = 64
 
 
-def build(g: GraphBuilder, config: TransformerConfig) -> None:
-    """Add the conditioning graph to `g`.
-
-    Inputs: timestep f32 [batch] in [0, 1]; txt_ids int64 [text_seq, 4]; img_ids int64 [image_seq, 4].
-    Outputs: timestep_proj f32 [batch, features]; rotary_cos, rotary_sin f32 [text_seq + image_seq, head_dim].
-    """
-    timestep = g.input("timestep", TensorProto.FLOAT, ["batch"], "sigma of each picture, in [0, 1]")
-    txt_ids = g.input(
-        "txt_ids", TensorProto.INT64, ["text_seq", 4], "(t, h, w, l) of each text token: (0, 0, 0, i); below 4096"
-    )
-    img_ids = g.input(
-        "img_ids", TensorProto.INT64, ["image_seq", 4], "(t, h, w, l) of each image token, then each reference token"
-    )
-    features = config.timestep_channels
-    g.output("timestep_proj", timestep_projection(g, timestep, features), ["batch", features], "timestep features")
+def build(g: GraphBuilder, config: TransformerConfig, ports: Ports) -> None:
+    """Add the conditioning graph to `g`."""
+    timestep, txt_ids, img_ids = (g.input(port) for port in ports.inputs)
+    timestep_proj, cos, sin = ports.outputs
+    g.output(timestep_proj, timestep_projection(g, timestep, config.timestep_channels))
     with g.scope("pos_embed"):
         tables = rotary_tables(g, g.op("Concat", txt_ids, img_ids, axis=0), config)
-    for name, table in zip(("rotary_cos", "rotary_sin"), tables, strict=True):
-        g.output(name, table, ["text_seq + image_seq", config.head_dim], "rotary embedding of each token")
+    for port, table in zip((cos, sin), tables, strict=True):
+        g.output(port, table)
 
 
 def timestep_projection(g: GraphBuilder, timestep: str, features: int) -> str:

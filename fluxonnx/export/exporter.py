@@ -2,47 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 
-from fluxonnx import __version__
-from fluxonnx.checkpoint import Checkpoint, Tensor, fingerprint
-from fluxonnx.errors import CheckpointError, ExportError, UsageError
-from fluxonnx.export import conditioning, text_encoder, transformer, vae, weights
-from fluxonnx.export.graph import Graph, GraphBuilder, Target
-from fluxonnx.export.precision import make_precision
-from fluxonnx.export.text_encoder import TextEncoderConfig
-from fluxonnx.export.transformer import TransformerConfig
-from fluxonnx.export.vae import VaeConfig
-from fluxonnx.files import explain, replacing
-from fluxonnx.manifest import (
-    COMPONENTS,
+from fluxonnx.checkpoint.directory import Checkpoint
+from fluxonnx.checkpoint.manifest import (
     Build,
     Component,
     Manifest,
     build_name,
+    exporter_digest,
     graph_file,
     is_current,
+    is_source_checkout,
     read_manifest,
 )
-from fluxonnx.single_file import transformer_tensors
+from fluxonnx.checkpoint.safetensors import Tensor, fingerprint
+from fluxonnx.contract import COMPONENTS, GRAPH_FORMAT, Architecture, open_checkpoint
+from fluxonnx.errors import CheckpointError, ExportError, UsageError
+from fluxonnx.export import weights
+from fluxonnx.export.components import Target, build_graph, make_target, read_architecture
+from fluxonnx.export.copying import copy_model
+from fluxonnx.export.precisions import Precision
+from fluxonnx.files import atomic_write, describe_os_error
+from fluxonnx.version import __version__
 
-# Opset 23 has RMSNormalization; 17 is the oldest with LayerNormalization and all that the other runtimes load.
-FLAVOURS = {"ort": 23, "portable": 17}
-OPSETS = {"ort": range(17, 24), "portable": range(17, 22)}
-
-# progress(what, bytes done, bytes in all)
+# progress(what, bytes done, total bytes)
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What exporting one component did; `seconds` is None for one that was up to date already."""
+    """What was exported of one component; `seconds` is None where it was up to date already."""
 
     component: str
     graph: str
@@ -52,42 +47,12 @@ class Report:
     seconds: float | None
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The configs of all components, checked against each other."""
-
-    text_encoder: TextEncoderConfig
-    transformer: TransformerConfig
-    vae: VaeConfig
-
-    @classmethod
-    def read(cls, checkpoint: Checkpoint, out_layers: tuple[int, ...] | None) -> Sizes:
-        """Read the configs; raises CheckpointError if one is wrong or they do not fit together."""
-        sizes = cls(
-            TextEncoderConfig.read(checkpoint.config("text_encoder"), out_layers),
-            TransformerConfig.read(checkpoint.config("transformer")),
-            VaeConfig.read(checkpoint.config("vae")),
-        )
-        text_dim = len(sizes.text_encoder.out_layers) * sizes.text_encoder.hidden
-        if sizes.transformer.text_dim != text_dim:
-            raise CheckpointError(
-                f'{checkpoint.root}: transformer "joint_attention_dim" is {sizes.transformer.text_dim}, but the text '
-                f"encoder gives {text_dim}: the folders come from different models"
-            )
-        if sizes.transformer.in_channels != sizes.vae.patch_channels:
-            raise CheckpointError(
-                f'{checkpoint.root}: transformer "in_channels" is {sizes.transformer.in_channels}, but the VAE gives '
-                f"{sizes.vae.patch_channels}: the folders come from different models"
-            )
-        return sizes
-
-
 def export(
     directory: str | Path,
     output: str | Path | None = None,
     *,
     transformer: str | Path | None = None,
-    precision: str = "bf16",
+    precision: str | Precision = "bf16",
     flavour: str = "ort",
     components: Sequence[str] | None = None,
     opset: int | None = None,
@@ -102,22 +67,22 @@ def export(
     Args:
         directory: A model directory in the Hugging Face layout of FLUX.2-klein.
         output: A folder for a self-contained copy (weights, configs, tokenizer, graphs); by default the graphs are
-            written beside the checkpoint's folders. The copy of an fp16, int8 or int4 build has no other weights than
-            its own.
-        transformer: A safetensors file to take the transformer's weights from instead, with diffusers' or the
-            original's names. The integers of one that ComfyUI's tools quantised (int8_tensorwise) are kept: "int8".
-        precision: "bf16" leaves the weights in the checkpoint's files as they are; "fp32" converts them; "fp16" does,
-            to half the size, and computes the products of the blocks and of the autoencoder in float16, for GPUs (on
-            a CPU onnxruntime makes float32 of them when it loads them); "int8" and "int4" quantise the linears of the
-            blocks.
+            written beside the checkpoint's folders. The copy of an fp16, int8 or int4 build has no weights but the
+            build's own.
+        transformer: A safetensors file that replaces the transformer's weights, with diffusers' or the original's
+            names. Weights that ComfyUI's tools quantised (int8_tensorwise) stay the same integers: "int8".
+        precision: "bf16" leaves the weights in the checkpoint's files as they are. "fp32" converts them. "fp16"
+            converts them to half the size, and computes the products of the blocks and of the autoencoder in float16,
+            for GPUs (on a CPU onnxruntime converts them to float32 when it loads them). "int8" and "int4" quantise the
+            linears of the blocks. A `Precision` is used as it is.
         flavour: "ort" for onnxruntime, with its fused operators; "portable" for any runtime.
-        components: Which graphs, by the names of the files; all by default.
+        components: The graphs to export, by the names of their files; all by default.
         opset: The ai.onnx opset; by default 23 for ort and 17 for portable (21 with int4).
-        keep: For int8 and int4: linears in whose names this regular expression is found are not quantised.
+        keep: For int8 and int4: linears whose names match this regular expression are not quantised.
         rotate: For int8: mix inputs by a Hadamard matrix, against outliers; a step takes a little longer.
-        block: For int4: how many weights share a scale, 32, 64 (the default) or 128.
+        block: For int4: the number of weights that share a scale, 32, 64 (the default) or 128.
         force: Overwrite graphs that exist and differ.
-        progress: Called with what is being written, bytes done and bytes in all.
+        progress: Called with what is being written, the bytes done and the total.
 
     Returns:
         A report per component, in the order of their export.
@@ -131,42 +96,16 @@ def export(
     names = select(components)
     say = progress or (lambda what, done, total: None)
     try:
-        checkpoint = Checkpoint(directory, transformer)
+        checkpoint = open_checkpoint(directory, transformer)
         root = checkpoint.root
         if output is not None:
-            copy = weights.copy_model(checkpoint, Path(output), say, not target.precision.self_contained)
+            copy = copy_model(checkpoint, Path(output), say, not target.precision.self_contained)
             root = copy.root
             checkpoint = checkpoint if target.precision.self_contained else copy
-        return [*_export_components(checkpoint, root, target, names, force, say)]
+        return _export_components(checkpoint, root, target, names, force, say)
     except OSError as error:
         place = error.filename2 or error.filename or directory
-        raise ExportError(explain(error, place, "make a copy with fluxonnx export -d DIR -o COPY")) from error
-
-
-def make_target(
-    precision: str,
-    flavour: str,
-    opset: int | None,
-    keep: str | None = None,
-    block: int | None = None,
-    rotate: bool = False,
-) -> Target:
-    """Check what is asked for.
-
-    Raises:
-        UsageError: An unknown precision or flavour, an option the precision does not have, or an opset that the
-            flavour can't have.
-    """
-    chosen = make_precision(precision, keep, block, rotate)
-    if flavour not in FLAVOURS:
-        raise UsageError(f"flavour {flavour!r} is unknown: choose one of {', '.join(FLAVOURS)}")
-    lowest = max(OPSETS[flavour][0], chosen.lowest_opset(flavour))
-    allowed = range(lowest, OPSETS[flavour][-1] + 1)
-    opset = max(FLAVOURS[flavour], lowest) if opset is None else opset
-    if opset not in allowed:
-        which = f"{precision} {flavour}" if lowest > OPSETS[flavour][0] else flavour
-        raise UsageError(f"opset {opset} is out of range: {which} graphs can be {allowed[0]} to {allowed[-1]}")
-    return Target(chosen, flavour, opset)
+        raise ExportError(describe_os_error(error, place, "make a copy with fluxonnx export -d DIR -o COPY")) from error
 
 
 def select(components: Sequence[str] | None) -> list[str]:
@@ -181,47 +120,14 @@ def select(components: Sequence[str] | None) -> list[str]:
     return [name for name in COMPONENTS if not components or name in components]
 
 
-def build_graph(component: str, sizes: Sizes, target: Target, tensors: dict[str, Tensor], metadata: dict) -> Graph:
-    """Build one component's graph and check that it uses every tensor of the checkpoint it should.
-
-    Raises:
-        CheckpointError: A tensor is missing, left over, or of the wrong shape.
-    """
-    g = GraphBuilder(component, target, tensors)
-    unused: tuple[str, ...] = ("",)
-    if component == "conditioning":
-        conditioning.build(g, sizes.transformer)
-    elif component == "transformer":
-        transformer.build(g, sizes.transformer)
-        unused = transformer.UNUSED
-    elif component == "text_encoder":
-        text_encoder.build(g, sizes.text_encoder)
-        unused = sizes.text_encoder.unused
-    elif component == "vae_encoder":
-        vae.build_encoder(g, sizes.vae)
-        unused = vae.UNUSED_BY_ENCODER
-    else:
-        vae.build_decoder(g, sizes.vae)
-        unused = vae.UNUSED_BY_DECODER
-    left_over = [name for name in tensors if name not in g.used and not name.startswith(unused)]
-    if left_over:
-        more = f" and {len(left_over) - 1} more" if len(left_over) > 1 else ""
-        raise CheckpointError(
-            f"{component}: tensor {left_over[0]} {list(tensors[left_over[0]].shape)}{more} is not part of the model "
-            "that config.json describes: config.json and weights do not belong together"
-        )
-    doc = f"{component} of {metadata['model']}, exported by fluxonnx {__version__}"
-    return g.finish(doc, metadata)
-
-
 def _export_components(
     checkpoint: Checkpoint, root: Path, target: Target, names: list[str], force: bool, say: Progress
-) -> Sequence[Report]:
+) -> list[Report]:
     manifest = _manifest(root, force)
     out_layers = tuple(manifest.text_encoder_out_layers) if manifest.text_encoder_out_layers else None
-    sizes = Sizes.read(checkpoint, out_layers)
+    sizes = read_architecture(checkpoint, out_layers)
     manifest.text_encoder_out_layers = list(sizes.text_encoder.out_layers)
-    manifest.architecture = asdict(sizes)
+    manifest.architecture = sizes.to_json()
     precision, flavour = target.precision.name, target.flavour
     name = build_name(precision, flavour)
     build = manifest.builds.get(name)
@@ -230,9 +136,7 @@ def _export_components(
         # Graphs of another opset or other settings are never mixed into one build.
         build = manifest.builds[name] = Build(precision, flavour, target.opset, settings)
 
-    current = (
-        {} if force else {key: done for key, done in build.components.items() if is_current(root, done, __version__)}
-    )
+    current = {} if force else {key: c for key, c in build.components.items() if is_current(root, c, GRAPH_FORMAT)}
     for component in names:
         if component not in current and not force:
             metadata = _metadata(checkpoint, component, target, sizes)
@@ -261,7 +165,7 @@ def _manifest(root: Path, force: bool) -> Manifest:
 
 
 def _refuse_foreign(path: Path, metadata: dict[str, str]) -> None:
-    """Refuse to overwrite a graph, except ours of the same settings: left by a killed export or an older version."""
+    """Refuse to overwrite a graph, unless it is ours with the same settings (of a killed export, say)."""
     if not path.exists():
         return
     try:
@@ -276,23 +180,19 @@ def _refuse_foreign(path: Path, metadata: dict[str, str]) -> None:
 
 
 def _export_component(
-    checkpoint: Checkpoint, root: Path, component: str, sizes: Sizes, target: Target, say: Progress
+    checkpoint: Checkpoint, root: Path, component: str, sizes: Architecture, target: Target, say: Progress
 ) -> Component:
     folder, precision = COMPONENTS[component], target.precision
     say(component, 0, 0)
-    tensors: dict[str, Tensor] = {}
-    if component == "transformer":
-        tensors = transformer_tensors(checkpoint)
-    elif component != "conditioning":
-        tensors = checkpoint.tensors(folder)
+    tensors: dict[str, Tensor] = {} if component == "conditioning" else checkpoint.tensors(folder)
     graph = build_graph(component, sizes, target, tensors, _metadata(checkpoint, component, target, sizes))
-    # What is made of a checkpoint elsewhere can't go stale with it.
+    # A copy does not depend on the checkpoint that it was made from.
     sources = sorted({weight.source.file for weight in graph.weights}) if root == checkpoint.root else []
     name = weights.weight_file(component, folder, precision.file_label(target.flavour))
-    settings = {"version": __version__, **precision.settings()} if precision.self_contained else {}
-    stored = weights.place(graph, root, name, settings, lambda a, b: say(component, a, b))
-    file = graph_file(component, target.precision.name, target.flavour)
-    with replacing(root / file) as temporary:
+    settings = {**_writer(), **precision.settings()} if precision.self_contained else {}
+    stored = weights.place(graph, root, name, settings, lambda done, total: say(component, done, total))
+    file = graph_file(component, precision.name, target.flavour)
+    with atomic_write(root / file) as temporary:
         onnx.save(graph.model, temporary)
         onnx.checker.check_model(str(temporary), full_check=True)
     return Component(
@@ -304,7 +204,14 @@ def _export_component(
         parameters=graph.parameters,
         self_contained=precision.self_contained,
         bytes_written=(root / file).stat().st_size + (stored.bytes_written if stored else 0),
+        graph_format=GRAPH_FORMAT,
+        exporter_digest=exporter_digest(),
     )
+
+
+def _writer() -> dict[str, str]:
+    """Return what in the header of a weight file tells it from one that another exporter made of the same weights."""
+    return {"graph_format": str(GRAPH_FORMAT), **({"exporter": exporter_digest()} if is_source_checkout() else {})}
 
 
 def _location(root: Path, path: Path) -> str:
@@ -312,12 +219,12 @@ def _location(root: Path, path: Path) -> str:
 
 
 def _transformer(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return what tells a build with this transformer from one with the checkpoint's own."""
+    """Return the setting of a build whose transformer's weights come from another file."""
     file = checkpoint.transformer
     return {"transformer": f"{file.name} {fingerprint(file)[:12]}"} if file else {}
 
 
-def _metadata(checkpoint: Checkpoint, component: str, target: Target, sizes: Sizes) -> dict[str, str]:
+def _metadata(checkpoint: Checkpoint, component: str, target: Target, sizes: Architecture) -> dict[str, str]:
     return {
         "producer": "fluxonnx",
         "version": __version__,
@@ -328,5 +235,5 @@ def _metadata(checkpoint: Checkpoint, component: str, target: Target, sizes: Siz
         "opset": str(target.opset),
         **target.precision.settings(),
         **(_transformer(checkpoint) if component == "transformer" else {}),
-        "architecture": json.dumps(asdict(getattr(sizes, COMPONENTS[component]))),
+        "architecture": sizes.component_json(component),
     }

@@ -1,7 +1,7 @@
-"""A thin graph builder over `onnx.helper`: names, scopes, shared constants, weights and shapes.
+"""A graph builder over `onnx.helper`: names, scopes, shared constants, weights and shapes.
 
-A value is its name, a plain string. Types are inferred as nodes are added, so that a mistake shows at the line that
-made it and every value of the finished graph has a type.
+A value is its name, a plain string. Types are inferred as nodes are added: a mistake shows at the line that made it,
+and every value of the finished graph has a type. The builder knows nothing of precisions.
 """
 
 from __future__ import annotations
@@ -10,113 +10,22 @@ import hashlib
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, shape_inference
 
-from fluxonnx.checkpoint import DTYPES, Tensor
+from fluxonnx.checkpoint.safetensors import Tensor
+from fluxonnx.contract import Port
 from fluxonnx.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from fluxonnx.export.precision import Precision
+from fluxonnx.export.initializers import Encode, Entry, Part, StoredWeight, onnx_dtype
 
 MICROSOFT = "com.microsoft"
 
-# Weights are named by these safetensors dtypes, initializers by these ONNX ones.
-ONNX_DTYPES = {
-    "F32": TensorProto.FLOAT,
-    "F16": TensorProto.FLOAT16,
-    "BF16": TensorProto.BFLOAT16,
-    "F64": TensorProto.DOUBLE,
-    "I64": TensorProto.INT64,
-    "I8": TensorProto.INT8,
-    "U8": TensorProto.UINT8,
-}
-
-# What a weight can be without more being known about it.
-FLOATS = ("BF16", "F16", "F32", "F64")
-
 Dim = int | str | None
 T = TypeVar("T")
-
-
-@dataclass
-class Target:
-    """What a graph is built for: the operators it may use and how it stores its weights."""
-
-    precision: Precision
-    flavour: str  # "ort": also com.microsoft operators; "portable": only ai.onnx ones
-    opset: int
-
-    @property
-    def fused(self) -> bool:
-        """Whether onnxruntime's own operators may be used."""
-        return self.flavour == "ort"
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of the arrays that a tensor is encoded as: in the file, and in the graph where that differs."""
-
-    suffix: str
-    dtype: str
-    shape: tuple[int, ...]
-    graph_dtype: int | None = None
-    graph_shape: tuple[int, ...] | None = None
-
-    @property
-    def onnx_dtype(self) -> int:
-        """Its type in the graph."""
-        return self.graph_dtype or ONNX_DTYPES[self.dtype]
-
-    @property
-    def onnx_shape(self) -> tuple[int, ...]:
-        """Its shape in the graph."""
-        return self.graph_shape or self.shape
-
-
-@dataclass
-class Entry:
-    """An initializer whose bytes live outside the graph, and the safetensors entry they are.
-
-    The two differ in shape and type only where safetensors lacks the type (two int4 values are a byte there).
-    `aliases` are further initializers that are the same bytes.
-    """
-
-    initializer: TensorProto
-    dtype: str
-    shape: tuple[int, ...]
-    aliases: list[TensorProto] = field(default_factory=list)
-
-    @property
-    def initializers(self) -> list[TensorProto]:
-        """The initializer and its aliases."""
-        return [self.initializer, *self.aliases]
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes are stored."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-
-@dataclass
-class StoredWeight:
-    """What is stored of a tensor of the checkpoint.
-
-    Attributes:
-        source: The tensor.
-        entries: Itself, maybe of another dtype, or what it is encoded as (integers, their scales).
-        encode: Returns an array per entry; None if the tensor is at most cast.
-        in_place: Whether the bytes stay where they are.
-    """
-
-    source: Tensor
-    entries: list[Entry]
-    encode: Callable[[Tensor], Sequence[np.ndarray]] | None
-    in_place: bool
 
 
 @dataclass
@@ -129,17 +38,29 @@ class Graph:
     parameters: int
 
 
-@dataclass
 class GraphBuilder:
-    """Builds one graph from a table of checkpoint tensors."""
+    """Builds one graph from a table of checkpoint tensors.
 
-    name: str
-    target: Target
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    Attributes:
+        name: The graph's name.
+        opset: The ai.onnx opset.
+        fused: Whether onnxruntime's own operators (com.microsoft) may be used.
+        used: Names of the tensors taken so far.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(self, name: str, flavour: str, opset: int, tensors: dict[str, Tensor] | None = None) -> None:
+        """Start an empty graph.
+
+        Args:
+            name: Its name.
+            flavour: "ort" for onnxruntime, "portable" for ai.onnx operators only.
+            opset: The ai.onnx opset.
+            tensors: The checkpoint's tensors by name.
+        """
+        self.name, self.opset, self.fused = name, opset, flavour == "ort"
+        self._tensors = tensors or {}
         self.used: set[str] = set()
-        self._opsets = [helper.make_opsetid("", self.target.opset), helper.make_opsetid(MICROSOFT, 1)]
+        self._opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid(MICROSOFT, 1)]
         self._ir_version = helper.find_min_ir_version_for([self._opsets[0]])
         self._scopes: list[str] = []
         self._nodes: list[onnx.NodeProto] = []
@@ -165,7 +86,7 @@ class GraphBuilder:
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Leave all modules, for what belongs to none."""
+        """Leave all modules, for nodes that belong to none."""
         scopes, self._scopes = self._scopes, []
         try:
             yield
@@ -184,22 +105,23 @@ class GraphBuilder:
 
     # Values
 
-    def input(self, name: str, dtype: int, shape: Sequence[Dim], doc: str) -> str:
+    def input(self, port: Port) -> str:
         """Declare an input of the graph."""
-        info = helper.make_tensor_value_info(name, dtype, list(shape), doc)
+        info = helper.make_tensor_value_info(port.name, onnx_dtype(port.dtype), list(port.shape), port.doc)
         self._inputs.append(info)
-        self._types[name] = info.type
-        return name
+        self._types[port.name] = info.type
+        return port.name
 
-    def output(self, name: str, value: str, shape: Sequence[Dim], doc: str) -> None:
-        """Declare `value` an output of the graph, called `name`."""
-        dtype = self.dtype(value)
+    def output(self, port: Port, value: str) -> None:
+        """Declare `value` an output of the graph."""
+        assert self.dtype(value) == onnx_dtype(port.dtype), port
         with self.outside():
-            self.op("Identity", value, output=name)
-        self._outputs.append(helper.make_tensor_value_info(name, dtype, list(shape), doc))
+            self.op("Identity", value, output=port.name)
+        info = helper.make_tensor_value_info(port.name, onnx_dtype(port.dtype), list(port.shape), port.doc)
+        self._outputs.append(info)
 
     def constant(self, value: Any, dtype: Any = np.float32) -> str:
-        """Return a constant, shared by everyone who asks for the same numbers."""
+        """Return a constant; equal constants are one initializer."""
         array = np.ascontiguousarray(np.asarray(value, dtype)).reshape(np.shape(value))
         digest = hashlib.sha256(array.tobytes()).hexdigest()[:12] if array.size > 4 else ""
         label = digest or "_".join(str(item) for item in array.ravel().tolist())
@@ -227,7 +149,7 @@ class GraphBuilder:
             op_type: The operator.
             *inputs: Values; "" for an optional input left out.
             shape: The output's shape where inference can't see it (a reshape to computed sizes).
-            like: A value whose type the output has; needed for operators outside ai.onnx, which onnx can't infer.
+            like: A value whose type the output has, for operators outside ai.onnx, whose types onnx can't infer.
             domain: The operator's domain.
             output: A name for the output instead of the node's own.
             outputs: How many outputs it has.
@@ -249,7 +171,7 @@ class GraphBuilder:
         return names[0] if outputs == 1 else names
 
     def _infer(self, node: onnx.NodeProto) -> dict[str, onnx.TypeProto]:
-        schema = onnx.defs.get_schema(node.op_type, self.target.opset, node.domain)
+        schema = onnx.defs.get_schema(node.op_type, self.opset, node.domain)
         return shape_inference.infer_node_outputs(
             schema,
             node,
@@ -265,11 +187,11 @@ class GraphBuilder:
         return [dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in dims]
 
     def width(self, value: str) -> int:
-        """Return the size of a value's last dimension, which is known of whatever goes into a linear."""
+        """Return the size of a value's last dimension, which is known for every input of a linear layer."""
         return self.sizes(value, 1)[0]
 
     def sizes(self, value: str, count: int) -> list[int]:
-        """Return the sizes of a value's last dimensions, which are known of heads, too."""
+        """Return the sizes of a value's last `count` dimensions, which must be known."""
         sizes = [size for size in self.shape(value)[-count:] if isinstance(size, int)]
         assert len(sizes) == count, value
         return sizes
@@ -283,8 +205,8 @@ class GraphBuilder:
         return value if self.dtype(value) == dtype else self.op("Cast", value, to=dtype)
 
     def reduce(self, op_type: str, value: str, axes: Sequence[int]) -> str:
-        """Apply ReduceMax or ReduceMean and keep the axes, which were an attribute before opset 18."""
-        if self.target.opset >= 18:
+        """Apply ReduceMax or ReduceMean and keep the axes, which are an attribute before opset 18."""
+        if self.opset >= 18:
             return self.op(op_type, value, self.constant(axes, np.int64), keepdims=1)
         return self.op(op_type, value, axes=list(axes), keepdims=1)
 
@@ -297,7 +219,7 @@ class GraphBuilder:
             CheckpointError: It is missing or has another shape; the message has its name and both shapes.
         """
         path = self.path(name)
-        tensor = self.tensors.get(path)
+        tensor = self._tensors.get(path)
         if tensor is None:
             raise CheckpointError(
                 f"{self.name}: tensor {path} is missing, expected shape {list(shape)}: "
@@ -308,25 +230,19 @@ class GraphBuilder:
                 f"{self.name}: tensor {path} has shape {list(tensor.shape)}, expected {list(shape)}: "
                 "config.json and weights do not belong together"
             )
-        if tensor.dtype not in FLOATS and not tensor.quantisation:
-            raise CheckpointError(f"{self.name}: tensor {path} is {tensor.dtype}, expected BF16, F16 or F32")
-        if tensor.quantisation and not self.target.precision.takes_integers:
-            raise CheckpointError(
-                f"{tensor.file}: {tensor.name} is quantised to 8-bit integers: export it with --precision int8"
-            )
         self.used.add(path)
         return tensor
 
-    def stored(self, tensor: Tensor, dtype: str) -> str:
-        """Return an initializer of `dtype` for `tensor`, its bytes outside the graph."""
+    def stored(self, tensor: Tensor, dtype: str, in_place: bool) -> str:
+        """Return an initializer of `dtype` for `tensor`, whose bytes may stay `in_place` if they are of that dtype."""
         if tensor.name not in self._weights:
-            entry = self._entry(tensor.name, dtype, tensor.shape, ONNX_DTYPES[dtype], tensor.shape)
-            in_place = dtype == tensor.dtype and not tensor.swapped and not self.target.precision.self_contained
+            entry = self._entry(tensor.name, dtype, tensor.shape, onnx_dtype(dtype), tensor.shape)
+            in_place = in_place and dtype == tensor.dtype and not tensor.swapped
             self._weights[tensor.name] = StoredWeight(tensor, [entry], None, in_place)
         return tensor.name
 
-    def encoded(self, tensor: Tensor, parts: Sequence[Part], encode: Callable[[Tensor], Sequence[np.ndarray]]) -> None:
-        """Store what `encode` makes of `tensor`: an array per part, under the tensor's name and the part's suffix."""
+    def encoded(self, tensor: Tensor, parts: Sequence[Part], encode: Encode) -> None:
+        """Store the arrays that `encode` makes of `tensor`, each under the tensor's name and its part's suffix."""
         if tensor.name not in self._weights:
             entries = [
                 self._entry(tensor.name + part.suffix, part.dtype, part.shape, part.onnx_dtype, part.onnx_shape)
@@ -335,9 +251,9 @@ class GraphBuilder:
             self._weights[tensor.name] = StoredWeight(tensor, entries, encode, in_place=False)
 
     def aliases(self, name: str, count: int) -> list[str]:
-        """Return `count` more names for what is stored as `name`.
+        """Return `count` more initializers with the bytes of initializer `name`.
 
-        onnxruntime refuses a graph in which two products share weights that it has to make unsigned.
+        onnxruntime rejects a graph in which two products share a weight that it has to make unsigned.
         """
         (entry,) = (e for weight in self._weights.values() for e in weight.entries if e.initializer.name == name)
         made = [f"{name}.alias{i}" for i in range(count)]
@@ -349,13 +265,13 @@ class GraphBuilder:
         return made
 
     def _entry(
-        self, name: str, dtype: str, shape: tuple[int, ...], onnx_dtype: int, onnx_shape: tuple[int, ...]
+        self, name: str, dtype: str, shape: tuple[int, ...], graph_dtype: int, graph_shape: tuple[int, ...]
     ) -> Entry:
-        self._types[name] = helper.make_tensor_type_proto(onnx_dtype, onnx_shape)
-        return Entry(TensorProto(name=name, data_type=onnx_dtype, dims=onnx_shape), dtype, shape)
+        self._types[name] = helper.make_tensor_type_proto(graph_dtype, graph_shape)
+        return Entry(TensorProto(name=name, data_type=graph_dtype, dims=graph_shape), dtype, shape)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return what `make` returned for this key the first time: for values that several layers share."""
+        """Return what `make` returned for this key the first time; for values that several layers share."""
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]
@@ -363,7 +279,7 @@ class GraphBuilder:
     def weight_op(self, op_type: str, *inputs: str, **attributes: Any) -> str:
         """Add a node that only prepares a weight.
 
-        These nodes come first in the graph: onnxruntime visits inputs by falling node index, so a cast that precedes
+        Such nodes come first in the graph: onnxruntime visits inputs by falling node index, so a cast that precedes
         everything runs right before its consumer, while one placed beside its consumer is hoisted before the whole
         chain and all weights are live at once (measured: 1 GB against 18 GB on the 4B transformer).
         """
@@ -372,15 +288,11 @@ class GraphBuilder:
         return value
 
     def weight_rows(self, value: str, part: Tensor) -> str:
-        """Return the rows that `part` is of the tensor that `value` is."""
+        """Return the rows of `value`, a whole tensor, that `part` is a slice of."""
         bounds = [self.constant([n], np.int64) for n in (part.first_row, part.first_row + part.shape[0], 0)]
         return self.weight_op("Slice", value, *bounds)
 
-    def weight(self, name: str, *shape: int) -> str:
-        """Return a parameter of the module in scope as float32."""
-        return self.target.precision.weight(self, self.tensor(name, shape))
-
-    # The end
+    # Finishing
 
     def finish(self, doc: str, metadata: dict[str, str]) -> Graph:
         """Return the finished graph; `metadata` goes into the model's metadata_props."""

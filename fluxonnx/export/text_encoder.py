@@ -6,119 +6,84 @@ pipeline_flux2_klein.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-from onnx import TensorProto
 
-from fluxonnx.checkpoint import Config
+from fluxonnx.checkpoint.config import Config
+from fluxonnx.contract import MAX_SEQUENCE_LENGTH, OUT_LAYERS, Ports, TextEncoderConfig
 from fluxonnx.errors import CheckpointError
 from fluxonnx.export import ops
-from fluxonnx.export.graph import GraphBuilder
-from fluxonnx.export.linears import linear, linear_parts, pieces
-
-# Prompts are cut and padded to this (tokenizer_max_length, pipeline_flux2_klein.py), so the rope table ends here.
-MAX_POSITIONS = 512
-
-# hidden_states_layers of _get_qwen3_prompt_embeds
-OUT_LAYERS = (9, 18, 27)
-
+from fluxonnx.export.ops import ModelBuilder
 
 # cos and sin, f32 [positions, head_dim / 2]
 RopeTable = tuple[np.ndarray, np.ndarray]
 
 
-@dataclass(frozen=True)
-class TextEncoderConfig:
-    """The sizes of a text encoder, from its config.json."""
+def read_config(config: Config, out_layers: tuple[int, ...] | None = None) -> TextEncoderConfig:
+    """Read and check text_encoder/config.json.
 
-    vocab: int
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    rope_theta: float
-    eps: float
-    bias: bool
-    out_layers: tuple[int, ...]
+    Args:
+        config: The file.
+        out_layers: The hidden states to return, 0 being the embeddings; by default the 9th, 18th and 27th, or those at
+            a quarter, a half and three quarters of a smaller stack.
 
-    @classmethod
-    def read(cls, config: Config, out_layers: tuple[int, ...] | None = None) -> TextEncoderConfig:
-        """Read and check the config.
-
-        Args:
-            config: text_encoder/config.json.
-            out_layers: Which hidden states to return, 0 being the embeddings; by default the 9th, 18th and 27th, or
-                those at a quarter, a half and three quarters of a smaller stack.
-
-        Raises:
-            CheckpointError: A value is missing, malformed, or asks for something this model family does not have.
-        """
-        config.expect("hidden_act", "silu")
-        config.expect("use_sliding_window", False)
-        config.expect("rope_scaling", None)
-        rope = Config(config.path, config.values.get("rope_parameters") or {})
-        rope.expect("rope_type", "default")
-        heads, kv_heads = config.integer("num_attention_heads"), config.integer("num_key_value_heads")
-        if heads % kv_heads:
-            raise CheckpointError(
-                f'{config.path}: "num_attention_heads" {heads} is not a multiple of "num_key_value_heads" {kv_heads}'
-            )
-        layers, hidden = config.integer("num_hidden_layers"), config.integer("hidden_size")
-        if out_layers is None:
-            out_layers = OUT_LAYERS if layers >= max(OUT_LAYERS) else tuple(layers * i // 4 for i in (1, 2, 3))
-        if not all(0 <= layer <= layers for layer in out_layers):
-            raise CheckpointError(
-                f"{config.path}: hidden states {list(out_layers)} are asked for, but the model has {layers} layers"
-            )
-        return cls(
-            vocab=config.integer("vocab_size"),
-            hidden=hidden,
-            layers=layers,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=config.integer("head_dim", hidden // heads),
-            intermediate=config.integer("intermediate_size"),
-            rope_theta=rope.number("rope_theta", config.number("rope_theta", 1_000_000)),
-            eps=config.number("rms_norm_eps", 1e-6),
-            bias=config.flag("attention_bias", False),
-            out_layers=out_layers,
-        )
-
-    @property
-    def needs_final_norm(self) -> bool:
-        """Whether the last hidden state is asked for: transformers returns that one normalised."""
-        return self.layers in self.out_layers
-
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """Name prefixes of the tensors that prompt_embeds do not depend on."""
-        rest = tuple(f"model.layers.{i}." for i in range(max(self.out_layers), self.layers))
-        return (*rest, "lm_head.weight", *(() if self.needs_final_norm else ("model.norm.weight",)))
-
-
-def build(g: GraphBuilder, c: TextEncoderConfig) -> None:
-    """Add the text encoder to `g`.
-
-    Inputs: input_ids, attention_mask int64 [batch, text_seq].
-    Output: prompt_embeds f32 [batch, text_seq, 3 * hidden].
+    Raises:
+        CheckpointError: A value is missing, malformed, or asks for something this model family does not have.
     """
-    input_ids = g.input("input_ids", TensorProto.INT64, ["batch", "text_seq"], "tokens, padded on the right")
-    attention_mask = g.input("attention_mask", TensorProto.INT64, ["batch", "text_seq"], "1 for tokens, 0 for padding")
+    config.expect("hidden_act", "silu")
+    config.expect("use_sliding_window", False)
+    config.expect("rope_scaling", None)
+    rope = Config(config.path, config.values.get("rope_parameters") or {})
+    rope.expect("rope_type", "default")
+    heads, kv_heads = config.integer("num_attention_heads"), config.integer("num_key_value_heads")
+    if heads % kv_heads:
+        raise CheckpointError(
+            f'{config.path}: "num_attention_heads" {heads} is not a multiple of "num_key_value_heads" {kv_heads}'
+        )
+    layers, hidden = config.integer("num_hidden_layers"), config.integer("hidden_size")
+    if out_layers is None:
+        out_layers = OUT_LAYERS if layers >= max(OUT_LAYERS) else tuple(layers * i // 4 for i in (1, 2, 3))
+    if not all(0 <= layer <= layers for layer in out_layers):
+        raise CheckpointError(
+            f"{config.path}: hidden states {list(out_layers)} are asked for, but the model has {layers} layers"
+        )
+    return TextEncoderConfig(
+        vocab=config.integer("vocab_size"),
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=config.integer("head_dim", hidden // heads),
+        intermediate=config.integer("intermediate_size"),
+        rope_theta=rope.number("rope_theta", config.number("rope_theta", 1_000_000)),
+        eps=config.number("rms_norm_eps", 1e-6),
+        bias=config.flag("attention_bias", False),
+        out_layers=out_layers,
+    )
+
+
+def needs_final_norm(c: TextEncoderConfig) -> bool:
+    """Whether the last hidden state is wanted, which transformers returns normalised."""
+    return c.layers in c.out_layers
+
+
+def unused(c: TextEncoderConfig) -> tuple[str, ...]:
+    """Return the name prefixes of the tensors that prompt_embeds do not depend on."""
+    rest = tuple(f"model.layers.{i}." for i in range(max(c.out_layers), c.layers))
+    return (*rest, "lm_head.weight", *(() if needs_final_norm(c) else ("model.norm.weight",)))
+
+
+def build(g: ModelBuilder, c: TextEncoderConfig, ports: Ports) -> None:
+    """Add the text encoder to `g`."""
+    input_ids, attention_mask = (g.input(port) for port in ports.inputs)
     with g.scope("model"):
         states = hidden_states(g, c, input_ids, attention_mask)
-    embeds = ops.concat(g, *(states[layer] for layer in c.out_layers), axis=-1)
-    width = len(c.out_layers) * c.hidden
-    layers = ", ".join(map(str, c.out_layers))
-    g.output("prompt_embeds", embeds, ["batch", "text_seq", width], f"hidden states {layers}, side by side")
+    g.output(ports.outputs[0], ops.concat(g, *(states[layer] for layer in c.out_layers), axis=-1))
 
 
-def hidden_states(g: GraphBuilder, c: TextEncoderConfig, input_ids: str, attention_mask: str) -> list[str]:
+def hidden_states(g: ModelBuilder, c: TextEncoderConfig, input_ids: str, attention_mask: str) -> list[str]:
     """Return the embeddings and the output of each layer up to the last one needed: f32 [batch, seq, hidden] each."""
     rope = rope_tables(c)
-    positions = ops.token_positions(g, attention_mask, MAX_POSITIONS)
+    positions = ops.token_positions(g, attention_mask, MAX_SEQUENCE_LENGTH)
     keys = ops.real_tokens(g, attention_mask, positions)
     bias = ops.causal_padding_bias(g, attention_mask, positions, keys)
     x = ops.embedding(g, input_ids, "embed_tokens", c.vocab, c.hidden)
@@ -127,7 +92,7 @@ def hidden_states(g: GraphBuilder, c: TextEncoderConfig, input_ids: str, attenti
         with g.scope("layers", i):
             x = decoder_layer(g, c, x, keys, bias, rope)
         states.append(x)
-    if c.needs_final_norm:
+    if needs_final_norm(c):
         states[-1] = ops.rms_norm(g, x, "norm", c.hidden, c.eps)
     return states
 
@@ -136,35 +101,33 @@ def rope_tables(c: TextEncoderConfig) -> RopeTable:
     """Return the angles' cos and sin, rounded as Qwen3RotaryEmbedding does."""
     exponent = np.arange(0, c.head_dim, 2, dtype=np.float32) / np.float32(c.head_dim)
     frequency = np.float32(1) / np.float32(c.rope_theta) ** exponent
-    angles = np.arange(MAX_POSITIONS, dtype=np.float32)[:, None] * frequency
+    angles = np.arange(MAX_SEQUENCE_LENGTH, dtype=np.float32)[:, None] * frequency
     return np.cos(angles), np.sin(angles)
 
 
-def decoder_layer(g: GraphBuilder, c: TextEncoderConfig, x: str, keys: str, bias: str, rope: RopeTable) -> str:
+def decoder_layer(g: ModelBuilder, c: TextEncoderConfig, x: str, keys: str, bias: str, rope: RopeTable) -> str:
     """[batch, seq, hidden] -> same."""
     normal = ops.rms_norm(g, x, "input_layernorm", c.hidden, c.eps)
     x = ops.add(g, x, self_attention(g, c, normal, keys, bias, rope))
     return ops.add(g, x, mlp(g, c, ops.rms_norm(g, x, "post_attention_layernorm", c.hidden, c.eps)))
 
 
-def self_attention(g: GraphBuilder, c: TextEncoderConfig, x: str, keys: str, bias: str, rope: RopeTable) -> str:
+def self_attention(g: ModelBuilder, c: TextEncoderConfig, x: str, keys: str, bias: str, rope: RopeTable) -> str:
     """Grouped-query attention over [batch, seq, hidden], of which only the first `keys` tokens are seen by any."""
     with g.scope("self_attn"):
         q_dim, kv_dim = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        q = ops.split_heads(g, linear(g, x, "q_proj", c.hidden, q_dim, c.bias), c.head_dim)
+        q = ops.split_heads(g, ops.linear(g, x, "q_proj", c.hidden, q_dim, c.bias), c.head_dim)
         seen = ops.rows_from(g, x, 0, keys, "keys")
-        k = ops.split_heads(g, linear(g, seen, "k_proj", c.hidden, kv_dim, c.bias), c.head_dim)
-        v = linear(g, seen, "v_proj", c.hidden, kv_dim, c.bias)
+        k = ops.split_heads(g, ops.linear(g, seen, "k_proj", c.hidden, kv_dim, c.bias), c.head_dim)
+        v = ops.linear(g, seen, "v_proj", c.hidden, kv_dim, c.bias)
         q = ops.rope_halves(g, ops.rms_norm(g, q, "q_norm", c.head_dim, c.eps), *rope)
         k = ops.rope_halves(g, ops.rms_norm(g, k, "k_norm", c.head_dim, c.eps), *rope)
         k, v = (ops.repeat_heads(g, t, c.kv_heads, c.heads // c.kv_heads, c.head_dim) for t in (k, v))
         mixed = ops.attention(g, q, k, v, c.head_dim, bias)
-        return linear(g, mixed, "o_proj", q_dim, c.hidden, c.bias)
+        return ops.linear(g, mixed, "o_proj", q_dim, c.hidden, c.bias)
 
 
-def mlp(g: GraphBuilder, c: TextEncoderConfig, x: str) -> str:
+def mlp(g: ModelBuilder, c: TextEncoderConfig, x: str) -> str:
     """[batch, seq, hidden] -> same."""
     with g.scope("mlp"):
-        sizes = pieces(g, c.intermediate)
-        halves = [part for name in ("gate_proj", "up_proj") for part in linear_parts(g, x, name, c.hidden, sizes)]
-        return linear(g, ops.swiglu(g, halves), "down_proj", sizes, c.hidden)
+        return ops.feed_forward(g, x, ["gate_proj", "up_proj"], "down_proj", c.hidden, c.intermediate)

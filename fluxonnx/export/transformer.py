@@ -8,115 +8,63 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import TensorProto
 
-from fluxonnx.checkpoint import Config
+from fluxonnx.checkpoint.config import Config
+from fluxonnx.contract import Ports, TransformerConfig
 from fluxonnx.errors import CheckpointError
 from fluxonnx.export import ops
-from fluxonnx.export.graph import GraphBuilder
-from fluxonnx.export.linears import alike, linear, linear_parts, pieces
-
-UNUSED: tuple[str, ...] = ()
+from fluxonnx.export.ops import ModelBuilder
 
 
-@dataclass(frozen=True)
-class TransformerConfig:
-    """The sizes of a transformer, from its config.json."""
+def read_config(config: Config) -> TransformerConfig:
+    """Read and check transformer/config.json.
 
-    in_channels: int
-    out_channels: int
-    double_layers: int
-    single_layers: int
-    heads: int
-    head_dim: int
-    text_dim: int
-    timestep_channels: int
-    mlp_dim: int
-    axes_dims: tuple[int, ...]
-    rope_theta: float
-    eps: float
-
-    @property
-    def dim(self) -> int:
-        """Width of the residual stream."""
-        return self.heads * self.head_dim
-
-    @classmethod
-    def read(cls, config: Config) -> TransformerConfig:
-        """Read and check the config.
-
-        Raises:
-            CheckpointError: A value is missing, malformed, or asks for something this model family does not have.
-        """
-        config.expect("guidance_embeds", False, missing_ok=False)  # true is FLUX.2-dev: another graph contract
-        config.expect("patch_size", 1)
-        heads, head_dim = config.integer("num_attention_heads"), config.integer("attention_head_dim")
-        in_channels = config.integer("in_channels")
-        axes = config.integers("axes_dims_rope", (32, 32, 32, 32))
-        if len(axes) != 4 or sum(axes) != head_dim or any(axis % 2 for axis in axes):
-            raise CheckpointError(
-                f'{config.path}: "axes_dims_rope" is {list(axes)}, expected four even sizes that add up to '
-                f'"attention_head_dim" {head_dim}'
-            )
-        return cls(
-            in_channels=in_channels,
-            out_channels=config.integer("out_channels", in_channels),
-            double_layers=config.integer("num_layers"),
-            single_layers=config.integer("num_single_layers"),
-            heads=heads,
-            head_dim=head_dim,
-            text_dim=config.integer("joint_attention_dim"),
-            timestep_channels=config.integer("timestep_guidance_channels", 256),
-            mlp_dim=int(heads * head_dim * config.number("mlp_ratio", 3.0)),
-            axes_dims=axes,
-            rope_theta=config.number("rope_theta", 2000),
-            eps=config.number("eps", 1e-6),
+    Raises:
+        CheckpointError: A value is missing, malformed, or asks for something this model family does not have.
+    """
+    config.expect("guidance_embeds", False, missing_ok=False)  # true is FLUX.2-dev: another graph contract
+    config.expect("patch_size", 1)
+    heads, head_dim = config.integer("num_attention_heads"), config.integer("attention_head_dim")
+    in_channels = config.integer("in_channels")
+    axes = config.integers("axes_dims_rope", (32, 32, 32, 32))
+    if len(axes) != 4 or sum(axes) != head_dim or any(axis % 2 for axis in axes):
+        raise CheckpointError(
+            f'{config.path}: "axes_dims_rope" is {list(axes)}, expected four even sizes that add up to '
+            f'"attention_head_dim" {head_dim}'
         )
+    return TransformerConfig(
+        in_channels=in_channels,
+        out_channels=config.integer("out_channels", in_channels),
+        double_layers=config.integer("num_layers"),
+        single_layers=config.integer("num_single_layers"),
+        heads=heads,
+        head_dim=head_dim,
+        text_dim=config.integer("joint_attention_dim"),
+        timestep_channels=config.integer("timestep_guidance_channels", 256),
+        mlp_dim=int(heads * head_dim * config.number("mlp_ratio", 3.0)),
+        axes_dims=axes,
+        rope_theta=config.number("rope_theta", 2000),
+        eps=config.number("eps", 1e-6),
+    )
 
 
 @dataclass(frozen=True)
 class Modulation:
-    """What AdaLN does to one sublayer: (1 + scale) * norm(x) + shift going in, times gate coming out."""
+    """AdaLN of one sublayer: its input is (1 + scale) * norm(x) + shift, its output is multiplied by gate."""
 
     shift: str
     scale: str
     gate: str
 
 
-def build(g: GraphBuilder, c: TransformerConfig) -> None:
-    """Add the transformer to `g`.
-
-    Inputs: hidden_states f32 [batch, image_seq, in_channels]; encoder_hidden_states f32 [batch, text_seq, 3 * hidden];
-    timestep_proj f32 [batch, features]; rotary_cos, rotary_sin f32 [text_seq + image_seq, head_dim].
-    Output: velocity f32 [batch, image_seq, out_channels].
-    """
-    image = g.input(
-        "hidden_states",
-        TensorProto.FLOAT,
-        ["batch", "image_seq", c.in_channels],
-        "noisy latent tokens, then the tokens of reference images",
-    )
-    text = g.input(
-        "encoder_hidden_states", TensorProto.FLOAT, ["batch", "text_seq", c.text_dim], "prompt_embeds of text_encoder"
-    )
-    timestep = g.input(
-        "timestep_proj", TensorProto.FLOAT, ["batch", c.timestep_channels], "timestep features of conditioning"
-    )
-    cos, sin = (
-        g.input(name, TensorProto.FLOAT, ["text_seq + image_seq", c.head_dim], f"{name} of conditioning")
-        for name in ("rotary_cos", "rotary_sin")
-    )
-    velocity = transformer(g, c, image, text, timestep, ops.rope_table(g, cos, sin))
-    g.output(
-        "velocity",
-        velocity,
-        ["batch", "image_seq", c.out_channels],
-        "noise minus picture, for every token of hidden_states; keep the noisy ones",
-    )
+def build(g: ModelBuilder, c: TransformerConfig, ports: Ports) -> None:
+    """Add the transformer to `g`."""
+    image, text, timestep, cos, sin = (g.input(port) for port in ports.inputs)
+    g.output(ports.outputs[0], transformer(g, c, image, text, timestep, ops.rope_table(g, cos, sin)))
 
 
 def transformer(
-    g: GraphBuilder, c: TransformerConfig, image: str, text: str, timestep: str, rope: tuple[str, str]
+    g: ModelBuilder, c: TransformerConfig, image: str, text: str, timestep: str, rope: tuple[str, str]
 ) -> str:
     """Return the velocity [batch, image_seq, out_channels]."""
     temb = ops.silu(g, timestep_embedding(g, c, timestep))
@@ -125,8 +73,8 @@ def transformer(
     (single_mod,) = modulation(g, c, "single_stream_modulation", temb, sets=1)
 
     text_seq = ops.size_of(g, text, 1)
-    image = linear(g, image, "x_embedder", c.in_channels, c.dim)
-    text = linear(g, text, "context_embedder", c.text_dim, c.dim)
+    image = ops.linear(g, image, "x_embedder", c.in_channels, c.dim)
+    text = ops.linear(g, text, "context_embedder", c.text_dim, c.dim)
     for i in range(c.double_layers):
         with g.scope("transformer_blocks", i):
             image, text = double_block(g, c, image, text, image_mods, text_mods, rope, text_seq)
@@ -140,38 +88,38 @@ def transformer(
     image = tokens
     with g.scope("norm_out"):
         # scale comes first here, unlike in the modulations (AdaLayerNormContinuous, diffusers normalization.py)
-        scale, shift = per_token(g, linear_parts(g, temb, "linear", c.dim, [c.dim] * 2))
+        scale, shift = per_token(g, ops.linear_chunks(g, temb, "linear", c.dim, c.dim, count=2))
         image = ops.modulate(g, ops.layer_norm(g, image, c.dim, c.eps), scale, shift)
-    return linear(g, image, "proj_out", c.dim, c.out_channels)
+    return ops.linear(g, image, "proj_out", c.dim, c.out_channels)
 
 
-def timestep_embedding(g: GraphBuilder, c: TransformerConfig, timestep: str) -> str:
+def timestep_embedding(g: ModelBuilder, c: TransformerConfig, timestep: str) -> str:
     """[batch, features] -> [batch, dim]."""
     with g.scope("time_guidance_embed"), g.scope("timestep_embedder"):
-        hidden = ops.silu(g, linear(g, timestep, "linear_1", c.timestep_channels, c.dim))
-        return linear(g, hidden, "linear_2", c.dim, c.dim)
+        hidden = ops.silu(g, ops.linear(g, timestep, "linear_1", c.timestep_channels, c.dim))
+        return ops.linear(g, hidden, "linear_2", c.dim, c.dim)
 
 
-def per_token(g: GraphBuilder, values: list[str]) -> list[str]:
+def per_token(g: ModelBuilder, values: list[str]) -> list[str]:
     """[batch, n] -> [batch, 1, n] each, to broadcast over tokens."""
     return [g.op("Unsqueeze", value, g.constant([1], np.int64)) for value in values]
 
 
-def modulation(g: GraphBuilder, c: TransformerConfig, name: str, temb: str, sets: int) -> list[Modulation]:
+def modulation(g: ModelBuilder, c: TransformerConfig, name: str, temb: str, sets: int) -> list[Modulation]:
     """Return the modulations of one stream, shared by all its blocks; `temb` [batch, dim] has been through silu."""
     with g.scope(name):
-        parts = per_token(g, linear_parts(g, temb, "linear", c.dim, [c.dim] * 3 * sets))
+        parts = per_token(g, ops.linear_chunks(g, temb, "linear", c.dim, c.dim, count=3 * sets))
     return [Modulation(*parts[3 * i : 3 * i + 3]) for i in range(sets)]
 
 
-def modulated_norm(g: GraphBuilder, c: TransformerConfig, x: str, mod: Modulation, name: str) -> str:
+def modulated_norm(g: ModelBuilder, c: TransformerConfig, x: str, mod: Modulation, name: str) -> str:
     """Return (1 + scale) * layer_norm(x) + shift."""
     with g.scope(name):
         return ops.modulate(g, ops.layer_norm(g, x, c.dim, c.eps), mod.scale, mod.shift)
 
 
 def double_block(
-    g: GraphBuilder,
+    g: ModelBuilder,
     c: TransformerConfig,
     image: str,
     text: str,
@@ -192,19 +140,19 @@ def double_block(
     return gated_add(g, image, image_mods[1], image_out), gated_add(g, text, text_mods[1], text_out)
 
 
-def gated_add(g: GraphBuilder, x: str, mod: Modulation, update: str) -> str:
+def gated_add(g: ModelBuilder, x: str, mod: Modulation, update: str) -> str:
     """Return x + gate * update."""
     return ops.add(g, x, ops.mul(g, mod.gate, update))
 
 
 def joint_attention(
-    g: GraphBuilder, c: TransformerConfig, image: str, text: str, rope: tuple[str, str], text_seq: str
+    g: ModelBuilder, c: TransformerConfig, image: str, text: str, rope: tuple[str, str], text_seq: str
 ) -> tuple[str, str]:
     """Let all text and image tokens attend to each other; each stream has its own projections."""
     with g.scope("attn"):
         layers = [(text, f"add_{kind}_proj") for kind in "qkv"] + [(image, f"to_{kind}") for kind in "qkv"]
-        columns = (part for x, name in layers for part in linear_parts(g, x, name, c.dim, [c.dim], unit=c.head_dim))
-        text_q, text_k, text_v, image_q, image_k, image_v = alike(g, c.dim, *columns)
+        projections = ops.head_projections(g, layers, c.dim, c.dim, c.head_dim)
+        text_q, text_k, text_v, image_q, image_k, image_v = projections
         q = ops.concat(g, heads(g, c, text_q, "norm_added_q"), heads(g, c, image_q, "norm_q"), axis=1)
         k = ops.concat(g, heads(g, c, text_k, "norm_added_k"), heads(g, c, image_k, "norm_k"), axis=1)
         v = ops.concat(g, text_v, image_v, axis=1)
@@ -212,31 +160,29 @@ def joint_attention(
         text_out = ops.rows_from(g, mixed, 0, text_seq, "text_seq")
         image_out = rows_of_image(g, mixed, text_seq)
         return (
-            linear(g, image_out, "to_out.0", c.dim, c.dim),
-            linear(g, text_out, "to_add_out", c.dim, c.dim),
+            ops.linear(g, image_out, "to_out.0", c.dim, c.dim),
+            ops.linear(g, text_out, "to_add_out", c.dim, c.dim),
         )
 
 
-def rows_of_image(g: GraphBuilder, x: str, text_seq: str, axis: int = 1) -> str:
-    """Return what comes after the rows of the text."""
+def rows_of_image(g: ModelBuilder, x: str, text_seq: str, axis: int = 1) -> str:
+    """Return the rows behind the rows of the text."""
     return ops.rows_from(g, x, text_seq, np.iinfo(np.int64).max, "image_seq", axis)
 
 
-def heads(g: GraphBuilder, c: TransformerConfig, x: str, norm: str) -> str:
+def heads(g: ModelBuilder, c: TransformerConfig, x: str, norm: str) -> str:
     """[batch, seq, heads * head_dim] -> [batch, seq, heads, head_dim], normalised per head."""
     return ops.rms_norm(g, ops.split_heads(g, x, c.head_dim), norm, c.head_dim, c.eps)
 
 
-def feed_forward(g: GraphBuilder, c: TransformerConfig, x: str, name: str) -> str:
+def feed_forward(g: ModelBuilder, c: TransformerConfig, x: str, name: str) -> str:
     """[batch, seq, dim] -> same."""
     with g.scope(name):
-        sizes = pieces(g, c.mlp_dim)
-        halves = linear_parts(g, x, "linear_in", c.dim, 2 * sizes)
-        return linear(g, ops.swiglu(g, halves), "linear_out", sizes, c.dim)
+        return ops.feed_forward(g, x, ["linear_in"], "linear_out", c.dim, c.mlp_dim)
 
 
 def single_block(
-    g: GraphBuilder, c: TransformerConfig, x: str, mod: Modulation, rope: tuple[str, str], text_seq: str | None
+    g: ModelBuilder, c: TransformerConfig, x: str, mod: Modulation, rope: tuple[str, str], text_seq: str | None
 ) -> str:
     """Attention and feed-forward side by side, sharing one projection in and one out.
 
@@ -246,10 +192,10 @@ def single_block(
         x: [batch, seq, dim].
         mod: The modulation.
         rope: The tables of all tokens.
-        text_seq: How many tokens of text there are, int64 [1], if only what comes after them is wanted; else None.
+        text_seq: The number of text tokens, int64 [1], if only the tokens behind them are wanted; else None.
 
     Returns:
-        [batch, seq, dim] of the tokens that are wanted, which attend to all.
+        [batch, seq, dim] of the wanted tokens, which attend to all tokens.
     """
     normal = modulated_norm(g, c, x, mod, "norm")
     wanted, rope_of_wanted = normal, rope
@@ -258,12 +204,11 @@ def single_block(
         cos, sin = (rows_of_image(g, table, text_seq, axis=0) for table in rope)
         rope_of_wanted = cos, sin
     with g.scope("attn"):
-        sizes = pieces(g, c.mlp_dim)
-        inputs = [wanted, normal, normal] + [wanted] * 2 * len(sizes)
-        projections = linear_parts(g, inputs, "to_qkv_mlp_proj", c.dim, [c.dim] * 3 + 2 * sizes, unit=c.head_dim)
-        q, k, v, *halves = projections
+        q, k, v, gate, value = ops.qkv_and_gate(
+            g, wanted, normal, "to_qkv_mlp_proj", c.dim, c.dim, c.mlp_dim, c.head_dim
+        )
         q = ops.rope_interleaved(g, heads(g, c, q, "norm_q"), rope_of_wanted)
         k = ops.rope_interleaved(g, heads(g, c, k, "norm_k"), rope)
         mixed = ops.attention(g, q, k, v, c.head_dim)
-        update = linear(g, [mixed, *ops.swiglu(g, halves)], "to_out", [c.dim, *sizes], c.dim)
+        update = ops.linear(g, [mixed, ops.swiglu(g, gate, value)], "to_out", [c.dim, c.mlp_dim], c.dim)
     return gated_add(g, x, mod, update)

@@ -6,16 +6,13 @@ are those of pipeline_flux2_klein.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-from onnx import TensorProto
 
-from fluxonnx.checkpoint import Config
+from fluxonnx.checkpoint.config import Config
+from fluxonnx.contract import Ports, VaeConfig
 from fluxonnx.errors import CheckpointError
 from fluxonnx.export import ops
-from fluxonnx.export.graph import GraphBuilder
-from fluxonnx.export.linears import linear
+from fluxonnx.export.ops import ModelBuilder
 
 # Encoder and Decoder of diffusers' vae.py fix this for every norm.
 EPS = 1e-6
@@ -24,74 +21,40 @@ UNUSED_BY_ENCODER = ("decoder.", "post_quant_conv.", "bn.num_batches_tracked")
 UNUSED_BY_DECODER = ("encoder.", "quant_conv.", "bn.num_batches_tracked")
 
 
-@dataclass(frozen=True)
-class VaeConfig:
-    """The sizes of an autoencoder, from its config.json."""
+def read_config(config: Config) -> VaeConfig:
+    """Read and check vae/config.json.
 
-    in_channels: int
-    out_channels: int
-    latent_channels: int
-    encoder_channels: tuple[int, ...]
-    decoder_channels: tuple[int, ...]
-    layers_per_block: int
-    groups: int
-    quant_conv: bool
-    post_quant_conv: bool
-    mid_attention: bool
-    batch_norm_eps: float
-
-    @property
-    def patch_channels(self) -> int:
-        """Channels of a latent token: 2x2 patches of latent_channels."""
-        return 4 * self.latent_channels
-
-    @property
-    def scale_factor(self) -> int:
-        """Pixels along each side of a latent token."""
-        return 2 ** len(self.encoder_channels)
-
-    @classmethod
-    def read(cls, config: Config) -> VaeConfig:
-        """Read and check the config.
-
-        Raises:
-            CheckpointError: A value is missing, malformed, or asks for something this model family does not have.
-        """
-        config.expect("act_fn", "silu")
-        config.expect("patch_size", [2, 2])
-        encoder_channels = config.integers("block_out_channels")
-        decoder_channels = config.integers("decoder_block_out_channels", encoder_channels)
-        groups = config.integer("norm_num_groups", 32)
-        for channels in (*encoder_channels, *decoder_channels):
-            if channels % groups:
-                raise CheckpointError(
-                    f'{config.path}: {channels} channels do not divide into "norm_num_groups" {groups}'
-                )
-        if len(encoder_channels) != len(decoder_channels):
-            raise CheckpointError(f"{config.path}: encoder and decoder have different numbers of blocks")
-        return cls(
-            in_channels=config.integer("in_channels", 3),
-            out_channels=config.integer("out_channels", 3),
-            latent_channels=config.integer("latent_channels", 32),
-            encoder_channels=encoder_channels,
-            decoder_channels=decoder_channels,
-            layers_per_block=config.integer("layers_per_block", 2),
-            groups=groups,
-            quant_conv=config.flag("use_quant_conv", True),
-            post_quant_conv=config.flag("use_post_quant_conv", True),
-            mid_attention=config.flag("mid_block_add_attention", True),
-            batch_norm_eps=config.number("batch_norm_eps", 1e-4),
-        )
-
-
-def build_encoder(g: GraphBuilder, c: VaeConfig) -> None:
-    """Add the encoder to `g`: sample f32 [batch, 3, height, width] -> latents f32 [batch, 128, height/16, width/16]."""
-    x = g.input(
-        "sample",
-        TensorProto.FLOAT,
-        ["batch", c.in_channels, "height", "width"],
-        f"RGB in [-1, 1]; height and width multiples of {c.scale_factor}",
+    Raises:
+        CheckpointError: A value is missing, malformed, or asks for something this model family does not have.
+    """
+    config.expect("act_fn", "silu")
+    config.expect("patch_size", [2, 2])
+    encoder_channels = config.integers("block_out_channels")
+    decoder_channels = config.integers("decoder_block_out_channels", encoder_channels)
+    groups = config.integer("norm_num_groups", 32)
+    for channels in (*encoder_channels, *decoder_channels):
+        if channels % groups:
+            raise CheckpointError(f'{config.path}: {channels} channels do not divide into "norm_num_groups" {groups}')
+    if len(encoder_channels) != len(decoder_channels):
+        raise CheckpointError(f"{config.path}: encoder and decoder have different numbers of blocks")
+    return VaeConfig(
+        in_channels=config.integer("in_channels", 3),
+        out_channels=config.integer("out_channels", 3),
+        latent_channels=config.integer("latent_channels", 32),
+        encoder_channels=encoder_channels,
+        decoder_channels=decoder_channels,
+        layers_per_block=config.integer("layers_per_block", 2),
+        groups=groups,
+        quant_conv=config.flag("use_quant_conv", True),
+        post_quant_conv=config.flag("use_post_quant_conv", True),
+        mid_attention=config.flag("mid_block_add_attention", True),
+        batch_norm_eps=config.number("batch_norm_eps", 1e-4),
     )
+
+
+def build_encoder(g: ModelBuilder, c: VaeConfig, ports: Ports) -> None:
+    """Add the encoder to `g`."""
+    x = g.input(ports.inputs[0])
     with g.scope("encoder"):
         x = encoder(g, c, x)
     moments = 2 * c.latent_channels
@@ -100,29 +63,22 @@ def build_encoder(g: GraphBuilder, c: VaeConfig) -> None:
     mode, _log_variance = ops.split(g, x, [c.latent_channels] * 2, axis=1)
     mean, std = batch_norm_statistics(g, c)
     patches = ops.patchify(g, mode, c.latent_channels)
-    latents = g.op("Div", g.op("Sub", patches, mean), std)
-    shape: list[int | str] = ["batch", c.patch_channels, f"height/{c.scale_factor}", f"width/{c.scale_factor}"]
-    g.output("latents", latents, shape, "mode of the posterior, in 2x2 patches, normalised")
+    g.output(ports.outputs[0], g.op("Div", g.op("Sub", patches, mean), std))
 
 
-def build_decoder(g: GraphBuilder, c: VaeConfig) -> None:
-    """Add the decoder to `g`: latents f32 [batch, 128, height/16, width/16] -> sample f32 [batch, 3, height, width]."""
-    x = g.input(
-        "latents",
-        TensorProto.FLOAT,
-        ["batch", c.patch_channels, f"height/{c.scale_factor}", f"width/{c.scale_factor}"],
-        "normalised latents in 2x2 patches",
-    )
+def build_decoder(g: ModelBuilder, c: VaeConfig, ports: Ports) -> None:
+    """Add the decoder to `g`."""
+    x = g.input(ports.inputs[0])
     mean, std = batch_norm_statistics(g, c)
     x = ops.unpatchify(g, ops.add(g, ops.mul(g, x, std), mean), c.latent_channels)
     if c.post_quant_conv:
         x = ops.conv(g, x, "post_quant_conv", c.latent_channels, c.latent_channels, kernel=1)
     with g.scope("decoder"):
         x = decoder(g, c, x)
-    g.output("sample", x, ["batch", c.out_channels, "height", "width"], "RGB, in [-1, 1] but for overshoot: clip it")
+    g.output(ports.outputs[0], x)
 
 
-def batch_norm_statistics(g: GraphBuilder, c: VaeConfig) -> tuple[str, str]:
+def batch_norm_statistics(g: ModelBuilder, c: VaeConfig) -> tuple[str, str]:
     """Return the mean and standard deviation of each patch channel, f32 [channels, 1, 1]."""
     with g.scope("bn"):
         per_channel = g.constant([-1, 1, 1], np.int64)
@@ -131,7 +87,7 @@ def batch_norm_statistics(g: GraphBuilder, c: VaeConfig) -> tuple[str, str]:
         return g.op("Reshape", mean, per_channel), g.op("Reshape", std, per_channel)
 
 
-def encoder(g: GraphBuilder, c: VaeConfig, x: str) -> str:
+def encoder(g: ModelBuilder, c: VaeConfig, x: str) -> str:
     """[batch, 3, h, w] -> [batch, 2 * latent_channels, h/8, w/8]."""
     channels = c.encoder_channels[0]
     x = ops.conv(g, x, "conv_in", c.in_channels, channels)
@@ -148,57 +104,54 @@ def encoder(g: GraphBuilder, c: VaeConfig, x: str) -> str:
     return head(g, c, x, channels, 2 * c.latent_channels)
 
 
-def decoder(g: GraphBuilder, c: VaeConfig, x: str) -> str:
+def decoder(g: ModelBuilder, c: VaeConfig, x: str) -> str:
     """[batch, latent_channels, h, w] -> [batch, 3, 8 * h, 8 * w]."""
     channels = c.decoder_channels[-1]
     x = ops.conv(g, x, "conv_in", c.latent_channels, channels)
-    bands = 2  # rows of pixels for each of the graph's input
-    x = mid_block(g, c, x, channels, bands)
+    scale = 2  # rows of pixels per row of latents
+    x = mid_block(g, c, x, channels, scale)
     for i, width in enumerate(reversed(c.decoder_channels)):
         with g.scope("up_blocks", i):
             for j in range(c.layers_per_block + 1):
                 with g.scope("resnets", j):
-                    x = resnet(g, c, x, channels, width, bands)
+                    x = resnet(g, c, x, channels, width, scale)
                 channels = width
             if i < len(c.decoder_channels) - 1:
                 with g.scope("upsamplers.0"):
                     x = ops.upsample_conv(g, x, "conv", width)
-                bands *= 2
+                scale *= 2
     return head(g, c, x, channels, c.out_channels)
 
 
-def head(g: GraphBuilder, c: VaeConfig, x: str, channels: int, n_out: int) -> str:
-    """Norm, silu, convolution: the end of encoder and decoder."""
-    x = ops.silu(g, ops.group_norm(g, x, "conv_norm_out", channels, c.groups, EPS))
-    return ops.conv(g, x, "conv_out", channels, n_out)
+def head(g: ModelBuilder, c: VaeConfig, x: str, channels: int, n_out: int) -> str:
+    """Norm, SiLU, convolution: the end of encoder and decoder."""
+    return ops.norm_conv(g, x, "conv_norm_out", "conv_out", channels, n_out, c.groups, EPS)
 
 
-def resnet(g: GraphBuilder, c: VaeConfig, x: str, n_in: int, n_out: int, bands: int | None = None) -> str:
-    """Two convolutions around a shortcut: [batch, n_in, h, w] -> [batch, n_out, h, w]; for `bands` see `ops.conv`."""
-    hidden = ops.silu(g, ops.group_norm(g, x, "norm1", n_in, c.groups, EPS))
-    hidden = ops.conv(g, hidden, "conv1", n_in, n_out, bands=bands)
-    hidden = ops.silu(g, ops.group_norm(g, hidden, "norm2", n_out, c.groups, EPS))
-    hidden = ops.conv(g, hidden, "conv2", n_out, n_out, bands=bands)
+def resnet(g: ModelBuilder, c: VaeConfig, x: str, n_in: int, n_out: int, scale: int | None = None) -> str:
+    """Two convolutions beside a shortcut: [batch, n_in, h, w] -> [batch, n_out, h, w]; for `scale` see `norm_conv`."""
+    hidden = ops.norm_conv(g, x, "norm1", "conv1", n_in, n_out, c.groups, EPS, scale)
+    hidden = ops.norm_conv(g, hidden, "norm2", "conv2", n_out, n_out, c.groups, EPS, scale)
     shortcut = x if n_in == n_out else ops.conv(g, x, "conv_shortcut", n_in, n_out, kernel=1)
     return ops.add(g, shortcut, hidden)
 
 
-def mid_block(g: GraphBuilder, c: VaeConfig, x: str, channels: int, bands: int | None = None) -> str:
+def mid_block(g: ModelBuilder, c: VaeConfig, x: str, channels: int, scale: int | None = None) -> str:
     """[batch, channels, h, w] -> same."""
     with g.scope("mid_block"):
         with g.scope("resnets.0"):
-            x = resnet(g, c, x, channels, channels, bands)
+            x = resnet(g, c, x, channels, channels, scale)
         if c.mid_attention:
             with g.scope("attentions.0"):
                 x = ops.add(g, x, spatial_attention(g, c, x, channels))
         with g.scope("resnets.1"):
-            return resnet(g, c, x, channels, channels, bands)
+            return resnet(g, c, x, channels, channels, scale)
 
 
-def spatial_attention(g: GraphBuilder, c: VaeConfig, x: str, channels: int) -> str:
+def spatial_attention(g: ModelBuilder, c: VaeConfig, x: str, channels: int) -> str:
     """Every pixel of [batch, channels, h, w] attends to all others, in one head."""
     normal = ops.group_norm(g, x, "group_norm", channels, c.groups, EPS)
     pixels = g.op("Transpose", ops.reshape(g, normal, [0, 0, -1]), perm=[0, 2, 1])  # [batch, h * w, channels]
-    q, k, v = (linear(g, pixels, name, channels, channels, bias=True) for name in ("to_q", "to_k", "to_v"))
-    mixed = linear(g, ops.attention(g, q, k, v, channels), "to_out.0", channels, channels, bias=True)
+    q, k, v = (ops.linear(g, pixels, name, channels, channels, bias=True) for name in ("to_q", "to_k", "to_v"))
+    mixed = ops.linear(g, ops.attention(g, q, k, v, channels), "to_out.0", channels, channels, bias=True)
     return g.op("Reshape", g.op("Transpose", mixed, perm=[0, 2, 1]), g.op("Shape", x), shape=g.shape(x))

@@ -1,4 +1,4 @@
-"""Pixels in and out: files of any kind to RGB, RGB to what the VAE wants, and back."""
+"""Pixels in and out: files of any kind to RGB, RGB to the VAE's input, and back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from fluxonnx.errors import FluxonnxError, ImageError, UsageError
-from fluxonnx.files import explain, probe, replacing
+from fluxonnx.files import atomic_write, describe_os_error, probe
 from fluxonnx.runtime import metadata
 
 # The limits and the area cap of Flux2ImageProcessor, diffusers pipelines/flux2/image_processor.py.
@@ -31,8 +31,8 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 
 
-# Files of these kinds may hold more than a person asked for. Others with several frames hold one picture and its
-# preview, depth map (MPO, from phones) or layers (PSD), of which nobody wants to be told.
+# In files of these formats, several frames are several pictures, and only one of them is used: a person should know.
+# In other formats they are a picture and its preview, depth map (MPO, from phones) or layers (PSD).
 SEVERAL_FRAMES = {
     "GIF": "is animated: only its first frame is used",
     "PNG": "is animated: only its first frame is used",
@@ -43,9 +43,9 @@ SEVERAL_FRAMES = {
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Read a picture as a person sees it: upright, sRGB, 8 bits, on white where it is transparent.
+    """Read a picture as a viewer shows it: upright, sRGB, 8 bits, on white where it is transparent.
 
-    Of an animation the first frame is taken, with a warning.
+    Of an animation, the first frame is used, with a warning.
 
     Returns:
         An RGB picture.
@@ -62,7 +62,7 @@ def load_image(path: str | Path) -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert any picture to RGB the way a viewer shows it; see `load_image`."""
+    """Convert any picture to RGB as a viewer shows it; see `load_image`."""
     profile = image.info.get("icc_profile")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
@@ -100,7 +100,7 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ImportError):
-        # A profile that is damaged or meant for another mode: viewers ignore it, too. Or a Pillow without LittleCMS.
+        # A damaged profile, or one for another mode, which viewers ignore, too; or a Pillow without LittleCMS.
         return image
     return converted if converted is not None else image
 
@@ -108,14 +108,13 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 def fit_reference(image: Image.Image, multiple: int = 16) -> Image.Image:
     """Scale and crop a reference picture as diffusers' klein pipeline does.
 
-    The area is capped at 1024 * 1024, sides are floored to multiples of `multiple`, and what is too much is cropped
-    evenly.
+    The area is capped at 1024 * 1024. Sides are floored to multiples of `multiple`, by cropping evenly.
 
     Source: "4. process images", diffusers pipeline_flux2_klein.py, and Flux2ImageProcessor.
 
     Args:
         image: RGB.
-        multiple: What sides must be multiples of: the VAE's factor times the patch size.
+        multiple: Sides become multiples of this: the VAE's factor times the patch size.
 
     Raises:
         UsageError: A side is under 64 pixels, or one is more than 8 times the other.
@@ -152,6 +151,17 @@ def fill(image: Image.Image, width: int, height: int) -> Image.Image:
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
+def fit_start(image: Image.Image, width: int, height: int, multiple: int) -> Image.Image:
+    """Return the picture that image-to-image starts from, at the size of the output.
+
+    If only a border of less than `multiple` is too much, it is cropped, so that the rest keeps its pixels. Pictures of
+    other sizes are scaled to fill.
+    """
+    if 0 <= image.width - width < multiple and 0 <= image.height - height < multiple:
+        return crop_center(image, width, height)
+    return fill(image, width, height)
+
+
 def image_to_sample(image: Image.Image) -> np.ndarray:
     """RGB -> float32 [1, 3, height, width] in [-1, 1] (VaeImageProcessor.preprocess, diffusers image_processor.py)."""
     pixels = np.asarray(image, np.float32) / np.float32(255)
@@ -175,7 +185,7 @@ def sample_to_image(sample: np.ndarray) -> Image.Image:
 
 
 def check_output_path(path: str | Path) -> None:
-    """Find out before a long run whether `path` can be written.
+    """Check before a long run that `path` can be written.
 
     Raises:
         UsageError: Its suffix is unknown, its folder does not exist, or it is a folder.
@@ -191,7 +201,7 @@ def check_output_path(path: str | Path) -> None:
     try:
         probe(path)
     except OSError as error:
-        raise ImageError(explain(error, path)) from None
+        raise ImageError(describe_os_error(error, path)) from None
 
 
 def save_image(image: Image.Image, path: str | Path, parameters: Mapping[Any, Any] | None = None) -> None:
@@ -202,7 +212,7 @@ def save_image(image: Image.Image, path: str | Path, parameters: Mapping[Any, An
     Args:
         image: RGB.
         path: .png, .jpg, .jpeg, .webp or .ppm.
-        parameters: What made the picture; goes into PNG text chunks, or into EXIF for JPEG and WebP.
+        parameters: What made the picture; written into PNG text chunks, or into EXIF for JPEG and WebP.
 
     Raises:
         UsageError: The suffix is unknown or the folder does not exist.
@@ -213,11 +223,11 @@ def save_image(image: Image.Image, path: str | Path, parameters: Mapping[Any, An
     options = FORMATS[path.suffix.lower()]
     extra = metadata.embed(options["format"], parameters) if parameters else {}
     try:
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             clean = image.copy()
             clean.info = {}
             clean.save(temporary, **options, **extra)
     except OSError as error:
-        raise ImageError(explain(error, path)) from None
-    except ValueError as error:  # a picture that the format has no room for, such as a WebP of 16384 pixels
+        raise ImageError(describe_os_error(error, path)) from None
+    except ValueError as error:  # a picture that is too large for the format, such as a WebP of 16384 pixels
         raise ImageError(f"can't write {path}: {error}") from None

@@ -1,4 +1,4 @@
-"""The parameters of a picture inside the picture, so that it can be made again."""
+"""The parameters of a picture, stored in the picture itself so that it can be made again."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from typing import Any
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from fluxonnx.errors import ImageError
+from fluxonnx.runtime.fields import FIELDS
 
 KEY = "fluxonnx"
-# How EXIF says in which encoding a comment is. We write ASCII, since JSON escapes everything else.
+# The prefixes by which EXIF names the encoding of a comment. We write ASCII, since JSON escapes everything else.
 ASCII_PREFIX = b"ASCII\0\0\0"
 UNICODE_PREFIX = b"UNICODE\0"
-# The length of a JPEG segment is 16 bits.
+# A JPEG segment stores its length in 16 bits.
 MAX_JPEG_EXIF = 65533
 
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[Image.Image]:
-    """Open a picture; whatever goes wrong with the file, here or in the block, becomes an ImageError.
+    """Open a picture; any failure with the file, here or in the block, becomes an ImageError.
 
     Raises:
         ImageError: The file is missing, not an image, damaged, or absurdly large.
     """
     try:
-        # Pillow warns above 89 million pixels, which real cameras reach, and refuses twice that.
+        # Pillow warns above 89 million pixels, which real cameras reach, and rejects twice that.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
@@ -42,7 +43,7 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         raise ImageError(f"{path} is not an image that Pillow can read: convert it to PNG or JPEG") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{path} has too many pixels: scale it down first") from None
-    except Exception as error:  # Pillow's readers raise almost anything for a damaged file, struct.error included
+    except Exception as error:  # the readers of Pillow raise almost anything for a damaged file, even struct.error
         if isinstance(error, OSError) and error.strerror:
             raise ImageError(f"{path} can't be read: {error.strerror}") from None
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -52,7 +53,7 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
 def embed(format: str, parameters: Mapping[Any, Any]) -> dict[str, Any]:
     """Return the options for Pillow's save that put `parameters` into a PNG, JPEG or WEBP; none for other formats.
 
-    What can't be embedded never costs the picture: it may have taken an hour.
+    Parameters that can't be embedded are left out with a warning: the picture may have taken an hour.
     """
     text = json.dumps(dict(parameters), sort_keys=True, default=str)
     if format == "PNG":
@@ -80,12 +81,12 @@ def _software(parameters: Mapping[Any, Any]) -> str:
 
 
 def _utf8(text: str) -> str:
-    """Replace what UTF-8 can't hold: file names may be bytes of any kind, which Python keeps as lone surrogates."""
+    """Replace lone surrogates, as which Python holds the bytes of a file name that is not valid UTF-8."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def readable(parameters: Mapping[Any, Any]) -> str:
-    """Return the parameters in the form that gallery programs show (that of AUTOMATIC1111's web UI)."""
+    """Return the parameters in the form of AUTOMATIC1111's web UI, which gallery programs show."""
     facts = {
         "Steps": parameters.get("steps"),
         "Seed": parameters.get("seed"),
@@ -98,7 +99,7 @@ def readable(parameters: Mapping[Any, Any]) -> str:
 
 
 def read_parameters(path: str | Path) -> dict[str, Any]:
-    """Read the parameters out of a picture that fluxonnx made.
+    """Read the parameters in a picture that fluxonnx made.
 
     Raises:
         ImageError: The file can't be read or holds none.
@@ -110,12 +111,28 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise ImageError(f"{path} holds damaged fluxonnx parameters: use an untouched copy of the picture") from None
     if not isinstance(parameters, dict) or "prompt" not in parameters:
-        raise ImageError(f"{path} holds no fluxonnx parameters: it was made otherwise, or lost them on its way")
+        raise ImageError(f"{path} holds no fluxonnx parameters: another program made it or removed them")
     return parameters
 
 
+def read_values(path: str | Path) -> dict[str, Any]:
+    """Read the parameters that are needed to make a picture again, and check their types; other keys are ignored.
+
+    Raises:
+        ImageError: As `read_parameters`, and for a parameter of another type than the table of fields says.
+    """
+    parameters = read_parameters(path)
+    values = {}
+    for field in FIELDS:
+        if "picture" in field.places and field.name in parameters:
+            values[field.name] = parameters[field.name]
+            if error := field.type_error(values[field.name]):
+                raise ImageError(f"{path} holds damaged fluxonnx parameters: {error}")
+    return values
+
+
 def _from_png(image: Image.Image) -> str:
-    # `text` decodes the whole picture to find chunks that another program moved behind the pixels.
+    # `text` decodes the whole picture, to find chunks that another program moved behind the pixels.
     return image.info.get(KEY) or getattr(image, "text", {}).get(KEY, "")
 
 
@@ -126,5 +143,5 @@ def _from_exif(image: Image.Image) -> str:
     prefix, data = comment[:8], comment[8:]
     if prefix == UNICODE_PREFIX:  # from a program that rewrote it; EXIF does not say in which byte order
         return data.decode("utf-16-le" if data[:2] == b"{\0" else "utf-16-be", "replace")
-    # The comment of a camera or of another program is no JSON, and none of ours.
+    # Anything but a JSON object is the comment of a camera or of another program.
     return data.decode("ascii", "replace") if prefix == ASCII_PREFIX and data[:1] == b"{" else ""

@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from fluxonnx.checkpoint.manifest import Build
+from fluxonnx.contract import COMPONENTS, EMBEDDING_TABLE, text_ids
 from fluxonnx.errors import CheckpointError
-from fluxonnx.manifest import COMPONENTS, Build
-from fluxonnx.runtime.reading import Span, Touching, is_in_memory, read_ahead, rows_and_rest, whole
+from fluxonnx.runtime.engine import Runner, SessionOptions
+from fluxonnx.runtime.events import GraphRan
+from fluxonnx.runtime.prefault import Prefault, Span, read_ahead, resident, rows_and_rest, whole_file
 from fluxonnx.runtime.sampler import Velocity
 from fluxonnx.runtime.schedule import timestep
-from fluxonnx.runtime.session import Session, SessionOptions
+from fluxonnx.runtime.session import onnxruntime_engine
 from fluxonnx.runtime.tiles import Tiling, in_tiles
 
-# The text encoder's largest weight, of which a prompt needs a row per token.
-EMBEDDINGS = "model.embed_tokens.weight"
+# graph(name=input, ...) -> outputs
+Graph = Callable[..., list[np.ndarray]]
 
 
 class Models:
-    """A build's graphs; at most one of them holds memory at a time, since a picture never needs two at once."""
+    """A build's graphs. A picture never needs two large ones at once, so at most one of them holds memory at a time."""
 
-    def __init__(self, root: Path, build: Build, options: SessionOptions) -> None:
-        """Remember where the graphs are; nothing is loaded.
+    def __init__(
+        self,
+        root: Path,
+        build: Build,
+        options: SessionOptions,
+        *,
+        resident: Callable[[Sequence[Span]], bool] = resident,
+        read_ahead: Callable[[Sequence[Span], int], object] = read_ahead,
+        prefault: Callable[[Sequence[Span], int], Prefault] = Prefault,
+    ) -> None:
+        """Find the graphs; nothing is loaded yet.
+
+        Args:
+            root: The model directory.
+            build: One of its builds.
+            options: How graphs are run.
+            resident: Tells whether weights are in memory; this and the others are parameters for tests.
+            read_ahead: Has weights read in the background.
+            prefault: Touches weights in the background.
 
         Raises:
             CheckpointError: A graph of the build was never exported.
@@ -36,76 +57,104 @@ class Models:
                 f"--flavour {build.flavour}"
             )
         self._root, self._build, self._options = root, build, options
-        self._text_encoder: Session | None = None
+        self._engine = options.engine or onnxruntime_engine
+        self._resident, self._read_ahead, self._prefault = resident, read_ahead, prefault
+        self._kept: dict[str, Runner] = {}
         self._transformer_is_new = False
 
-    def _open(self, component: str) -> Session:
+    def _load(self, component: str) -> Runner:
         graph = self._root / self._build.components[component].graph
-        return Session(graph, component, self._options, self._build)
+        return self._engine(graph, component, self._build, self._options)
+
+    def _run(self, component: str, runner: Runner, /, **inputs: np.ndarray) -> list[np.ndarray]:
+        outputs = runner.run(**inputs)
+        if self._options.watch is not None:
+            self._options.watch(GraphRan(component, inputs, outputs))
+        return outputs
+
+    @contextmanager
+    def _loaded(self, component: str) -> Iterator[Graph]:
+        """Load a graph for the length of a `with` block."""
+        runner = self._load(component)
+        try:
+            yield partial(self._run, component, runner)
+        finally:
+            runner.close()
+
+    def _keep(self, component: str) -> Graph:
+        """Load a graph until it is released."""
+        if component not in self._kept:
+            self._kept[component] = self._load(component)
+        return partial(self._run, component, self._kept[component])
+
+    def release(self, component: str) -> None:
+        """Free the memory of a graph that stays loaded; it is loaded again when it is needed."""
+        runner = self._kept.pop(component, None)
+        if runner is not None:
+            runner.close()
 
     def prompt_embeds(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        """int64 [batch, seq] twice -> f32 [batch, seq, 3 * hidden]; the encoder stays loaded until it is released."""
-        if self._text_encoder is None:
+        """int64 [batch, seq] twice -> f32 [batch, seq, 3 * hidden]; it stays loaded until released."""
+        if "text_encoder" not in self._kept:
             encoder, transformer = self._spans("text_encoder", input_ids), self._spans("transformer")
-            self._transformer_is_new |= not is_in_memory(transformer)
-            read_ahead([*encoder, *transformer])  # the latter while the former computes
-            self._text_encoder = self._open("text_encoder")
-        return self._text_encoder.run(input_ids=input_ids, attention_mask=attention_mask)[0]
-
-    def release_text_encoder(self) -> None:
-        """Give the text encoder's memory back; it is loaded again when a new prompt needs it."""
-        if self._text_encoder is not None:
-            self._text_encoder.close()
-            self._text_encoder = None
+            self._transformer_is_new |= not self._resident(transformer)
+            # the transformer's weights are read while the encoder computes
+            self._read_ahead([*encoder, *transformer], self._options.free_memory())
+        return self._keep("text_encoder")(input_ids=input_ids, attention_mask=attention_mask)[0]
 
     def encode_images(self, samples: list[np.ndarray], tiling: Tiling) -> list[np.ndarray]:
-        """f32 [1, 3, height, width] in [-1, 1] each -> normalised latents f32 [1, 128, height/16, width/16]."""
-        with self._open("vae_encoder") as session:
+        """f32 [1, 3, height, width] in [-1, 1] each -> normalised latents f32 [1, channels, height/16, width/16]."""
+        with self._loaded("vae_encoder") as graph:
 
             def encode(sample: np.ndarray) -> np.ndarray:
-                return session.run(sample=sample)[0]
+                return graph(sample=sample)[0]
 
             return [in_tiles(encode, sample, tiling, tiling.unit, 1) for sample in samples]
 
-    def decode_latents(self, latents: np.ndarray, tiling: Tiling) -> np.ndarray:
-        """f32 [batch, 128, rows, columns] -> samples f32 [batch, 3, 16 * rows, 16 * columns], one by one."""
-        with self._open("vae_decoder") as session:
+    def decode(self, latents: np.ndarray, tiling: Tiling) -> np.ndarray:
+        """Latents f32 [1, channels, rows, columns] -> f32 [1, 3, height, width], about in [-1, 1].
 
-            def decode(one: np.ndarray) -> np.ndarray:
-                return session.run(latents=one)[0]
+        "vae_decoder" stays loaded until it is released.
+        """
+        graph = self._keep("vae_decoder")
 
-            return np.concatenate([in_tiles(decode, one[None], tiling, 1, tiling.unit) for one in latents])
+        def decode_tile(tile: np.ndarray) -> np.ndarray:
+            return graph(latents=tile)[0]
+
+        return in_tiles(decode_tile, latents, tiling, 1, tiling.unit)
 
     @contextmanager
     def transformer(self) -> Iterator[Transformer]:
         """Load the transformer for the length of a `with` block."""
-        spans = self._spans("transformer")
-        read_ahead(spans)
-        with Touching(spans if self._transformer_is_new else ()) as touching:
+        spans, free = self._spans("transformer"), self._options.free_memory()
+        self._read_ahead(spans, free)
+        with self._prefault(spans if self._transformer_is_new else (), free) as prefault:
             self._transformer_is_new = False
-            with self._open("conditioning") as conditioning, self._open("transformer") as transformer:
-                touching.wait()
-                yield Transformer(conditioning, transformer)
+            with self._loaded("conditioning") as conditioning, self._loaded("transformer") as graph:
+                prefault.wait()
+                yield Transformer(conditioning, graph)
 
     def _spans(self, component: str, input_ids: np.ndarray | None = None) -> list[Span]:
-        """Return what a graph needs of its files, in the order in which it does; for the text encoder, of a prompt.
+        """Return the parts of files that a graph needs, in the order in which it does.
 
-        A build that points into the checkpoint's files has no weights of its own, and needs but a part of those.
+        A build that points into the checkpoint's files has no weights of its own, and needs only a part of those. Of
+        the text encoder's table of embeddings, only the rows of `input_ids` are needed.
         """
-        spans = [whole(self._root / self._build.components[component].graph)]
-        for file in self._weights(component):
-            spans += [whole(file)] if input_ids is None else rows_and_rest(file, EMBEDDINGS, np.unique(input_ids))
+        files = self._build.components[component]
+        spans = [whole_file(self._root / files.graph)]
+        for name in files.weights:
+            if input_ids is None:
+                spans.append(whole_file(self._root / name))
+            else:
+                spans += rows_and_rest(self._root / name, EMBEDDING_TABLE, np.unique(input_ids))
         return spans
-
-    def _weights(self, component: str) -> list[Path]:
-        return [self._root / name for name in self._build.components[component].weights]
 
 
 class Transformer:
-    """The transformer with the sinusoids it is conditioned on."""
+    """The transformer, and the sinusoids that it is conditioned on."""
 
-    def __init__(self, conditioning: Session, transformer: Session) -> None:
-        self._conditioning, self._transformer = conditioning, transformer
+    def __init__(self, conditioning: Graph, graph: Graph) -> None:
+        self._conditioning, self._graph = conditioning, graph
 
     def velocity(self, prompt_embeds: np.ndarray, img_ids: np.ndarray) -> Velocity:
         """Return the velocity as a function of latents and sigma.
@@ -117,11 +166,11 @@ class Transformer:
         txt_ids = text_ids(prompt_embeds.shape[1])
 
         def velocity(latents: np.ndarray, sigma: np.float32) -> np.ndarray:
-            # One row for the whole batch, broadcast in the graph: matrix-vector products round otherwise than
-            # matrix-matrix ones, and a picture out of a batch has to be what it is alone.
+            # One row for the whole batch, broadcast in the graph: matrix-vector products are rounded differently from
+            # matrix-matrix products, and a picture out of a batch has to be what it is alone.
             time = np.full(1, timestep(sigma), np.float32)
-            timestep_proj, cos, sin = self._conditioning.run(timestep=time, txt_ids=txt_ids, img_ids=img_ids)
-            return self._transformer.run(
+            timestep_proj, cos, sin = self._conditioning(timestep=time, txt_ids=txt_ids, img_ids=img_ids)
+            return self._graph(
                 hidden_states=latents,
                 encoder_hidden_states=prompt_embeds,
                 timestep_proj=timestep_proj,
@@ -130,30 +179,3 @@ class Transformer:
             )[0]
 
         return velocity
-
-
-def text_ids(length: int) -> np.ndarray:
-    """Return (t, h, w, l) = (0, 0, 0, i) for each text token: int64 [length, 4]."""
-    ids = np.zeros((length, 4), np.int64)
-    ids[:, 3] = np.arange(length)
-    return ids
-
-
-def grid_ids(height: int, width: int, t: int = 0) -> np.ndarray:
-    """Return (t, y, x, 0) for each token of a picture, row by row: int64 [height * width, 4]."""
-    ids = np.zeros((height * width, 4), np.int64)
-    ids[:, 0] = t
-    ids[:, 1], ids[:, 2] = np.divmod(np.arange(height * width), width)
-    return ids
-
-
-def pack(latents: np.ndarray) -> np.ndarray:
-    """[batch, channels, height, width] -> tokens [batch, height * width, channels]."""
-    batch, channels = latents.shape[:2]
-    return np.ascontiguousarray(latents.reshape(batch, channels, -1).transpose(0, 2, 1))
-
-
-def unpack(tokens: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Inverse of `pack`."""
-    batch, _, channels = tokens.shape
-    return np.ascontiguousarray(tokens.transpose(0, 2, 1)).reshape(batch, channels, height, width)

@@ -1,4 +1,4 @@
-"""Noise that equals torch's to the last bit, so that a seed means the same picture here as in diffusers."""
+"""Noise that equals torch's bit for bit, so that a seed means the same picture here as in diffusers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOG_COEFFICIENTS = (
 LOG_Q1, LOG_Q2 = F(-2.12194440e-4), F(0.693359375)
 COS_COEFFICIENTS = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
 SIN_COEFFICIENTS = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
-# minus pi/4 in three parts, so that multiples of it can be subtracted without loss
+# minus pi/4 in three parts, so that its multiples can be subtracted without loss
 QUARTER_PI = (F(-0.78515625), F(-2.4187564849853515625e-4), F(-3.77489497744594108e-8))
 
 
@@ -34,7 +34,7 @@ def randn(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     """Draw standard normal values.
 
     Equal bit for bit to `torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))` in float32, on
-    x86-64 machines with AVX2. Those with AVX512 run the same kernel: torch registers no other for them. Elsewhere
+    x86-64 machines with AVX2. Those with AVX512 run the same kernel, as torch registers no other for them. Elsewhere
     torch calls the C library's log, cos and sin, and the last bits of sixteen or more values differ (on x86-64
     without AVX2 in two values of five, by up to 2.3e-6). The sources are ATen's CPUGeneratorImpl.cpp,
     DistributionTemplates.h (normal_fill) and avx_mathfun.h.
@@ -60,9 +60,9 @@ def randn(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def check_seed(seed: int) -> None:
-    """Refuse what can't be a picture's seed.
+    """Check that a number can be a picture's seed.
 
-    torch takes negative ones too, modulo 2**64; a picture's seed has one name, not two.
+    torch also takes negative ones, modulo 2**64. A picture's seed should have one name, not two.
 
     Raises:
         UsageError: The seed is out of range.
@@ -72,9 +72,9 @@ def check_seed(seed: int) -> None:
 
 
 def size_independent_randn(seed: int, shape: tuple[int, ...], side: int) -> np.ndarray:
-    """Draw noise that looks alike at all sizes, so that a seed keeps its composition.
+    """Draw noise that looks the same at all sizes, so that a seed keeps its composition.
 
-    Noise for the largest picture is drawn and every so many-th value of it taken (flux_init_noise, antirez/flux2.c).
+    Noise for the largest picture is drawn and sampled at evenly spaced places (flux_init_noise, antirez/flux2.c).
 
     Args:
         seed: As for `randn`.
@@ -108,7 +108,7 @@ def _scalar_normals(bits: np.random.RandomState, size: int) -> np.ndarray:
 
 
 def _normal_fill(bits: np.random.RandomState, size: int) -> np.ndarray:
-    """Sixteen or more: single-precision Box-Muller over blocks of 8 + 8 values; a ragged end is drawn anew."""
+    """Sixteen or more values: single-precision Box-Muller over blocks of 8 + 8; a remainder redraws the last 16."""
     whole = size // 16 * 16
     uniform = _uniform(bits, size)
     values = np.empty(size, np.float32)

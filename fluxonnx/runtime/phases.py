@@ -1,4 +1,4 @@
-"""Which phase of a run is under way, and how long each took."""
+"""The phase of a run that is under way, and the time of each."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from contextlib import contextmanager
 
 
 class Phases:
-    """A stopwatch with named laps; time spent in an inner phase does not count for the outer one.
+    """A stopwatch with named laps; time in an inner phase does not count for the outer one.
 
     Attributes:
-        seconds: Per phase, in the order in which they began.
-        current: The innermost phase under way, or "" - for a memory sampler in another thread, say.
+        seconds: Of each phase, in the order in which they began.
+        current: The innermost phase under way, or "".
     """
 
     def __init__(self, on_change: Callable[[str], None] | None = None) -> None:
-        """Start with no phase under way; `on_change` is called with the name of each that begins or goes on."""
+        """Start without a phase; `on_change` is called with the name of each that begins or goes on."""
         self._on_change = on_change
         self.seconds: dict[str, float] = {}
         self.current = ""

@@ -1,87 +1,53 @@
-"""Where the time goes inside the graphs: onnxruntime's profiler, summed up by operator type."""
+"""The time of each operator type in a session, as onnxruntime's profiler measures it."""
 
 from __future__ import annotations
 
 import json
-import tempfile
-from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fluxonnx.errors import FluxonnxError
-
-
-@dataclass(frozen=True)
-class Operator:
-    """All nodes of one type in one graph.
-
-    Attributes:
-        type: "Gemm", say.
-        calls: How often such a node ran.
-        seconds: How long they took together.
-        share: The part of all the graph's nodes' time, in [0, 1].
-    """
-
-    type: str
-    calls: int
-    seconds: float
-    share: float
+from fluxonnx.runtime.events import Operator, ranked
 
 
 class Profile:
-    """Collects the time each operator type takes, per graph, from all sessions that are opened with it.
+    """The profiler of one session; it writes to a temporary folder until `finish` or `discard` removes it."""
 
-    A context manager, since onnxruntime writes files, which are removed at the end.
-    """
-
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="fluxonnx-profile-")
-        # graph -> operator type -> [calls, microseconds]
-        self._found: dict[str, dict[str, list[int]]] = {}
-
-    def start(self, settings: Any, component: str) -> None:
-        """Turn the profiler on in the settings of a session that is about to be opened."""
+    def __init__(self, settings: Any) -> None:
+        """Turn the profiler on in the `onnxruntime.SessionOptions` of a session that is about to be opened."""
+        self._folder = TemporaryDirectory(prefix="fluxonnx-profile-")
         settings.enable_profiling = True
-        settings.profile_file_prefix = str(Path(self._folder.name) / component)
+        settings.profile_file_prefix = str(Path(self._folder.name) / "session")
 
-    def collect(self, component: str, session: Any) -> None:
-        """Take what the profiler wrote about a session that is about to be closed.
+    def finish(self, session: Any, component: str) -> tuple[Operator, ...]:
+        """Return what was measured in an `onnxruntime.InferenceSession` that is about to be closed.
 
         Raises:
-            FluxonnxError: It could not be written, or is not as expected.
+            FluxonnxError: onnxruntime could not write the profile, or its format is unknown.
         """
-        path = Path(session.end_profiling())
         try:
-            events = json.loads(path.read_text("utf-8"))
-            path.unlink()
-            graph = self._found.setdefault(component, defaultdict(lambda: [0, 0]))
-            for event in events:
-                # Other events of a node, which older versions write, are the time before and after it.
-                if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-                    total = graph[event["args"]["op_name"]]
-                    total[0] += 1
-                    total[1] += event["dur"]
+            return operators(json.loads(Path(session.end_profiling()).read_text("utf-8")))
         except (OSError, ValueError, KeyError) as error:
             raise FluxonnxError(f"the profile of {component} can't be read: {error}") from None
+        finally:
+            self.discard()
 
-    def operators(self) -> dict[str, list[Operator]]:
-        """Return the operator types of each graph, the slowest first."""
-        tables = {}
-        for component, graph in self._found.items():
-            total = sum(microseconds for _, microseconds in graph.values())
-            rows = [
-                Operator(type, calls, microseconds / 1e6, microseconds / total if total else 0.0)
-                for type, (calls, microseconds) in graph.items()
-            ]
-            tables[component] = sorted(rows, key=lambda row: (-row.seconds, row.type))
-        return tables
-
-    def __enter__(self) -> Profile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def discard(self) -> None:
+        """Remove the files."""
         self._folder.cleanup()
+
+
+def operators(records: Iterable[Mapping[str, Any]]) -> tuple[Operator, ...]:
+    """Add up the records of a profile by operator type, the slowest first.
+
+    Raises:
+        KeyError: The records are in an unknown format.
+    """
+    return ranked(
+        (record["args"]["op_name"], 1, record["dur"])
+        for record in records
+        # Older versions also record the time before and after a node.
+        if record.get("cat") == "Node" and record["name"].endswith("_kernel_time")
+    )

@@ -1,4 +1,4 @@
-"""Prompt embeddings, and remembering them: the text encoder is 8 GB that a known prompt need not load."""
+"""Prompt embeddings, remembered so that a known prompt does not load the text encoder's 8 GB."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fluxonnx.errors import UsageError
-from fluxonnx.files import explain, replacing
+from fluxonnx.files import atomic_write, describe_os_error
 from fluxonnx.runtime.models import Models
 from fluxonnx.runtime.text import Tokenizer, Tokens
 
@@ -20,7 +20,7 @@ REMEMBERED = 16
 
 
 class Prompts:
-    """Encodes prompts; remembers the latest in memory and, given a folder, all of them on disk."""
+    """Encodes prompts; remembers the latest ones in memory and, with a cache, all of them on disk."""
 
     def __init__(self, tokenizer: Tokenizer, models: Models, cache: PromptCache | None) -> None:
         """Nothing is loaded yet."""
@@ -28,13 +28,15 @@ class Prompts:
         self._known: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
 
     def encode(self, prompts: Sequence[str], max_length: int) -> list[np.ndarray]:
-        """Return f32 [1, max_length, 3 * hidden] for each prompt; the encoder is loaded once, if at all.
+        """Return f32 [1, max_length, 3 * hidden] for each prompt; the encoder is loaded at most once.
 
         Raises:
             UsageError: A prompt is not valid text, or `max_length` is out of range.
         """
-        found = [self._one(prompt, max_length) for prompt in prompts]
-        self._models.release_text_encoder()
+        found = []
+        for prompt in prompts:
+            found.append(self._one(prompt, max_length))
+        self._models.release("text_encoder")
         return found
 
     def _one(self, prompt: str, max_length: int) -> np.ndarray:
@@ -43,7 +45,7 @@ class Prompts:
             tokens = self._tokenizer.encode(prompt, max_length)
             if tokens.cut:
                 warnings.warn(
-                    f"the prompt is longer than {max_length} tokens; this was cut: {tokens.cut!r}", stacklevel=5
+                    f"the prompt is longer than {max_length} tokens; this was cut: {tokens.cut!r}", stacklevel=7
                 )
             self._known[key] = self._load_or_encode(tokens)
         self._known.move_to_end(key)
@@ -60,21 +62,21 @@ class Prompts:
         return embeds
 
     def forget(self) -> None:
-        """Give the memory of remembered prompts back."""
+        """Free the memory of remembered prompts."""
         self._known.clear()
 
 
 class PromptCache:
-    """Prompt embeddings in a folder, each named by what it depends on: the encoder's build and the tokens.
+    """Prompt embeddings in a folder; each file is named by a hash of the encoder's build and the tokens.
 
-    Any number of processes may use a folder: files appear whole, and two that write the same name write the same.
+    Any number of processes may share a folder: a file appears only when it is complete, and a name has one content.
     """
 
     def __init__(self, folder: Path, encoder: str) -> None:
-        """Use `folder`, which is made if missing, for the embeddings of the build that `encoder` identifies.
+        """Use `folder` for the embeddings of the build that `encoder` identifies.
 
         Raises:
-            UsageError: It can't be made.
+            UsageError: The folder does not exist and can't be made.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +91,7 @@ class PromptCache:
         return self._folder / f"{digest.hexdigest()}.npy"
 
     def load(self, tokens: Tokens) -> np.ndarray | None:
-        """Return what was saved for `tokens`; None if nothing was, or if the file is damaged."""
+        """Return the embeddings of `tokens`; None if there are none, or if the file is damaged."""
         try:
             embeds = np.load(self._path(tokens), allow_pickle=False)
         except (OSError, ValueError, EOFError):
@@ -98,10 +100,10 @@ class PromptCache:
         return embeds if good else None
 
     def save(self, tokens: Tokens, embeds: np.ndarray) -> None:
-        """Save embeddings; a full disk costs a warning, not the picture."""
+        """Save embeddings; if that fails, warn, because the picture can still be made."""
         path = self._path(tokens)
         try:
-            with replacing(path) as temporary, temporary.open("wb") as file:
+            with atomic_write(path) as temporary, temporary.open("wb") as file:
                 np.save(file, embeds)
         except OSError as error:
-            warnings.warn(f"the prompt was not cached: {explain(error, path)}", stacklevel=6)
+            warnings.warn(f"the prompt was not cached: {describe_os_error(error, path)}", stacklevel=9)

@@ -1,6 +1,6 @@
-"""Execution providers: what onnxruntime computes with, the CPU, a GPU, or another runtime behind it.
+"""Execution providers: the CPU, a GPU, or another runtime that onnxruntime hands graphs to.
 
-Their short names are onnxruntime's without the ending: "cpu", "cuda", "coreml", "dml", "openvino", ...
+Their short names are onnxruntime's without the suffix: "cpu", "cuda", "coreml", "dml", "openvino", ...
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 from fluxonnx.errors import FluxonnxError, UsageError
 
 CPU = "cpu"
-ENDING = "ExecutionProvider"
-# Sends whole models to a web service; nothing that computes here.
+SUFFIX = "ExecutionProvider"
+# Sends whole models to a web service, and computes nothing on this machine.
 REMOTE = "azure"
 
 
@@ -22,9 +22,9 @@ class Traits:
     """What suits a provider.
 
     Attributes:
-        package: The wheel that has it, to be installed in onnxruntime's place.
-        precision: The precision it is fastest with; None for what the checkpoint's weights are.
-        flavour: The graphs it takes whole.
+        package: The wheel that contains it, to be installed in place of onnxruntime.
+        precision: The precision that it is fastest with; None for that of the checkpoint's weights.
+        flavour: The flavour whose graphs it runs without leaving nodes to the CPU.
         settings: Its own options, as onnxruntime's documentation names them.
     """
 
@@ -36,11 +36,11 @@ class Traits:
 
 KNOWN = {
     CPU: Traits("onnxruntime", None, "ort"),
-    # An arena that grows by doubling would ask for twice the memory that 8 GB of weights need.
+    # An arena that grows by doubling would allocate twice the memory that 8 GB of weights need.
     "cuda": Traits("onnxruntime-gpu", flavour="ort", settings={"arena_extend_strategy": "kSameAsRequested"}),
     "tensorrt": Traits("onnxruntime-gpu"),
     "dml": Traits("onnxruntime-directml", flavour="ort"),
-    # The older format, its default, knows neither float16 nor most of the operators.
+    # The default, an older format, supports neither float16 nor most of the operators.
     "coreml": Traits("onnxruntime", settings={"ModelFormat": "MLProgram"}),
     "openvino": Traits("onnxruntime-openvino", None),
     "webgpu": Traits("onnxruntime-webgpu", flavour="ort"),
@@ -48,27 +48,27 @@ KNOWN = {
 
 
 def traits(provider: str) -> Traits:
-    """Return what suits a provider; for one that is not known, what any takes."""
+    """Return what suits a provider; for an unknown one, what suits any."""
     return KNOWN.get(provider, Traits("onnxruntime"))
 
 
 def available() -> list[str]:
-    """Return the providers of the installed onnxruntime, in its order: whether they work here is another question."""
+    """Return the providers of the installed onnxruntime, in its order; whether they work here is for `works` to say."""
     import onnxruntime  # slow to import, and needed only to run
 
     return [name for name in _full_names(onnxruntime.get_available_providers()) if name != REMOTE]
 
 
 def _full_names(providers: list[str]) -> dict[str, str]:
-    """Onnxruntime's names by the short ones."""
-    return {name.removesuffix(ENDING).lower(): name for name in providers}
+    """Return onnxruntime's names by the short ones."""
+    return {name.removesuffix(SUFFIX).lower(): name for name in providers}
 
 
 def check_provider(provider: str) -> None:
-    """Refuse what the installed onnxruntime lacks.
+    """Check that the installed onnxruntime has a provider.
 
     Raises:
-        UsageError: It lacks the provider; the message says which it has.
+        UsageError: It does not; the message lists those that it has.
     """
     if provider == CPU or provider in (names := available()):
         return
@@ -80,40 +80,40 @@ def check_provider(provider: str) -> None:
 
 
 def session_providers(provider: str, threads: int | None) -> list[Any]:
-    """Return the `providers` of an InferenceSession: the one that is asked for, and the CPU for what it does not take.
+    """Return the `providers` of an InferenceSession: the chosen one, then the CPU for the nodes that it can't run.
 
     Args:
-        provider: Its short name.
-        threads: Threads per operator, for the providers that take no session's word for it.
+        provider: The short name of the chosen one.
+        threads: Threads per operator, for providers that ignore the session's own setting.
     """
     import onnxruntime
 
     if provider == CPU:
-        return [f"CPU{ENDING}"]
+        return [f"CPU{SUFFIX}"]
     full = _full_names(onnxruntime.get_available_providers())[provider]
     settings = dict(traits(provider).settings)
     if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
     if provider == "openvino" and threads is not None:
         settings["load_config"] = json.dumps({"CPU": {"INFERENCE_NUM_THREADS": str(threads)}})
-    return [(full, settings), f"CPU{ENDING}"]
+    return [(full, settings), f"CPU{SUFFIX}"]
 
 
 def check_started(session: Any, provider: str) -> None:
-    """Refuse a session that fell back to the CPU, as onnxruntime does without a word.
+    """Check that a session did not silently fall back to the CPU.
 
     Raises:
         FluxonnxError: The provider is not among those the session runs on.
     """
     if provider not in _full_names(session.get_providers()):
         raise FluxonnxError(
-            f"onnxruntime can't start its {provider} provider, most often for want of a driver or library: "
+            f"onnxruntime can't start its {provider} provider, most often for lack of a driver or library: "
             f"install what {traits(provider).package} needs, or use --provider cpu"
         )
 
 
 def works(provider: str) -> bool:
-    """Whether a provider that onnxruntime has can be started on this machine: found out by trying."""
+    """Whether one of the `available` providers can be started on this machine; it is tried with a tiny graph."""
     import onnxruntime
     from onnx import TensorProto, helper
 
@@ -127,6 +127,6 @@ def works(provider: str) -> bool:
             model.SerializeToString(), settings, providers=session_providers(provider, None), enable_fallback=0
         )
         check_started(session, provider)
-    except Exception:  # whatever the reason: it can't be used
+    except Exception:  # whatever the reason, it can't be used
         return False
     return True

@@ -1,4 +1,4 @@
-"""Sigmas: at which noise levels the model is asked, as pure functions."""
+"""Sigmas: the noise levels at which the model is called, as pure functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCHEDULES = ("flow", "linear", "power", "custom")
 
 
 def empirical_mu(image_seq: int, steps: int) -> float:
-    """Return the shift that FLUX.2 was tuned with, from the number of image tokens and steps.
+    """Return the shift that FLUX.2 was tuned with, for a number of image tokens and of steps.
 
     Source: compute_empirical_mu, diffusers pipeline_flux2_klein.py; the constants are fits through 10 and 200 steps.
     """
@@ -27,7 +27,7 @@ def empirical_mu(image_seq: int, steps: int) -> float:
 
 
 def flow_sigmas(image_seq: int, steps: int) -> np.ndarray:
-    """Return the schedule the model was made for: evenly spaced sigmas under an exponential time shift.
+    """Return the schedule that the model was trained for: evenly spaced sigmas under an exponential time shift.
 
     Source: FlowMatchEulerDiscreteScheduler.set_timesteps with use_dynamic_shifting, diffusers.
 
@@ -39,7 +39,7 @@ def flow_sigmas(image_seq: int, steps: int) -> np.ndarray:
         float32 [steps + 1], falling from 1 to 0.
     """
     shift = math.exp(empirical_mu(image_seq, steps))
-    # float32 before the shift, as set_timesteps does, so that every sigma is the reference's to the last bit
+    # float32 before the shift, as set_timesteps does, so that every sigma equals the reference's bit for bit
     sigmas = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
     return np.append(shift / (shift + (1 / sigmas - 1)), 0.0).astype(np.float32)
 
@@ -56,10 +56,10 @@ def power_sigmas(steps: int, alpha: float) -> np.ndarray:
 
 
 def custom_sigmas(sigmas: Sequence[float]) -> np.ndarray:
-    """Return the sigmas as they are, without any shift, and 0 behind them if they do not end there.
+    """Return sigmas unchanged, without any shift; 0 is appended unless they end with it.
 
     Raises:
-        UsageError: They do not fall strictly, or leave [0, 1].
+        UsageError: They do not fall strictly, or are not in [0, 1].
     """
     values = list(sigmas)
     if not values or not all(0 <= sigma <= 1 for sigma in values) or values[0] == 0:
@@ -81,9 +81,9 @@ def make_sigmas(
 
 
 def start_step(steps: int, strength: float) -> int:
-    """Return how many steps of a schedule image-to-image leaves out at its start.
+    """Return how many steps at the start of a schedule image-to-image leaves out.
 
-    steps * strength of them run, rounded up: at 4 steps, strength 0.75 and 0.7 run the last three, 0.5 the last two,
+    steps * strength of them run, rounded up. At 4 steps, strength 0.75 and 0.7 run the last three, 0.5 the last two,
     anything up to 0.25 the last one.
 
     Source: get_timesteps, diffusers pipeline_flux2_klein_inpaint.py.
@@ -92,5 +92,5 @@ def start_step(steps: int, strength: float) -> int:
 
 
 def timestep(sigma: float | np.float32) -> np.float32:
-    """Return what the model gets for a sigma: itself, but rounded on its way through diffusers' 0 to 1000 scale."""
+    """Return the timestep of a sigma: the same number, rounded as in diffusers, which scales it by 1000 and back."""
     return np.float32(sigma) * np.float32(1000) / np.float32(1000)

@@ -1,157 +1,202 @@
-"""Open, run and release a graph in onnxruntime."""
+"""Load, run and release a graph in onnxruntime."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
-from fluxonnx.errors import FluxonnxError, UsageError
-from fluxonnx.machine import adds_int8_products_exactly
-from fluxonnx.manifest import Build
+from fluxonnx.checkpoint.manifest import Build
+from fluxonnx.errors import FluxonnxError
+from fluxonnx.machine import has_exact_int8_dot
+from fluxonnx.runtime.engine import Runner, SessionOptions
+from fluxonnx.runtime.events import OperatorsTimed
 from fluxonnx.runtime.profile import Profile
-from fluxonnx.runtime.providers import CPU, check_provider, check_started, session_providers
+from fluxonnx.runtime.providers import CPU, check_started, session_providers
 
-# Sinusoids of large numbers, which a provider that computes in half precision would ruin; they take no time.
+# Sinusoids of large numbers, which a provider that computes in half precision would ruin. They take no time.
 ALWAYS_ON_CPU = ("conditioning",)
 
 # ConstantFolding would turn the casts of these graphs' bf16 weights into 16 GB of float32. The VAE is small, and its
 # convolutions are only laid out for the CPU's caches when their weights are constants.
 STREAMED = ("text_encoder", "transformer")
 
-# Graphs with products of 8-bit weights. onnxruntime would lay these out for the processor first, as a copy in memory
-# that takes seconds to make, except where they lie in runs; as such they are multiplied about as fast. Each product has
-# a copy of its own, and in the decoder all bands of rows have the same weights.
+# Graphs with products of 8-bit weights. onnxruntime would first lay these weights out for the processor, as a copy in
+# memory that takes seconds to make. Weights stored in panels are multiplied about as fast without it. Each product
+# would get a copy of its own, although all bands of rows in the decoder share the same weights.
 NOT_PACKED = (*STREAMED, "vae_decoder")
 
 
-# observe(component, inputs by name, outputs)
-Observer = Callable[[str, dict[str, np.ndarray], list[np.ndarray]], None]
-
-
 @dataclass(frozen=True)
-class SessionOptions:
-    """How graphs are run.
+class Settings:
+    """What onnxruntime is told about one session.
 
     Attributes:
+        provider: The short name of the execution provider.
         threads: Threads per operator; None for one per core.
-        profile: Told how long each operator took; None to run without onnxruntime's profiler.
-        observe: Called after each run with the component's name, its inputs and its outputs.
-        low_memory: One picture is made at a time, and large ones are encoded and decoded in tiles.
-        provider: What computes, see `providers`.
+        arena: Whether freed buffers are kept for later ones.
+        memory_pattern: Whether all temporaries of a run are laid out in one block.
+        memory_reuse: Whether a buffer waits for the next value of its shape.
+        optimise: Whether onnxruntime rewrites the graph.
+        disabled_optimizers: Rewriters that are left out.
+        config: Entries of its configuration.
     """
 
-    threads: int | None = None
-    profile: Profile | None = None
-    observe: Observer | None = None
-    low_memory: bool = False
-    provider: str = CPU
+    provider: str
+    threads: int | None
+    arena: bool
+    # A pattern costs 0.7 GB more for the 4B transformer, whose weights are cast on the fly, and is no faster (measured:
+    # 1.90 against 1.23 GB).
+    memory_pattern: bool = False
+    # A buffer that waits, for the same weight of the next block for example, holds memory meanwhile. Giving it back
+    # costs no time (measured for the 4B model at 512x512: 1.52 against 1.01 GB).
+    memory_reuse: bool = False
+    optimise: bool = True
+    disabled_optimizers: tuple[str, ...] = ()
+    config: Mapping[str, str] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        """Refuse what can't be; raises UsageError."""
-        if self.threads is not None and self.threads < 1:
-            raise UsageError(f"threads is {self.threads}, but must be at least 1")
-        check_provider(self.provider)
+
+def settings(component: str, build: Build | None, options: SessionOptions, exact_int8_dot: bool) -> Settings:
+    """Return what onnxruntime is told about a session.
+
+    Args:
+        component: The name of the graph.
+        build: The build that it is part of; None if that is unknown.
+        options: How graphs are run.
+        exact_int8_dot: Whether this processor adds products of 8-bit integers exactly.
+    """
+    streamed = component in STREAMED
+    config = {}
+    optimise = True
+    if not exact_int8_dot and (build is None or not build.parsed_settings.saturating):
+        # Products with signed 8-bit weights saturate on this processor unless onnxruntime makes the weights unsigned,
+        # which is done by one of its optimisers. With VNNI that would only double the time of a step.
+        config["session.x64quantprecision"] = "1"
+    elif streamed and build is not None and build.flavour == "ort" and options.provider == CPU:
+        # These graphs are exported in the form that onnxruntime would give them. Looking for more to rewrite takes
+        # half of the time to open one (11500 nodes: 0.95 s with, 0.45 s without).
+        optimise = False
+    if component in NOT_PACKED and build is not None and build.precision == "int8":
+        config["session.disable_prepacking"] = "1"
+    return Settings(
+        provider=CPU if component in ALWAYS_ON_CPU else options.provider,
+        threads=options.threads,
+        # An arena grows by doubling, which wastes 0.15 GB on the VAE's few huge buffers. Without one the VAE takes an
+        # eighth longer (measured for the decoder at 512x512: 1.35 against 1.20 GB).
+        arena=streamed or not options.low_memory,
+        optimise=optimise,
+        disabled_optimizers=("ConstantFolding",) if streamed else (),
+        config=config,
+    )
+
+
+def native(chosen: Settings) -> Any:
+    """Return settings as an `onnxruntime.SessionOptions`."""
+    import onnxruntime  # slow to import, and needed only to run
+
+    found = onnxruntime.SessionOptions()
+    found.log_severity_level = 3
+    found.enable_mem_pattern = chosen.memory_pattern
+    found.enable_mem_reuse = chosen.memory_reuse
+    found.enable_cpu_mem_arena = chosen.arena
+    if chosen.threads is not None:
+        found.intra_op_num_threads = chosen.threads
+    if not chosen.optimise:
+        found.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for key, value in chosen.config.items():
+        found.add_session_config_entry(key, value)
+    return found
 
 
 class Session:
-    """One graph, loaded: a context manager, since its memory is worth giving back early."""
+    """One graph, loaded by onnxruntime: a `Runner`, and a context manager that closes it."""
 
-    def __init__(self, path: Path, component: str, options: SessionOptions, build: Build | None = None) -> None:
-        """Load the graph at `path`, a `component` of some `build`.
+    def __init__(
+        self,
+        path: Path,
+        component: str,
+        options: SessionOptions,
+        build: Build | None = None,
+        override: Settings | None = None,
+    ) -> None:
+        """Load the graph at `path`.
 
         Args:
             path: The graph.
-            component: Which one it is.
+            component: Its name.
             options: How graphs are run.
-            build: What is known about how it was made.
+            build: The build that it is part of; None if that is unknown.
+            override: What onnxruntime is told, for measurements; by default `settings`.
 
         Raises:
             FluxonnxError: onnxruntime can't load it, or can't start the provider.
         """
-        import onnxruntime  # slow to import, and needed only to run
+        import onnxruntime
 
-        settings = onnxruntime.SessionOptions()
-        settings.log_severity_level = 3
-        # A pattern lays all temporaries of a run into one block: with weights cast on the fly that is 0.7 GB more for
-        # the 4B transformer (measured: 1.90 against 1.23 GB), and no faster.
-        settings.enable_mem_pattern = False
-        # A buffer that waits for the next value of its shape, such as the same weight of the next block, holds memory
-        # meanwhile. Giving it back costs no time (measured for the 4B model at 512x512: 1.52 against 1.01 GB).
-        settings.enable_mem_reuse = False
-        # An arena grows by doubling. Of the VAE's few huge buffers that is 0.15 GB in vain; without one it takes an
-        # eighth longer (measured for the decoder at 512x512: 1.35 against 1.20 GB).
-        settings.enable_cpu_mem_arena = component in STREAMED or not options.low_memory
-        if options.threads is not None:
-            settings.intra_op_num_threads = options.threads
-        if not adds_int8_products_exactly() and (build is None or build.settings.get("products") != "pairs"):
-            # Products with signed 8-bit weights saturate on this processor unless onnxruntime makes them unsigned. It
-            # does so wherever it is told to, also where it helps nothing: with VNNI a step takes twice as long then.
-            settings.add_session_config_entry("session.x64quantprecision", "1")
-        elif component in STREAMED and build is not None and build.flavour == "ort" and options.provider == CPU:
-            # These graphs are exported as onnxruntime would make them; to look for more is half of the time to open one
-            # (11500 nodes: 0.95 s with, 0.45 s without). To make weights unsigned is the work of one of the optimisers.
-            settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if component in NOT_PACKED and build is not None and build.precision == "int8":
-            settings.add_session_config_entry("session.disable_prepacking", "1")
-        if options.profile is not None:
-            options.profile.start(settings, component)
-        disabled = ["ConstantFolding"] if component in STREAMED else None
-        provider = CPU if component in ALWAYS_ON_CPU else options.provider
+        chosen = override or settings(component, build, options, has_exact_int8_dot())
+        told = native(chosen)
+        self._path, self._component, self._watch = path, component, options.watch
+        self._profile = Profile(told) if options.profile else None
         try:
             self._session = onnxruntime.InferenceSession(
                 str(path),
-                settings,
-                providers=session_providers(provider, options.threads),
-                disabled_optimizers=disabled,
+                told,
+                providers=session_providers(chosen.provider, chosen.threads),
+                disabled_optimizers=list(chosen.disabled_optimizers) or None,
                 enable_fallback=0,
             )
         except Exception as error:  # onnxruntime raises many types, all meaning this
+            if self._profile is not None:
+                self._profile.discard()
             raise FluxonnxError(f"{path} can't be loaded: {_first_line(error)}; export again with --force") from error
-        check_started(self._session, provider)
+        check_started(self._session, chosen.provider)
         give_back_free_memory()  # what was used to load: 0.4 GB for the VAE decoder
-        self._path, self._component = path, component
-        self._profile, self._observe = options.profile, options.observe
         self._worker = ThreadPoolExecutor(1)
 
     def run(self, **inputs: np.ndarray) -> list[np.ndarray]:
         """Run the graph.
 
         Raises:
-            FluxonnxError: It failed, most often for want of memory.
+            FluxonnxError: It failed, most often for lack of memory.
         """
         import onnxruntime
 
         options = onnxruntime.RunOptions()
         try:
-            # A run can take minutes, and Python sees Ctrl-C only between bytecodes: so it waits here, and onnxruntime
-            # works in another thread that can be told to stop.
+            # A run can take minutes, and Python handles Ctrl-C only between bytecodes. So this thread waits, and
+            # onnxruntime works in another one that can be told to stop.
             outputs = self._worker.submit(self._session.run, None, inputs, options).result()
-            # Outputs are views into the session's arena: one that is kept would keep all of it (measured: 0.3 GB for
+            # Outputs are views into the session's arena. One that is kept would keep all of it (measured: 0.3 GB for
             # the 0.3 MB of a short prompt), so they are copied.
-            copies = [output.copy() for output in outputs]
+            return [output.copy() for output in outputs]
         except KeyboardInterrupt:
             options.terminate = True
             raise
         except Exception as error:
             raise FluxonnxError(f"{self._path.name} failed: {_first_line(error)}") from error
-        if self._observe is not None:
-            self._observe(self._component, inputs, copies)
-        return copies
 
     def close(self) -> None:
-        """Give the graph's memory back, after a run that was interrupted has come to its end."""
+        """Free the graph's memory, once a run that was interrupted has ended; report the profile, if there is one.
+
+        Raises:
+            FluxonnxError: The profile can't be read.
+        """
         self._worker.shutdown()
-        if self._profile is not None:
-            self._profile.collect(self._component, self._session)
-        del self._session
-        give_back_free_memory()
+        try:
+            if self._profile is not None:
+                operators = self._profile.finish(self._session, self._component)
+                if self._watch is not None:
+                    self._watch(OperatorsTimed(self._component, operators))
+        finally:
+            del self._session
+            give_back_free_memory()
 
     def __enter__(self) -> Session:
         return self
@@ -162,8 +207,13 @@ class Session:
         self.close()
 
 
+def onnxruntime_engine(path: Path, component: str, build: Build, options: SessionOptions) -> Runner:
+    """The default `Engine`."""
+    return Session(path, component, options, build)
+
+
 def give_back_free_memory() -> None:
-    """Have glibc give freed memory back to the system; it keeps pieces of up to 32 MB otherwise. Elsewhere, nothing."""
+    """Have glibc return freed memory to the system, of which it keeps pieces of up to 32 MB; elsewhere, do nothing."""
     with suppress(OSError, AttributeError, TypeError):  # no such library, no such function, Windows
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -1,4 +1,4 @@
-"""A prompt as the text encoder wants it: chat template, tokens, padding."""
+"""A prompt as input of the text encoder: chat template, tokens, padding."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ import numpy as np
 from tokenizers import Encoding
 from tokenizers import Tokenizer as HubTokenizer
 
-from fluxonnx.checkpoint import read_json
+from fluxonnx.checkpoint.config import read_json
+from fluxonnx.contract import CHAT_TEMPLATE, DEFAULT_PAD_TOKEN, MAX_SEQUENCE_LENGTH
 from fluxonnx.errors import CheckpointError, UsageError
 
-# What Qwen3's chat template makes of one user message with enable_thinking=False.
-CHAT_TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 TEMPLATE_HEAD, TEMPLATE_TAIL = CHAT_TEMPLATE.split("{prompt}")
-
-MAX_LENGTH = 512
-DEFAULT_PAD_TOKEN = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
@@ -27,7 +23,7 @@ class Tokens:
     Attributes:
         input_ids: int64 [1, length], padded on the right.
         attention_mask: int64 [1, length], 1 for tokens, 0 for padding.
-        cut: The end of the prompt that did not fit; empty if all did.
+        cut: The end of the prompt that did not fit; empty if all of it did.
     """
 
     input_ids: np.ndarray
@@ -60,21 +56,25 @@ class Tokenizer:
                 raise CheckpointError(f"{path} has no token {token}: it is not the tokenizer of this model")
         self._pad_id = self._tokenizer.token_to_id(pad_token)
 
-    def encode(self, prompt: str, max_length: int = MAX_LENGTH) -> Tokens:
+    def encode(self, prompt: str, max_length: int = MAX_SEQUENCE_LENGTH) -> Tokens:
         """Tokenise a prompt in the chat template, padded or cut to `max_length`.
 
-        Source: _get_qwen3_prompt_embeds, diffusers pipeline_flux2_klein.py; cutting takes the template's tail first,
-        then the prompt's. Special tokens written in the prompt become those tokens, as in transformers.
+        A prompt that is too long loses the template's tail first, then its own. Special tokens that are written in the
+        prompt become these tokens, as in transformers.
+
+        Source: _get_qwen3_prompt_embeds, diffusers pipeline_flux2_klein.py.
 
         Args:
-            prompt: Any text; it may be empty, as negative prompts are.
+            prompt: Any text; it may be empty, as negative prompts often are.
             max_length: The length of the result in tokens.
 
         Raises:
             UsageError: `max_length` is not a multiple of 8 from 8 to 512, or the prompt is not valid text.
         """
-        if not 8 <= max_length <= MAX_LENGTH or max_length % 8:
-            raise UsageError(f"max_sequence_length is {max_length}, but must be a multiple of 8 from 8 to {MAX_LENGTH}")
+        if not 8 <= max_length <= MAX_SEQUENCE_LENGTH or max_length % 8:
+            raise UsageError(
+                f"max_sequence_length is {max_length}, but must be a multiple of 8 from 8 to {MAX_SEQUENCE_LENGTH}"
+            )
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError:
@@ -96,11 +96,11 @@ class Tokenizer:
 
 
 def _cut(prompt: str, encoding: Encoding, max_length: int) -> str:
-    """Return the end of `prompt` that the tokens from `max_length` on stand for, but nothing of the template."""
+    """Return the end of `prompt` that the tokens from `max_length` on encode, without the template."""
     if len(encoding.ids) <= max_length:
         return ""
-    # Offsets count characters of the text as given, before normalisation. A character may be several tokens: one that
-    # is torn apart counts as cut.
+    # Offsets count characters of the text as given, before normalisation. A character may be several tokens. If some of
+    # them are cut, it counts as cut.
     start = encoding.offsets[max_length][0] - len(TEMPLATE_HEAD)
     return prompt[max(start, 0) :]
 

@@ -1,34 +1,27 @@
 """A picture in overlapping tiles: less memory than in one piece, for a small error.
 
-The autoencoder's norms and its attention look at all they get, so a tile is not quite the same part of the whole
-picture. Tiles overlap and fade into each other, as in AutoencoderKL.tiled_decode of diffusers, but they are all of one
-size: a narrow last tile would have statistics of its own.
+The autoencoder's norms and its attention use their whole input, so a tile is not exactly what that part of the whole
+picture would be. Tiles overlap and fade into each other, as in AutoencoderKL.tiled_decode of diffusers. Here they all
+have the same size, because a narrow last tile would have different statistics.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-# The largest tile in pixels: two of them side by side cover 1024. Smaller ones see less of what the norms average over
+from fluxonnx.runtime.memory import whole_bytes
+
+# The largest tile in pixels: two of them side by side cover 1024. In smaller ones, the norms average over less
 # (measured with a small trained autoencoder at 1024x1024: 37 dB from the whole picture, 32 dB with tiles of 432).
 TILE = 576
 OVERLAP = 128
 # Below this, a tile could share pixels with its neighbours' neighbours.
 SMALLEST = 3 * OVERLAP
-
-# What the autoencoder needs in one piece: at its widest 4.3 arrays of float32, and its weights and what they are laid
-# out as (measured on the 4B model: 1.7 GB at 512x512, 4.7 GB at 1024x1024).
-BYTES_PER_VALUE = 18
-BYTES_BESIDES = 500_000_000
-
-
-def whole_bytes(pixels: int, channels: int) -> int:
-    """Return about how much memory a picture takes in one piece; `channels` is the most there are per pixel."""
-    return BYTES_BESIDES + BYTES_PER_VALUE * channels * pixels
 
 
 @dataclass(frozen=True)
@@ -36,28 +29,55 @@ class Tiling:
     """How pictures are divided.
 
     Attributes:
-        tile: The most that a side of a tile may measure, in pixels, at least `SMALLEST`; None for no tiles.
-        unit: Pixels along each side of a latent token: tiles consist of whole ones.
+        tile: The largest side of a tile in pixels, at least `SMALLEST`; None for no tiles.
+        unit: Pixels along each side of a latent token; tiles consist of whole tokens.
     """
 
     tile: int | None
     unit: int
 
 
+def choose_tile(
+    sizes: Sequence[tuple[int, int]], wanted: int | None, low_memory: bool, channels: int, free: int
+) -> int | None:
+    """Return the side of the tiles for the autoencoder; None if no picture needs any.
+
+    Warns if tiles are used only because memory is short.
+
+    Args:
+        sizes: Width and height of each picture that is encoded or decoded.
+        wanted: The side of the tiles, if the request says so.
+        low_memory: Whether large pictures are always divided.
+        channels: The most channels that a layer of the autoencoder has at full resolution.
+        free: Bytes of free memory.
+    """
+    tile = wanted or TILE
+    if max(map(max, sizes)) <= tile:
+        return None
+    if wanted or low_memory:
+        return tile
+    needed = whole_bytes(max(width * height for width, height in sizes), channels)
+    if needed <= free:
+        return None
+    short = f"memory is short ({needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free)"
+    warnings.warn(f"{short}: the picture is decoded in tiles, with small differences", stacklevel=6)
+    return tile
+
+
 def in_tiles(
     run: Callable[[np.ndarray], np.ndarray], values: np.ndarray, tiling: Tiling, n_in: int, n_out: int
 ) -> np.ndarray:
-    """Apply `run` to tiles of `values` and put its results together.
+    """Apply `run` to tiles of `values` and join the results.
 
     Args:
         run: f32 [1, channels, h * n_in, w * n_in] -> f32 [1, others, h * n_out, w * n_out].
-        values: What `run` takes, of any height and width.
+        values: An input of `run` of any height and width.
         tiling: How large tiles may be.
-        n_in: Along a side of a latent token, values of the input.
+        n_in: Values of the input along a side of a latent token.
         n_out: Likewise of the output.
 
     Returns:
-        What `run(values)` would be but for the tiles; exactly that where one tile is enough.
+        `run(values)`: exactly where one tile is enough, else up to the error of tiles.
     """
     rows, columns = (side // n_in for side in values.shape[2:])
     if tiling.tile is None or max(rows, columns) * tiling.unit <= tiling.tile:
@@ -77,11 +97,11 @@ def in_tiles(
 
 
 def spans(length: int, tile: int, overlap: int, n_out: int) -> list[tuple[int, int, np.ndarray]]:
-    """Divide a side into as few spans as can be, all of the same size.
+    """Divide a side into as few spans as possible, all of the same size.
 
     Returns:
-        Per span its start, its size, and the weight of each of its results, f32 [size * n_out]: what it shares with a
-        neighbour fades linearly, so that the weights of any result add up to 1.
+        For each span its start, its size, and the weights of its results, f32 [size * n_out]. Weights fade linearly
+        where spans overlap, so that the weights of any result add up to 1.
     """
     count = max(1, math.ceil((length - overlap) / (tile - overlap)))
     size = math.ceil((length + (count - 1) * overlap) / count)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -14,11 +13,14 @@ import pytest
 from safetensors.numpy import load_file
 
 import fluxonnx
-from fluxonnx.checkpoint import read_header
+from fluxonnx.checkpoint.manifest import graph_file, read_manifest
+from fluxonnx.checkpoint.safetensors import read_header
+from fluxonnx.contract import COMPONENTS
 from fluxonnx.errors import CheckpointError, ExportError, UsageError
-from fluxonnx.export import export, exporter, weights
-from fluxonnx.manifest import COMPONENTS, graph_file, read_manifest
-from tests.conftest import Case
+from fluxonnx.export import export
+from tests.support import Case
+
+pytestmark = pytest.mark.slow
 
 CASE = Case("one-double-three-single", shards=3)
 BUILDS = [(precision, flavour) for precision in ("bf16", "fp32", "fp16") for flavour in ("ort", "portable")]
@@ -225,9 +227,9 @@ def test_killed_export_leaves_nothing_half_done(checkpoints, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     if moment == "save":
-        monkeypatch.setattr(exporter.onnx, "save", die)
+        monkeypatch.setattr(onnx, "save", die)
     elif moment == "check":
-        monkeypatch.setattr(exporter.onnx.checker, "check_model", die)
+        monkeypatch.setattr(onnx.checker, "check_model", die)
     with pytest.raises(KeyboardInterrupt):
         export(root, precision="fp32", components=["transformer"], progress=die if moment == "weights" else None)
     assert not [name for name in files(root) - before if name.endswith((".onnx", ".tmp"))]
@@ -242,47 +244,6 @@ def test_graph_left_by_a_killed_export_is_replaced(checkpoints, tmp_path):
     export(root)
     (root / "fluxonnx.json").unlink()
     assert all(report.seconds is not None for report in export(root))
-
-
-def test_self_contained_copy(checkpoints, tmp_path):
-    """-o depends on nothing: it makes the same picture after the source is gone."""
-    source = shutil.copytree(checkpoints.get(CASE), tmp_path / "source")
-    export(source, tmp_path / "copy")
-    with fluxonnx.load(source) as flux:
-        expected = flux.generate("x", 64, 64, seed=1)
-    shutil.rmtree(source)
-    with fluxonnx.load(tmp_path / "copy") as flux:
-        assert flux.generate("x", 64, 64, seed=1).tobytes() == expected.tobytes()
-
-
-def hub_cache(source: Path, root: Path) -> Path:
-    """Lay a checkpoint out as huggingface_hub caches it: a snapshot of links to blobs."""
-    blobs = root / "blobs"
-    blobs.mkdir(parents=True)
-    for i, file in enumerate(path for path in source.rglob("*") if path.is_file()):
-        link = root / "snapshots" / "0123abc" / file.relative_to(source)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, blobs / str(i))
-        link.symlink_to(blobs / str(i))
-    return root / "snapshots" / "0123abc"
-
-
-def test_links_are_refused_with_the_cure(checkpoints, tmp_path):
-    snapshot = hub_cache(checkpoints.get(CASE), tmp_path / "models--a--b")
-    with pytest.raises(CheckpointError, match=r"symbolic link.*-o DIR"):
-        export(snapshot)
-    export(snapshot, tmp_path / "copy")
-    assert not any(path.is_symlink() for path in (tmp_path / "copy").rglob("*"))
-    with fluxonnx.load(tmp_path / "copy") as flux:
-        flux.generate("x", 64, 64, steps=1)
-
-
-def test_hard_links_are_refused_with_the_cure(checkpoints, tmp_path):
-    root = Path(shutil.copytree(checkpoints.get(CASE), tmp_path / "model", copy_function=os.link))
-    with pytest.raises(CheckpointError, match=r"hard links.*-o DIR"):
-        export(root)
-    export(root, precision="int8")
-    export(root, tmp_path / "copy")
 
 
 def rewrite(path: Path, change) -> None:
@@ -366,7 +327,7 @@ def test_impossible_arguments(checkpoints, arguments, message):
 
 def test_full_disk_is_foreseen(checkpoints, tmp_path, monkeypatch):
     root = shutil.copytree(checkpoints.get(CASE), tmp_path / "model")
-    monkeypatch.setattr(weights.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(ExportError, match=r"needs 0\.0 GB.*free some space"):
         export(root, precision="fp32")
     with pytest.raises(ExportError, match="free some space"):
@@ -389,30 +350,7 @@ def test_write_errors(checkpoints, tmp_path, monkeypatch, code, message):
         Path(path).touch()
         raise OSError(code, "synthetic", str(path))
 
-    monkeypatch.setattr(exporter.onnx, "save", fail)
+    monkeypatch.setattr(onnx, "save", fail)
     with pytest.raises(ExportError, match=message):
         export(root)
     assert files(root) == before
-
-
-def test_copy_never_overwrites_another_model(checkpoints, tmp_path):
-    other = shutil.copytree(checkpoints.get(Case("odd-heads")), tmp_path / "other")
-    before = {name: (other / name).read_bytes() for name in files(other)}
-    with pytest.raises(ExportError, match="exists and differs from"):
-        export(checkpoints.get(CASE), other)
-    assert {name: (other / name).read_bytes() for name in files(other)} == before
-
-
-def test_copy_goes_on_where_it_was_stopped(checkpoints, tmp_path):
-    """Files that are there already are not copied again."""
-    export(checkpoints.get(CASE), tmp_path / "copy", components=["conditioning"])
-    (tmp_path / "copy" / "vae" / "config.json").unlink()
-    stamp = (tmp_path / "copy" / "model_index.json").stat().st_mtime_ns
-    export(checkpoints.get(CASE), tmp_path / "copy")
-    assert (tmp_path / "copy" / "vae" / "config.json").exists()
-    assert (tmp_path / "copy" / "model_index.json").stat().st_mtime_ns == stamp
-
-
-def test_output_whose_parent_does_not_exist(checkpoints, tmp_path):
-    with pytest.raises(ExportError, match="does not exist"):
-        export(checkpoints.get(CASE), tmp_path / "a" / "b")

@@ -18,7 +18,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from benchmarks.make_checkpoint import ARCHITECTURES, make_checkpoint  # noqa: E402
+from tools.make_checkpoint import ARCHITECTURES, make_checkpoint  # noqa: E402
 
 SEEDS = (0, 1, 42, 2**31, 2**32 + 5, 2**63 - 1, 2**64 - 1)
 SMALL_SIZES = (1, 2, 7, 15, 16, 17, 31, 32, 100)
@@ -52,12 +52,12 @@ def graphs() -> dict[str, np.ndarray]:
     import torch
     from diffusers import Flux2KleinPipeline
 
-    from fluxonnx.checkpoint import Checkpoint
-    from fluxonnx.export.text_encoder import TextEncoderConfig
+    from fluxonnx.contract import open_checkpoint
+    from fluxonnx.export.components import read_architecture
 
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = make_checkpoint(Path(folder) / "model", ARCHITECTURES[ARCHITECTURE])
-        layers = TextEncoderConfig.read(Checkpoint(path).config("text_encoder")).out_layers
+        layers = read_architecture(open_checkpoint(path), None).text_encoder.out_layers
         pipe = Flux2KleinPipeline.from_pretrained(path, torch_dtype=torch.float32)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, 300, (2, 12), generator=generator)

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxonnx.manifest import graph_file, read_manifest
+from fluxonnx.checkpoint.manifest import graph_file, read_manifest
 from fluxonnx.runtime.session import Session, SessionOptions
-from tests.conftest import Case
-from tests.parity.conftest import GRAPH_TOLERANCE, relative_error
+from tests.support import GRAPH_TOLERANCE, Case, relative_error
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")

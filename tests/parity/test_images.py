@@ -1,4 +1,4 @@
-"""Pixels go in and out of the model exactly as diffusers' image processor moves them."""
+"""Pixels are converted exactly as by diffusers' image processor."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def test_references(processor, size):
 
 def test_samples_to_pixels(processor):
     """Every rounding: values on and around half steps, and beyond the range."""
-    sample = np.linspace(-1.2, 1.2, 3 * 64 * 64, dtype=np.float32).reshape(1, 3, 64, 64)
+    halves = ((np.arange(255) + 0.5) / 127.5 - 1).astype(np.float32)
+    around = np.stack([halves, np.nextafter(halves, np.float32(-2)), np.nextafter(halves, np.float32(2))])
+    ties = (around * np.float32(0.5) + np.float32(0.5)) * 255 % 1 == 0.5
+    assert ties.sum() > 10  # these tell half to even from half up
+    ramp = np.linspace(-1.2, 1.2, 3 * 64 * 64 - around.size, dtype=np.float32)
+    sample = np.concatenate([around.ravel(), ramp]).reshape(1, 3, 64, 64)
     expected = processor.postprocess(torch.from_numpy(sample), output_type="pil")[0]
     assert np.array_equal(np.asarray(sample_to_image(sample[0])), np.asarray(expected))

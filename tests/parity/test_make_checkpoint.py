@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks.make_checkpoint import ARCHITECTURES, make_checkpoint
-from tests.conftest import Case
+from tests.support import Case
+from tools.make_checkpoint import ARCHITECTURES, make_checkpoint
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")

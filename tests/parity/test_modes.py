@@ -8,8 +8,7 @@ from PIL import Image
 
 import fluxonnx
 from fluxonnx.runtime.request import Request
-from tests.conftest import Case
-from tests.parity.conftest import IMAGE_TOLERANCE, LATENTS_TOLERANCE, relative_error
+from tests.support import IMAGE_TOLERANCE, LATENTS_TOLERANCE, Case, relative_error
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -80,10 +79,10 @@ def assert_same(found, expected):
     "sizes", [[(64, 64)], [(100, 77)], [(96, 64), (70, 130), (64, 64)], [(1300, 1000)]], ids=lambda sizes: str(sizes)
 )
 def test_references(both, case, sizes):
-    """One and several, of odd sizes, over the area cap; the output has the first one's size."""
+    """One and several references, of odd sizes, over the area cap; the output has the first one's size."""
     flux, pipe, layers = both(case)
     images = [picture(width, height, seed=i) for i, (width, height) in enumerate(sizes)]
-    # Over the cap, a small output keeps the test quick: the reference tokens are still those of the whole picture.
+    # A small output keeps the test quick; the reference tokens are still those of a picture over the cap.
     size = {"width": 64, "height": 64} if sizes[0][0] > 1000 else {}
     expected = run_reference(pipe, layers, image=images, num_inference_steps=2, guidance_scale=1.0, **size)
     found = run_fluxonnx(flux, references=tuple(images), steps=2, **size)

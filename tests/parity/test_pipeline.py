@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 import fluxonnx
-from tests.conftest import Case
-from tests.parity.conftest import IMAGE_TOLERANCE, LATENTS_TOLERANCE, relative_error
+from tests.support import IMAGE_TOLERANCE, LATENTS_TOLERANCE, Case, relative_error
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")

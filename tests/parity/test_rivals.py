@@ -1,4 +1,4 @@
-"""`benchmarks/rivals.py` really runs diffusers and OpenVINO, on the tiny model; never how fast."""
+"""`benchmarks/rivals.py` runs the real diffusers and OpenVINO on a tiny model; never the values of the figures."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import json
 import pytest
 
 from benchmarks import rivals
-from tests.conftest import Case
+from tests.support import Case, optional
 
-pytest.importorskip("torch")
-pytest.importorskip("diffusers")
-pytest.importorskip("openvino")
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, optional("torch", "diffusers", "transformers", "openvino")]
 
 
 def test_libraries(checkpoints, tmp_path, capsys):

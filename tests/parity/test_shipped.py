@@ -1,4 +1,4 @@
-"""The small model in the box is one that diffusers loads as it is, and draws the same picture with."""
+"""diffusers loads the bundled demo model unchanged, and draws the same picture with it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fluxonnx
-from tests.parity.conftest import IMAGE_TOLERANCE
+from tests.support import IMAGE_TOLERANCE
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from fluxonnx.errors import FluxonnxError, ImageError, UsageError
-from fluxonnx.runtime import images
 from fluxonnx.runtime.images import (
     as_rgb,
     check_output_path,
@@ -180,7 +179,7 @@ def test_samples_round_trip():
     assert np.asarray(sample_to_image(np.full((3, 2, 2), 7, np.float32))).min() == 255
 
 
-def test_not_a_number_is_said():
+def test_nan_is_an_error():
     with pytest.raises(FluxonnxError, match="NaN"):
         sample_to_image(np.full((3, 2, 2), np.nan, np.float32))
 
@@ -246,7 +245,7 @@ def test_failed_write_keeps_the_old_picture(tmp_path, monkeypatch, code, message
         Path(target).write_bytes(b"half")
         raise OSError(code, "synthetic")
 
-    monkeypatch.setattr(images.Image.Image, "save", fail)
+    monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(ImageError, match=message):
         save_image(Image.new("RGB", (8, 8), "red"), path, PARAMETERS)
     assert path.read_bytes() == before
@@ -260,14 +259,14 @@ def test_loading_warns_of_nothing_else(tmp_path):
         load_image(tmp_path / "a.png")
 
 
-def test_pages_of_a_tiff_are_told(tmp_path):
+def test_pages_of_a_tiff_are_reported(tmp_path):
     pages = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     pages[0].save(tmp_path / "a.tiff", save_all=True, append_images=pages[1:])
     with pytest.warns(UserWarning, match="several pages: only the first"):
         assert load_image(tmp_path / "a.tiff").getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_preview_in_a_phones_file_is_not_told(tmp_path):
+def test_preview_in_a_phones_file_is_not_reported(tmp_path):
     """An MPO is a JPEG with a preview or a depth map behind it."""
     pictures = [Image.new("RGB", (8, 8), colour) for colour in ("red", "gray")]
     pictures[0].save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=pictures[1:])
@@ -288,7 +287,7 @@ def test_whatever_pillow_raises_is_one_line(tmp_path, monkeypatch):
     def fail(image):
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr(images, "as_rgb", fail)
+    monkeypatch.setattr(ImageOps, "exif_transpose", fail)
     with pytest.raises(ImageError, match="seems damaged: two lines"):
         load_image(tmp_path / "a.png")
 

@@ -1,17 +1,22 @@
-"""What is read before it is needed."""
+"""What is read before it is needed, and what stays loaded."""
 
 from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
-from fluxonnx.checkpoint import read_header
-from fluxonnx.manifest import read_manifest
-from fluxonnx.runtime import models
-from fluxonnx.runtime.models import EMBEDDINGS, Models
-from fluxonnx.runtime.reading import Span
-from fluxonnx.runtime.session import SessionOptions
-from tests.conftest import Case
+from fluxonnx.checkpoint.manifest import read_manifest
+from fluxonnx.checkpoint.safetensors import read_header
+from fluxonnx.contract import EMBEDDING_TABLE
+from fluxonnx.errors import CheckpointError
+from fluxonnx.runtime.engine import SessionOptions
+from fluxonnx.runtime.models import Models
+from fluxonnx.runtime.prefault import Prefault, Span
+from fluxonnx.runtime.tiles import Tiling
+from tests.support import Case
 
 IDS = np.array([[7, 3, 7, 0, 0, 0, 0, 0]])
 MASK = (IDS > 0).astype(np.int64)
@@ -23,28 +28,30 @@ def root(checkpoints):
 
 
 @pytest.fixture
-def opened(root) -> Models:
+def models(root, engine) -> Callable[..., Models]:
+    """models(...): the graphs, with the given ways to get weights into memory."""
     manifest = read_manifest(root)
     assert manifest is not None
-    return Models(root, manifest.builds["int8"], SessionOptions())
+    options = SessionOptions(engine=engine, free_memory=lambda: 12345)
+    return lambda **ways: Models(root, manifest.builds["int8"], options, **ways)
 
 
-@pytest.fixture
-def touched(monkeypatch) -> list[list[Span]]:
-    found: list[list[Span]] = []
-    real = models.Touching
-    monkeypatch.setattr(models, "Touching", lambda spans: found.append(list(spans)) or real(spans))
-    return found
+def encode(models: Models) -> None:
+    models.prompt_embeds(IDS, MASK)
+    models.release("text_encoder")
 
 
-def test_reads_graphs_first_and_of_the_embeddings_only_rows(opened, root, monkeypatch):
+def test_graphs_are_read_first_and_only_some_rows_of_the_embeddings(models, root):
     found: list[Span] = []
-    monkeypatch.setattr(models, "read_ahead", found.extend)
-    opened.prompt_embeds(IDS, MASK)
-    opened.release_text_encoder()
+
+    def read_ahead(spans: Sequence[Span], free: int) -> None:
+        assert free == 12345
+        found.extend(spans)
+
+    encode(models(read_ahead=read_ahead))
 
     encoder, transformer = root / "text_encoder/int8.safetensors", root / "transformer/int8.safetensors"
-    table = read_header(encoder)[EMBEDDINGS]
+    table = read_header(encoder)[EMBEDDING_TABLE]
     row = table.nbytes // table.shape[0]
     rows = [Span(encoder, table.offset + i * row, table.offset + (i + 1) * row) for i in (0, 3, 7)]
     size = encoder.stat().st_size
@@ -52,22 +59,52 @@ def test_reads_graphs_first_and_of_the_embeddings_only_rows(opened, root, monkey
     graphs = [root / "text_encoder.int8.onnx", root / "transformer.int8.onnx"]
     assert found[1:-2] == rows + rest
     assert [found[0].file, found[-2].file] == graphs
-    assert (found[-1].file, found[-1].start, found[-1].end) == (transformer, 0, transformer.stat().st_size)
+    assert found[-1] == Span(transformer, 0, transformer.stat().st_size)
 
 
-def test_new_memory_is_touched_once(opened, monkeypatch, touched):
-    """Where the weights were in memory when the prompt was encoded, that would be seconds in vain."""
-    monkeypatch.setattr(models, "is_in_memory", lambda spans: False)
-    opened.prompt_embeds(IDS, MASK)
-    opened.release_text_encoder()
-    monkeypatch.setattr(models, "is_in_memory", lambda spans: True)
-    opened.prompt_embeds(IDS, MASK)
-    opened.release_text_encoder()
+def test_new_memory_is_touched_once(models):
+    """Where the weights were in memory when the prompt was encoded, touching them would waste seconds."""
+    touched: list[int] = []
+    in_memory = iter([False, True, True])
+
+    def prefault(spans: Sequence[Span], free: int) -> Prefault:
+        assert free == 12345
+        touched.append(len(spans))
+        return Prefault((), free)
+
+    opened = models(resident=lambda spans: next(in_memory), prefault=prefault)
+    encode(opened)
+    encode(opened)
     for _ in range(2):
         with opened.transformer():
             pass
-    opened.prompt_embeds(IDS, MASK)
-    opened.release_text_encoder()
+    encode(opened)
     with opened.transformer():
         pass
-    assert [len(spans) for spans in touched] == [2, 0, 0]
+    assert touched == [2, 0, 0]
+
+
+def test_prefaulting_ends_with_the_transformer(models):
+    with models().transformer():
+        pass
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefault"]
+
+
+def test_encoder_and_decoder_stay_loaded_until_they_are_released(models, engine):
+    opened = models()
+    for _ in range(2):
+        opened.prompt_embeds(IDS, MASK)
+        opened.decode(np.zeros((1, 32, 4, 4), np.float32), Tiling(None, 16))
+    assert engine.loaded == engine.open == ["text_encoder", "vae_decoder"]
+    for component in ("text_encoder", "vae_decoder", "vae_decoder"):
+        opened.release(component)
+    assert engine.open == []
+
+
+def test_build_without_a_graph(root, engine):
+    manifest = read_manifest(root)
+    assert manifest is not None
+    build = manifest.builds["int8"]
+    del build.components["vae_encoder"]
+    with pytest.raises(CheckpointError, match=r"lacks the vae_encoder graph: run fluxonnx export .*--precision int8"):
+        Models(root, build, SessionOptions())

@@ -1,4 +1,4 @@
-"""Noise equals torch's to the last bit."""
+"""Noise equals torch's bit for bit."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""The pipeline's own promises: what is loaded when, what is remembered, what stops it, what is refused."""
+"""What `Flux` promises: what is loaded when, what is remembered, what stops a run, what is refused."""
 
 from __future__ import annotations
 
 import multiprocessing
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +13,12 @@ from PIL import Image
 
 import fluxonnx
 from fluxonnx.errors import Cancelled, UsageError
-from fluxonnx.runtime import models
+from fluxonnx.runtime.memory import BYTES_PER_TOKEN_AND_WIDTH
 from fluxonnx.runtime.noise import randn, size_independent_randn
 from fluxonnx.runtime.request import Request, resolve
-from tests.conftest import Case
+from tests.support import Case
+
+pytestmark = pytest.mark.slow
 
 CASE, BASE = Case("odd-heads"), Case("odd-heads", is_distilled=False)
 
@@ -24,70 +28,41 @@ def picture(width: int = 80, height: int = 64, seed: int = 0) -> Image.Image:
 
 
 @pytest.fixture
-def flux(checkpoints):
-    with fluxonnx.load(checkpoints.exported(CASE)) as flux:
+def flux(checkpoints, engine):
+    with fluxonnx.load(checkpoints.exported(CASE), engine=engine) as flux:
         yield flux
 
 
 @pytest.fixture
-def base(checkpoints):
-    with fluxonnx.load(checkpoints.exported(BASE)) as flux:
+def base(checkpoints, engine):
+    with fluxonnx.load(checkpoints.exported(BASE), engine=engine) as flux:
         yield flux
 
 
-@pytest.fixture
-def opened(monkeypatch):
-    """The components that were loaded, in order, and how many are open at once at most."""
-    names: list[str] = []
-    state = {"open": 0, "most": 0}
-    original = models.Session
-
-    class Spy(original):
-        def __init__(self, path, component, *options):
-            super().__init__(path, component, *options)
-            names.append(component)
-            if component != "conditioning":
-                state["open"] += 1
-                state["most"] = max(state.values())
-            self.counted = component != "conditioning"
-
-        def close(self):
-            super().close()
-            state["open"] -= self.counted
-
-    monkeypatch.setattr(models, "Session", Spy)
-    names_and_most = (names, state)
-    yield names_and_most
-    assert state["open"] == 0
-
-
-def test_one_graph_at_a_time(flux, opened):
-    """The text encoder is gone before the transformer comes, and that before the VAE."""
-    names, state = opened
+def test_one_graph_at_a_time(flux, engine):
+    """The text encoder is freed before the transformer is loaded, and that before the VAE."""
     flux.generate("a", 64, 64, steps=1)
-    assert names == ["text_encoder", "conditioning", "transformer", "vae_decoder"]
-    assert state["most"] == 1
+    assert engine.loaded == ["text_encoder", "conditioning", "transformer", "vae_decoder"]
+    assert engine.most_open == 1
 
 
-def test_known_prompt_does_not_load_the_encoder(flux, opened):
-    names, _ = opened
+def test_known_prompt_does_not_load_the_encoder(flux, engine):
     for prompt in ("a", "b", "a"):
         flux.generate(prompt, 64, 64, steps=1)
-    assert names.count("text_encoder") == 2
+    assert engine.loaded.count("text_encoder") == 2
     flux.close()
     flux.generate("a", 64, 64, steps=1)
-    assert names.count("text_encoder") == 3
+    assert engine.loaded.count("text_encoder") == 3
     flux.release_text_encoder()
     flux.generate("c", 64, 64, steps=1)
-    assert names.count("text_encoder") == 4
+    assert engine.loaded.count("text_encoder") == 4
 
 
-def test_prompts_ahead_load_the_encoder_once(flux, opened):
-    names, _ = opened
+def test_prompts_ahead_load_the_encoder_once(flux, engine):
     flux.encode_prompts(["a", "b", "c"])
     for prompt in ("a", "b", "c"):
         flux.generate(prompt, 64, 64, steps=1)
-    assert names.count("text_encoder") == 1
+    assert engine.loaded.count("text_encoder") == 1
 
 
 def test_callback_sees_every_step_and_can_stop(flux):
@@ -107,7 +82,8 @@ def test_defaults(flux, base):
     assert (image.info["steps"], image.info["guidance_scale"], image.info["seed"]) == (4, 1.0, 1)
     first, second = (flux.generate("a", 64, 64, steps=1).info["seed"] for _ in range(2))
     assert first != second
-    assert (lambda r: (r.steps, r.guidance_scale))(resolve(Request(prompt="a"), False, 16)) == (50, 4.0)
+    resolved = resolve(Request(prompt="a"), False, 16)
+    assert (resolved.steps, resolved.guidance_scale) == (50, 4.0)
 
 
 def test_info_makes_the_picture_again(base):
@@ -117,15 +93,28 @@ def test_info_makes_the_picture_again(base):
     assert base.run(Request(**fields), [image.info["seed"]])[0].tobytes() == image.tobytes()
 
 
+def test_warnings_name_the_caller(checkpoints, open_flux):
+    """The line of the program that asked for the picture, not one inside the package."""
+    flux = open_flux(checkpoints.exported(CASE), free_memory=lambda: 1000)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        flux.generate("many words " * 20, 640, 64, steps=1, max_sequence_length=24)
+    assert [str(warning.message).split(":")[0].split("(")[0] for warning in found] == [
+        "the prompt is longer than 24 tokens; this was cut",
+        "memory is short ",
+    ]
+    assert {warning.filename for warning in found} == {__file__}
+
+
 # Image-to-image
 
 
 @pytest.mark.parametrize("size", [(64, 64), (101, 67), (30, 20), (2000, 64)])
-def test_strength_0_returns_the_input(flux, opened, size):
+def test_strength_0_returns_the_input(flux, engine, size):
     """Pixel for pixel, whatever its size, without loading anything."""
     image = picture(*size)
     assert flux.img2img("a", image, strength=0).tobytes() == image.tobytes()
-    assert opened[0] == []
+    assert engine.loaded == []
 
 
 def test_strength_0_at_another_size(flux):
@@ -168,22 +157,29 @@ def test_references_change_the_picture_and_their_order_counts(flux):
 
 @pytest.mark.parametrize("name", ["odd-heads", "wide"])
 @pytest.mark.parametrize("size", [(64, 64), (96, 160)])
-def test_batch_is_bitwise_what_it_is_alone(checkpoints, monkeypatch, name, size):
+def test_batch_is_bitwise_what_it_is_alone(checkpoints, engine, name, size):
     """So that a picture out of a batch can be made again from its seed; "wide" really runs several in one pass."""
-    rows = []
-    original = models.Session.run
-
-    def count(self, **inputs):
-        rows.extend([len(inputs["hidden_states"])] if "hidden_states" in inputs else [])
-        return original(self, **inputs)
-
-    monkeypatch.setattr(models.Session, "run", count)
     request = Request(prompt="a", width=size[0], height=size[1])
-    with fluxonnx.load(checkpoints.exported(Case(name)), threads=2) as flux:
+    with fluxonnx.load(checkpoints.exported(Case(name)), threads=2, engine=engine) as flux:
         alone = [flux.run(request, [seed])[0].tobytes() for seed in (1, 2, 3)]
-        rows.clear()
+        engine.batches.clear()
         assert alone == [image.tobytes() for image in flux.run(request, [1, 2, 3])]
-    assert set(rows) == {3 if name == "wide" else 1}
+    assert set(engine.batches) == {3 if name == "wide" else 1}
+
+
+@pytest.mark.parametrize(("options", "expected"), [({}, [3, 2]), ({"low_memory": True}, [1] * 5)])
+def test_batches_fit_into_memory(checkpoints, open_flux, engine, options, expected):
+    """Half of the free memory, but one picture at a time with `low_memory`."""
+    path, request = checkpoints.exported(Case("wide")), Request(prompt="a", width=64, height=64, steps=1)
+    three = batch_bytes(tokens=512 + 16, width=264, pictures=3)
+    flux = open_flux(path, threads=2, engine=engine, free_memory=lambda: 2 * three, **options)
+    pictures = [image.tobytes() for image in flux.run(request, [1, 2, 3, 4, 5])]
+    assert engine.batches == expected
+    assert pictures[3] == flux.run(request, [4])[0].tobytes()
+
+
+def batch_bytes(tokens: int, width: int, pictures: int) -> int:
+    return pictures * tokens * width * BYTES_PER_TOKEN_AND_WIDTH
 
 
 def test_size_independent_noise_is_a_subsample():
@@ -205,20 +201,19 @@ def encode(path: Path, cache: Path, prompt: str) -> None:
         flux.encode_prompts([prompt])
 
 
-def test_cached_prompt_never_loads_the_encoder(checkpoints, tmp_path, opened):
-    names, _ = opened
+def test_cached_prompt_never_loads_the_encoder(checkpoints, tmp_path, engine):
     path = checkpoints.exported(CASE)
     pictures = []
     for _ in range(2):
-        with fluxonnx.load(path, cache_dir=tmp_path / "cache") as flux:
+        with fluxonnx.load(path, cache_dir=tmp_path / "cache", engine=engine) as flux:
             pictures.append(flux.generate("a cat", 64, 64, seed=1).tobytes())
     assert pictures[0] == pictures[1]
-    assert names.count("text_encoder") == 1
+    assert engine.loaded.count("text_encoder") == 1
     (file,) = (tmp_path / "cache").iterdir()
     file.write_bytes(file.read_bytes()[:50])
-    with fluxonnx.load(path, cache_dir=tmp_path / "cache") as flux:
+    with fluxonnx.load(path, cache_dir=tmp_path / "cache", engine=engine) as flux:
         assert flux.generate("a cat", 64, 64, seed=1).tobytes() == pictures[0]
-    assert names.count("text_encoder") == 2
+    assert engine.loaded.count("text_encoder") == 2
 
 
 def test_cache_tells_models_builds_and_lengths_apart(checkpoints, tmp_path):
@@ -243,7 +238,7 @@ def test_two_processes_may_share_a_cache(checkpoints, tmp_path):
     assert [file.suffix for file in tmp_path.iterdir()] == [".npy"]
 
 
-def test_cache_directory_that_can_not_be(checkpoints, tmp_path):
+def test_impossible_cache_directory(checkpoints, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"cache directory .* can't be used"):
         fluxonnx.load(checkpoints.exported(CASE), cache_dir=tmp_path / "file")
@@ -276,10 +271,20 @@ def test_cache_directory_that_can_not_be(checkpoints, tmp_path):
         ({"max_sequence_length": 100}, "multiple of 8"),
     ],
 )
-def test_impossible_requests(flux, opened, options, message):
+def test_impossible_requests(flux, engine, options, message):
+    """Refused before anything is loaded; the generators raise when they are made, not at their first step."""
+    arguments: dict[str, Any] = {"prompt": "a", "seed": 1, **options}
     with pytest.raises(UsageError, match=message):
-        flux.generate(**{"prompt": "a", **options})
-    assert opened[0] == []
+        flux.generate(**arguments)
+    seed = arguments.pop("seed")
+    with pytest.raises(UsageError, match=message):
+        flux.pictures(Request(**arguments), [seed])
+    with pytest.raises(UsageError, match=message):
+        flux.steps(Request(**arguments), seed)
+    if seed == 1:
+        with pytest.raises(UsageError, match=message):
+            flux.check(Request(**arguments))
+    assert engine.loaded == []
 
 
 def test_edit_without_pictures(flux):
@@ -300,16 +305,8 @@ def test_distilled_model_warns_of_guidance(flux, options, message):
     assert image.tobytes() == flux.generate("a", 64, 64, seed=1).tobytes()
 
 
-def test_guidance_1_skips_the_unconditional_pass(base, monkeypatch):
-    runs = []
-    original = models.Session.run
-
-    def count(self, **inputs):
-        runs.extend(["velocity"] * ("hidden_states" in inputs))
-        return original(self, **inputs)
-
-    monkeypatch.setattr(models.Session, "run", count)
+def test_guidance_1_skips_the_unconditional_pass(base, engine):
     base.generate("a", 64, 64, steps=2, guidance_scale=1)
-    assert len(runs) == 2
+    assert len(engine.batches) == 2
     base.generate("a", 64, 64, steps=2)
-    assert len(runs) == 6
+    assert len(engine.batches) == 6

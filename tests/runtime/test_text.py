@@ -1,4 +1,4 @@
-"""Prompts become tokens as the reference makes them; what does not fit is told."""
+"""Prompts become the same tokens as in the reference; what does not fit is reported."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.make_checkpoint import write_tokenizer
 from fluxonnx.errors import CheckpointError, UsageError
 from fluxonnx.runtime.text import Tokenizer
+from tools.make_checkpoint import write_tokenizer
 
 PROMPTS = [
     "",
@@ -51,7 +51,7 @@ def test_cut_is_the_end_of_the_prompt(folder):
 
 
 def test_cut_counts_characters_as_typed(folder):
-    """Normalising joins letters and accents; what is told is what was typed."""
+    """Normalising joins letters and accents; the message shows what was typed."""
     tokens = Tokenizer(folder).encode("e\u0301" * 10 + "END of it all", 24)
     assert tokens.cut == "ND of it all"
 

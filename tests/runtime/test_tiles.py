@@ -1,4 +1,4 @@
-"""Tiles: what they cover, what they cost, when they are used, and that a picture says so."""
+"""Tiles: what they cover, when they are used, and that a picture says so."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from PIL import Image
 import fluxonnx
 from fluxonnx.cli import main
 from fluxonnx.errors import UsageError
-from fluxonnx.runtime import pipeline
-from fluxonnx.runtime.tiles import SMALLEST, TILE, Tiling, in_tiles, spans
-from tests.conftest import Case
+from fluxonnx.runtime.memory import whole_bytes
+from fluxonnx.runtime.tiles import SMALLEST, TILE, Tiling, choose_tile, in_tiles, spans
+from tests.support import Case
+
+pytestmark = pytest.mark.slow
 
 CASE = Case("odd-heads")
 LARGE = {"width": TILE + 64, "height": 64, "steps": 1, "seed": 1}
@@ -43,8 +45,8 @@ def test_spans_cover_a_side_evenly():
 
 
 @pytest.mark.parametrize(("n_in", "n_out"), [(1, 16), (16, 1)])
-def test_what_looks_at_single_pixels_does_not_notice_tiles(n_in, n_out):
-    """Decoding and encoding: every result lands where it belongs."""
+def test_functions_of_single_pixels_are_exact(n_in, n_out):
+    """Decoding and encoding: every result is where it belongs."""
     values = np.random.default_rng(0).standard_normal((1, 2, 30 * n_in, 65 * n_in), np.float32)
 
     def run(piece: np.ndarray) -> np.ndarray:
@@ -81,17 +83,42 @@ def test_low_memory(root):
         assert oil.tobytes() != plain.img2img("a", wide, 0.7, seed=1, steps=2).tobytes()
 
 
-def test_short_memory(root, monkeypatch):
+NEEDED = whole_bytes(1024 * 768, 256)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted", "low_memory", "free", "expected"),
+    [
+        ([(TILE, TILE)], None, True, 0, None),
+        ([(TILE + 16, 64)], None, True, 1 << 50, TILE),
+        ([(64, TILE + 16)], None, False, 1 << 50, None),
+        ([(64, 64), (1024, 768)], None, False, NEEDED, None),
+        ([(512, 512)], 384, False, 1 << 50, 384),
+        ([(384, 384)], 384, True, 0, None),
+    ],
+)
+def test_when_tiles_are_used(sizes, wanted, low_memory, free, expected):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose_tile(sizes, wanted, low_memory, 256, free) == expected
+
+
+def test_when_tiles_are_used_for_lack_of_memory():
+    """The largest picture counts."""
+    with pytest.warns(UserWarning, match=r"memory is short \(4.1 GB needed, 4.1 GB free\)"):
+        assert choose_tile([(64, 64), (1024, 768)], None, False, 256, NEEDED - 1) == TILE
+
+
+def test_short_memory(root, open_flux):
     """Where a picture does not fit, tiles are used, with a warning; the picture can be made again anywhere."""
-    monkeypatch.setattr(pipeline, "available_memory", lambda: 1000)
-    with fluxonnx.load(root) as flux:
-        with pytest.warns(UserWarning, match="memory is short .* in tiles"):
-            tiled = flux.generate("a", **LARGE)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert "tile" not in flux.generate("a", 64, 64, 1, 1).info
-        monkeypatch.setattr(pipeline, "available_memory", lambda: 1 << 40)
-        assert flux.generate("a", **LARGE, tile=tiled.info["tile"]).tobytes() == tiled.tobytes()
+    short = open_flux(root, free_memory=lambda: 1000)
+    with pytest.warns(UserWarning, match="memory is short .* in tiles"):
+        tiled = short.generate("a", **LARGE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "tile" not in short.generate("a", 64, 64, 1, 1).info
+    plenty = open_flux(root, free_memory=lambda: 1 << 40)
+    assert plenty.generate("a", **LARGE, tile=tiled.info["tile"]).tobytes() == tiled.tobytes()
 
 
 def test_from_makes_a_tiled_picture_again(root, tmp_path):

@@ -1,4 +1,4 @@
-"""The training scripts import each other by their plain names, as a script's folder is where Python looks first."""
+"""Makes the training scripts importable by the plain names under which they import each other."""
 
 from __future__ import annotations
 

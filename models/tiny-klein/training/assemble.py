@@ -1,4 +1,4 @@
-"""Step 7: a model directory that fluxonnx and diffusers load, of the base or the distilled model.
+"""Step 7: assemble the model directory of the base or distilled model, in the layout that fluxonnx and diffusers load.
 
 python models/tiny-klein/training/assemble.py WORK OUT [--base]
 """
@@ -18,15 +18,15 @@ from latents import load_vae
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from benchmarks.architectures import TextEncoderSize
-from benchmarks.make_checkpoint import SCHEDULER, model_index
+from tools.architectures import TextEncoderSize
+from tools.make_checkpoint import SCHEDULER, model_index
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="assemble a model directory")
-    parser.add_argument("work", type=Path, help="folder with the trained parts")
-    parser.add_argument("output", type=Path, help="the model directory")
-    parser.add_argument("--base", action="store_true", help="the base model instead of the distilled one")
+    parser.add_argument("work", type=Path, help="folder with the trained checkpoints")
+    parser.add_argument("output", type=Path, help="model directory to write")
+    parser.add_argument("--base", action="store_true", help="assemble the base model instead of the distilled one")
     arguments = parser.parse_args()
     work, output = arguments.work, arguments.output
     tokenizer = Tokenizer.from_file(str(work / "tokenizer/tokenizer.json"))
@@ -45,7 +45,7 @@ def main() -> None:
     save_file(text_encoder, output / "text_encoder/model.safetensors", metadata={"format": "pt"})
     flow.transformer.to(torch.bfloat16).save_pretrained(output / "transformer")
     load_vae(work).to(torch.bfloat16).save_pretrained(output / "vae")
-    # diffusers notes down where it was loaded from
+    # diffusers records the folder that the model was loaded from, which exists only on this machine.
     vae_config = json.loads((output / "vae/config.json").read_text("utf-8"))
     vae_config.pop("_name_or_path", None)
     write_json(output / "vae/config.json", vae_config)
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON, making the folder if need be."""
+    """Write a JSON file, and create its folder if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 

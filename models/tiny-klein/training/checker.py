@@ -1,7 +1,7 @@
-"""What is in a picture: finds background, things, their shapes, colours, textures and places, by rules.
+"""Rule-based detection of a picture's background and things, with their shapes, colours, textures and places.
 
-It explains a picture by the scene that would be drawn like it, so that a generated picture can be compared with the
-scene that was asked for. Nothing here is learned.
+The checker infers the scene whose drawing is closest to the picture, so that a generated picture can be compared with
+the requested scene. Nothing here is learned.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import numpy as np
 from scenes import COLOURS, CONTRAST, SHAPES, SIZE, SIZES, TEXTURES, Background, Scene, Thing, outline, paint
 from tasks import Task
 
-# A pixel this far from the background belongs to a thing; half of what things have to differ by.
+# A pixel at least this far from the background colour belongs to a thing. It is half of the contrast of scenes.py.
 FOREGROUND = CONTRAST / 2
-# Smaller spots are no things.
+# Connected components of fewer pixels are noise, not things.
 SMALLEST = 40
-# How far from its place a thing may be, in pixels; the grid of places is 36 apart, relations are 56.
+# Tolerance for a thing's position, in pixels. Named places are 36 pixels apart; things in a relation, 56.
 PLACE = 14.0
 
 ASPECTS = ("shape", "colour", "texture", "size", "place")
 
 
-def look(picture: np.ndarray) -> Scene:
-    """Explain a picture, uint8 [128, 128, 3]: things from left to right."""
+def detect_scene(picture: np.ndarray) -> Scene:
+    """Infer the scene of a picture, uint8 [128, 128, 3]. Its things are sorted from left to right."""
     pixels = picture.astype(np.float32)
     plane = fit_background(pixels)
     background = name_background(plane)
@@ -34,12 +34,12 @@ def look(picture: np.ndarray) -> Scene:
 
 
 def fit_background(pixels: np.ndarray) -> np.ndarray:
-    """Fit a plane to the edge of the picture, which things do not touch: float32 [128, 128, 3]."""
+    """Fit a plane to the border of the picture, which things never reach: float32 [128, 128, 3]."""
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32) / (SIZE - 1)
     basis = np.stack([np.ones_like(x), x, y], -1)
     edge = np.ones((SIZE, SIZE), bool)
     edge[2:-2, 2:-2] = False
-    for _ in range(3):  # what does not fit is left out the next time
+    for _ in range(3):  # pixels that do not fit are excluded from the next fit
         plane = basis @ np.linalg.lstsq(basis[edge], pixels[edge], rcond=None)[0]
         fits = edge & (np.linalg.norm(pixels - plane, axis=-1) < FOREGROUND)
         if fits.sum() < 50:
@@ -49,7 +49,7 @@ def fit_background(pixels: np.ndarray) -> np.ndarray:
 
 
 def name_background(plane: np.ndarray) -> Background:
-    """Name the colours of a background and the direction in which it changes."""
+    """Name the colours of a background and the direction of its gradient."""
     across = np.linalg.norm(plane[64, -1] - plane[64, 0])
     down = np.linalg.norm(plane[-1, 64] - plane[0, 64])
     if max(across, down) < FOREGROUND:
@@ -60,12 +60,12 @@ def name_background(plane: np.ndarray) -> Background:
 
 
 def nearest_colour(colour: np.ndarray) -> str:
-    """Name a colour."""
+    """Return the name of the closest colour."""
     return min(COLOURS, key=lambda name: float(np.linalg.norm(colour - np.array(COLOURS[name]))))
 
 
 def components(mask: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the connected parts of a mask that are large enough to be things."""
+    """Yield the connected components of a mask that are large enough to be things."""
     left = mask.copy()
     while left.any():
         part = np.zeros_like(mask)
@@ -86,7 +86,7 @@ def components(mask: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def name_thing(mask: np.ndarray, pixels: np.ndarray, plane: np.ndarray, background: Background) -> Thing:
-    """Find the shape that covers a mask best, then the colour and texture that explain its pixels best."""
+    """Find the shape that overlaps a mask most, then the colour and texture with the smallest pixel error."""
     shape, x, y, r = max((place_shape(mask, shape) for shape in SHAPES), key=lambda fit: overlap(mask, *fit))
     size = min(SIZES, key=lambda name: abs(r - np.mean(SIZES[name])))
     cover = outline(shape, x, y, r)
@@ -102,7 +102,7 @@ def name_thing(mask: np.ndarray, pixels: np.ndarray, plane: np.ndarray, backgrou
 
 
 def place_shape(mask: np.ndarray, shape: str) -> tuple[str, float, float, float]:
-    """Return where a shape would have to be, and how large, to have the same bounds as a mask."""
+    """Return the shape with the centre and radius that give it the same bounding box as a mask."""
     left, top, right, bottom = unit_bounds(shape)
     columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     width, height = columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]
@@ -114,7 +114,7 @@ def place_shape(mask: np.ndarray, shape: str) -> tuple[str, float, float, float]
 
 @cache
 def unit_bounds(shape: str) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of a shape of radius 1 at 0."""
+    """Return the bounding box (left, top, right, bottom) of a shape of radius 1 centred at 0."""
     mask = outline(shape, 64, 64, 40) > 0.5
     columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     left, right, top, bottom = columns[0], columns[-1] + 1, rows[0], rows[-1] + 1
@@ -122,16 +122,16 @@ def unit_bounds(shape: str) -> tuple[float, float, float, float]:
 
 
 def overlap(mask: np.ndarray, shape: str, x: float, y: float, r: float) -> float:
-    """Intersection over union with a shape."""
+    """Return the intersection over union of a mask and a shape."""
     other = outline(shape, x, y, r) > 0.5
     return float((mask & other).sum() / max(1, (mask | other).sum()))
 
 
-# Comparing
+# Comparison with the requested scene
 
 
-def pair(wanted: Scene, found: Scene) -> list[Thing | None]:
-    """Return, for each thing that is wanted, the one that was found nearest to it; each is used once."""
+def match_things(wanted: Scene, found: Scene) -> list[Thing | None]:
+    """Match each requested thing with the nearest detected one. Each detected thing is used at most once."""
     left = list(found.things)
     pairs: list[Thing | None] = []
     for thing in wanted.things:
@@ -142,8 +142,8 @@ def pair(wanted: Scene, found: Scene) -> list[Thing | None]:
     return pairs
 
 
-def same(aspect: str, wanted: Thing, found: Thing | None) -> bool:
-    """Whether a thing is as it should be, in one respect."""
+def matches(aspect: str, wanted: Thing, found: Thing | None) -> bool:
+    """Whether a detected thing matches the requested one in one aspect."""
     if found is None:
         return False
     if aspect == "place":
@@ -154,39 +154,40 @@ def same(aspect: str, wanted: Thing, found: Thing | None) -> bool:
 
 
 def judge(task: Task, picture: np.ndarray) -> dict[str, bool]:
-    """Say what is right about a picture.
+    """Compare a picture with the target of a task.
 
     Returns:
-        count, background, shape, colour, place and all, of every thing; for edits also change and rest.
+        Whether each criterion is met: count, background, the aspects (each must be right for every thing), and all of
+        these together ("all"). For edits also "change" (what the prompt changes) and "rest" (what must stay).
     """
-    wanted, found = task.target, look(picture)
-    pairs = list(zip(wanted.things, pair(wanted, found), strict=True))
-    marks = {aspect: all(same(aspect, *couple) for couple in pairs) for aspect in ASPECTS}
-    marks["count"] = len(wanted.things) == len(found.things)
-    marks["background"] = wanted.background == found.background
-    marks["all"] = all(marks.values())
+    wanted, found = task.target, detect_scene(picture)
+    pairs = list(zip(wanted.things, match_things(wanted, found), strict=True))
+    results = {aspect: all(matches(aspect, *couple) for couple in pairs) for aspect in ASPECTS}
+    results["count"] = len(wanted.things) == len(found.things)
+    results["background"] = wanted.background == found.background
+    results["all"] = all(results.values())
     if task.sources:
         changed, kept = split_aspects(task.sources[0], wanted)
-        right: dict = {(i, aspect): same(aspect, *couple) for i, couple in enumerate(pairs) for aspect in ASPECTS}
-        right["count"], right["background"] = marks["count"], marks["background"]
-        marks["change"], marks["rest"] = all(right[key] for key in changed), all(right[key] for key in kept)
-    return marks
+        right: dict = {(i, aspect): matches(aspect, *couple) for i, couple in enumerate(pairs) for aspect in ASPECTS}
+        right["count"], right["background"] = results["count"], results["background"]
+        results["change"], results["rest"] = all(right[key] for key in changed), all(right[key] for key in kept)
+    return results
 
 
 def split_aspects(before: Scene, after: Scene) -> tuple[list, list]:
-    """Return which aspects of the target an edit changes, and which it keeps."""
+    """Split the aspects of the target into those that an edit changes and those that it keeps."""
     changed: list = []
     kept: list = []
     (changed if len(before.things) != len(after.things) else kept).append("count")
     (changed if before.background != after.background else kept).append("background")
     fewer = len(after.things) < len(before.things)
     for i, thing in enumerate(after.things):
-        if fewer:  # those that are left are as they were
+        if fewer:  # things that remain after a removal are unchanged
             old: Thing | None = thing
         else:
             old = before.things[i] if i < len(before.things) else None
         for aspect in ASPECTS:
             same_place = old is not None and (old.x, old.y) == (thing.x, thing.y)
-            is_kept = old is not None and (same_place if aspect == "place" else same(aspect, thing, old))
+            is_kept = old is not None and (same_place if aspect == "place" else matches(aspect, thing, old))
             (kept if is_kept else changed).append((i, aspect))
     return changed, kept

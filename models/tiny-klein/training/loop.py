@@ -1,4 +1,4 @@
-"""The loop of all trainings: two optimisers, rates that rise and fall, an average of the weights, logs, checkpoints."""
+"""The training loop of all steps: two optimisers, learning rate schedules, weight averaging, logs and checkpoints."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from common import CONFIG, Average, Budget, Log, learning_rate, save, set_learning_rate
 from mixed import bfloat16
 from muon import Muon
-from parallel import mean
+from parallel import all_reduce_mean
 from torch import Tensor, nn
 
-# What a step returns: the loss, and what of it is worth a line in the log.
-Lesson = Callable[[int], tuple[Tensor, dict[str, float]]]
+# Takes the number of a step; returns its loss and the metrics for the log.
+LossStep = Callable[[int], tuple[Tensor, dict[str, float]]]
 
 
 class Trainer:
-    """Some modules in training.
+    """Trains modules, with one optimiser for matrices and one for all other parameters.
 
     Attributes:
-        modules: by the names that their weights and averages have in the checkpoint, WORK/NAME.pt.
-        step: how many steps are done.
-        warm: at which step the optimisers were made.
+        modules: the trained modules, by the names of their weights in the checkpoint, WORK/NAME.pt.
+        step: number of completed steps.
+        warmup_start: step at which the optimisers were created, from which the learning rates warm up.
     """
 
     def __init__(
@@ -35,55 +35,55 @@ class Trainer:
         matrices: Iterable[Any],
         others: Iterable[Any],
     ):
-        """Start anew, or with --resume from the checkpoint.
+        """Start from scratch, or from the checkpoint with --resume.
 
         Args:
-            name: of the checkpoint and the log.
-            arguments: what `common.parse` returned.
-            config: steps, learning_rate, matrix_learning_rate, warmup, average, and whether to use bfloat16.
-            modules: see above.
-            matrices: parameters, or groups of them with a `scale`, for Muon.
-            others: those for AdamW.
+            name: name of the checkpoint and of the log.
+            arguments: result of `common.parse_arguments`.
+            config: steps, learning_rate, matrix_learning_rate, warmup, average, and optionally bfloat16.
+            modules: see the attribute.
+            matrices: parameters, or parameter groups with a `scale`, for Muon.
+            others: the same for AdamW.
         """
         self.name, self.arguments, self.config, self.modules = name, arguments, config, modules
         self.path = arguments.work / f"{name}.pt"
         self.muon = Muon(list(matrices))
         self.adam = torch.optim.AdamW(list(others), betas=(0.9, 0.98), weight_decay=0.0, fused=True)
         self.average = Average(modules, config["average"])
-        self.step = self.warm = 0
+        self.step = self.warmup_start = 0
         if arguments.resume:
             saved = torch.load(self.path)
             for key, module in modules.items():
                 module.load_state_dict(saved["weights"][key])
-            self.average.state, self.step, self.warm = saved["average"], saved["step"], saved["warm"]
-            self.average.steps = self.step - self.warm
-            if "muon" in saved:  # a model that was taken apart has no optimisers
+            self.average.state, self.step, self.warmup_start = saved["average"], saved["step"], saved["warm"]
+            self.average.steps = self.step - self.warmup_start
+            if "muon" in saved:  # checkpoints of to_checkpoints.py have no optimiser state
                 self.muon.load_state_dict(saved["muon"])
                 self.adam.load_state_dict(saved["adam"])
 
     def seed(self, number: int, rank: int) -> int:
-        """Seed what is random in torch, another way for each training, process and resumed step; return the seed."""
+        """Seed torch differently for each training step, process and resumed step number, and return the seed."""
         seed = CONFIG["seed"] + number + self.step + 100_000_000 * rank
         torch.manual_seed(seed)
         return seed
 
-    def run(self, rank: int, lesson: Lesson) -> None:
-        """Take steps until the number of them is reached, or the time of day."""
+    def run(self, rank: int, loss_step: LossStep) -> None:
+        """Train until the configured number of steps, or the time of day, is reached."""
         config, optimizers = self.config, (self.muon, self.adam)
         parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         budget = Budget(config["steps"], self.arguments.until)
         log = Log(self.arguments.work / f"{self.name}.jsonl")
         half = config.get("bfloat16", False)
         means: dict[str, float] = {}
-        while (fraction := mean(budget.fraction(self.step))) < 1:
-            since = self.step - self.warm
+        while (fraction := all_reduce_mean(budget.fraction(self.step))) < 1:
+            since = self.step - self.warmup_start
             for optimizer, rate in zip(optimizers, ("matrix_learning_rate", "learning_rate"), strict=True):
                 set_learning_rate(optimizer, learning_rate(since, fraction, config[rate], config["warmup"]))
                 optimizer.zero_grad()
             with bfloat16(half):
-                loss, values = lesson(self.step)
+                loss, values = loss_step(self.step)
             loss.backward()
-            mean(parameters)
+            all_reduce_mean(parameters)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             with bfloat16(half):
                 for optimizer in optimizers:
@@ -100,11 +100,11 @@ class Trainer:
             self.save()
 
     def save(self) -> None:
-        """Write all that is needed to go on."""
+        """Write a checkpoint with all the state that --resume needs."""
         state = {
             "weights": {key: module.state_dict() for key, module in self.modules.items()},
             "average": self.average.state,
             "step": self.step,
-            "warm": self.warm,
+            "warm": self.warmup_start,
         }
         save({**state, "muon": self.muon.state_dict(), "adam": self.adam.state_dict()}, self.path)

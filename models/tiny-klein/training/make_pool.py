@@ -1,8 +1,8 @@
-"""Step 2: the tokenizer, and tasks with their pictures as latents, so that training never draws or encodes.
+"""Step 2: make the tokenizer and a pool of tasks with encoded pictures, so that later steps need not draw or encode.
 
 python models/tiny-klein/training/make_pool.py WORK
 
-The pictures that edits refer to have captions too, so that each is a task of its own that costs nothing more.
+The source pictures of edits have captions too, so each of them is an additional task at no extra cost.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from random import Random
 import numpy as np
 import torch
 import torch.multiprocessing
-from common import CONFIG, tokens_of
+from common import CONFIG, prompt_tokens
 from diffusers import AutoencoderKLFlux2
 from latents import encode
+from probe import token_labels
 from scenes import draw
-from sight import token_labels
 from tasks import Task, training_task
 from text_labels import labels
 from tokenizers import Tokenizer
 
-from benchmarks.make_checkpoint import write_tokenizer
+from tools.make_checkpoint import write_tokenizer
 
-# Tasks that a process makes at a time.
-TOGETHER = 64
+# Tasks per unit of work of a process.
+TASKS_PER_PART = 64
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="make the tokenizer and the pool of tasks")
     parser.add_argument("work", type=Path, help="folder with the trained autoencoder")
-    parser.add_argument("--only-tokenizer", action="store_true", help="all that the text encoder's first step needs")
+    parser.add_argument("--only-tokenizer", action="store_true", help="make no pool, which train_text.py does not need")
     arguments = parser.parse_args()
     work, config = arguments.work, CONFIG["pool"]
     if not (work / "tokenizer").exists():
@@ -44,31 +44,34 @@ def main() -> None:
     if arguments.only_tokenizer:
         return
 
-    firsts = range(0, config["tasks"], TOGETHER)
+    firsts = range(0, config["tasks"], TASKS_PER_PART)
     parts = []
     with torch.multiprocessing.get_context("spawn").Pool(CONFIG["processes"]) as processes:
         for part in processes.imap(make_part, ((work, first) for first in firsts)):
             parts.append(part)
             if len(parts) % 50 == 0:
                 print(f"{len(parts)} of {len(firsts)} parts", flush=True)
-    groups, latents, seen = zip(*parts, strict=True)
+    groups, latents, answers = zip(*parts, strict=True)
     tasks = [task for group in groups for task in group]
     indices = index(tasks, work / "tokenizer")
-    np.savez(work / "pool.npz", latents=np.concatenate(latents), seen=np.concatenate(seen), **indices)
-    print(f"{len(tasks)} tasks, {sum(map(len, seen))} pictures")
+    np.savez(work / "pool.npz", latents=np.concatenate(latents), seen=np.concatenate(answers), **indices)
+    print(f"{len(tasks)} tasks, {sum(map(len, answers))} pictures")
 
 
 def make_part(part: tuple[Path, int]) -> tuple[list[Task], np.ndarray, np.ndarray]:
-    """Draw some tasks, from the one of this number on, and encode their pictures, in a process of its own.
+    """Make one part of the pool, in a worker process.
+
+    Args:
+        part: the work folder, and the index of the part's first task.
 
     Returns:
-        The tasks; and of each one's target and sources, one after the other, the latents (float16 [pictures, 64,
-        channels]) and what is seen where (int8 [pictures, 64, questions], see sight.py).
+        The tasks; the latents of their pictures, target before sources (float16 [pictures, 64, channels]); and the
+        token labels of these pictures (int8 [pictures, 64, questions], see probe.py).
     """
     (work, first), config = part, CONFIG["pool"]
     torch.set_num_threads(1)
-    random = Random(CONFIG["seed"] + 1000 * (first // TOGETHER) + 10)
-    count = min(TOGETHER, config["tasks"] - first)
+    random = Random(CONFIG["seed"] + 1000 * (first // TASKS_PER_PART) + 10)
+    count = min(TASKS_PER_PART, config["tasks"] - first)
     tasks = [training_task(random, edits=config["edits"], plain=config["plain"]) for _ in range(count)]
     scenes = [scene for task in tasks for scene in (task.target, *task.sources)]
     return tasks, encode(load_vae(work), map(draw, scenes)).half().numpy(), np.stack(list(map(token_labels, scenes)))
@@ -81,11 +84,11 @@ def load_vae(work: Path) -> AutoencoderKLFlux2:
 
 
 def index(tasks: Sequence[Task], tokenizer: Path) -> dict[str, np.ndarray]:
-    """Describe the tasks.
+    """Return the arrays that describe the tasks, those of source pictures included.
 
     Returns:
-        ids (int16, the tokens of each prompt, -1: none), pictures (int32 [tasks, 3], target and sources, -1: none),
-        labels (int8, see text_labels.py).
+        ids (int16, tokens of each prompt, padded with -1), pictures (int32 [tasks, 3], indices of target and sources,
+        -1 for none) and labels (int8 [tasks, questions], see text_labels.py).
     """
     encoder = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     rows: list[tuple[Task, list[int]]] = []
@@ -96,7 +99,7 @@ def index(tasks: Sequence[Task], tokenizer: Path) -> dict[str, np.ndarray]:
         rows.append((task, own))
         for picture, scene, prompt in zip(own[1:], task.sources, task.source_prompts, strict=True):
             rows.append((Task("source", prompt, scene), [picture]))
-    prompts = [tokens_of(encoder, task.prompt) for task, _ in rows]
+    prompts = [prompt_tokens(encoder, task.prompt) for task, _ in rows]
     ids = np.full((len(rows), max(map(len, prompts))), -1, np.int16)
     pictures = np.full((len(rows), 3), -1, np.int32)
     for row, ((_, own), prompt) in enumerate(zip(rows, prompts, strict=True)):

@@ -1,6 +1,6 @@
-"""An optimiser for small transformers: momentum made orthogonal for matrices, AdamW for all else.
+"""The Muon optimiser: updates of matrices along their orthogonalised momentum. Other parameters need AdamW.
 
-It takes about half as many samples as AdamW alone. Source: Jordan et al., Muon, 2024; the coefficients are theirs.
+It takes about half as many samples as AdamW alone. Method and coefficients: Jordan et al., Muon, 2024.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps of the size of the learning rate along momentum with all its singular values made about one.
+    """Steps of the size of the learning rate along the momentum, whose singular values are all brought close to 1.
 
-    Kernels of convolutions count as matrices with a row for each output.
+    Convolution kernels are treated as matrices with one row per output channel.
     """
 
     def __init__(self, parameters: Iterable[Any], lr: float = 0.02, momentum: float = 0.95):
@@ -24,7 +24,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take a step."""
+        """Update all parameters."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
@@ -45,7 +45,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Newton-Schulz iteration: about the nearest orthogonal matrix to each of [count, rows, columns]."""
+    """Approximate the nearest orthogonal matrix to each of [count, rows, columns] with a Newton-Schulz iteration."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)

@@ -1,4 +1,4 @@
-"""Curves of a training, and its logs thinned to what is worth keeping.
+"""Step 7: plot the training curves, and thin out the logs for the repository.
 
 python models/tiny-klein/training/plot.py WORK OUT
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-# Which logs are drawn, and which of their values.
+# The log and the value of each panel.
 PANELS = (
     ("vae", "psnr"),
     ("text", "right"),
@@ -26,14 +26,14 @@ PANELS = (
 )
 WIDTH, HEIGHT, MARGIN = 300, 200, 34
 COLUMNS = 5
-# At most so many lines of a log are kept.
+# A log is thinned to at most this many lines, plus its last one.
 KEPT = 150
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="draw the curves of a training")
+    parser = argparse.ArgumentParser(description="plot the training curves")
     parser.add_argument("work", type=Path, help="folder with the logs")
-    parser.add_argument("output", type=Path, help="folder for thinned logs and curves.png")
+    parser.add_argument("output", type=Path, help="folder for the thinned logs and curves.png")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     logs = {}
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def panel(title: str, points: list[tuple[float, float]]) -> Image.Image:
-    """Draw one curve over the steps; a few outliers at the start may lie outside."""
+    """Draw one curve over the steps. The highest 3 % of the values are clipped, mostly outliers at the start."""
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen = ImageDraw.Draw(image)
     steps, values = zip(*points, strict=True)

@@ -1,10 +1,10 @@
-"""Step 6: the decoder alone, on what the distilled model makes; the latents stay what they are.
+"""Step 6: fine-tune the decoder on the distilled model's latents. The encoder, and so the latents, stay as they are.
 
     python models/tiny-klein/training/refine_decoder.py WORK [--until HH:MM] [--resume]
 
-Half of what it learns from are latents of pictures, so that it stays a decoder of those. The other half are the same
-after the last of the four steps: they are a little off in just the way that those of a generated picture are, and
-the decoder is told what they should have been.
+Half of each batch are latents of pictures, so that the decoder keeps its quality on those. The other half have been
+noised and denoised by the distilled model's last step: they have the errors of generated latents, and the target is the
+picture that they come from.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import argparse
 from random import Random
 
 import torch
-from common import CONFIG, SIDE, Log, parse, to_tensor, tokens_of
+from common import CONFIG, SIDE, Log, parse_arguments, prompt_tokens, to_tensor
 from diffusers import AutoencoderKLFlux2
-from flow import load_flow, padded, text_ids
+from flow import load_flow, pad_prompts, text_ids
 from latents import decode, encode
 from loop import Trainer
-from parallel import together
+from parallel import run_processes
 from scenes import draw
 from tasks import training_task
 from tokenizers import Tokenizer
-from train_vae import example, groups, loss_of, psnr, test_psnr
+from train_vae import example, parameter_groups, psnr, reconstruction_loss, test_psnr
 
 from fluxonnx.runtime.schedule import flow_sigmas
 
 
 def main() -> None:
-    arguments = parse("train the decoder on", "folder with the autoencoder and the distilled model")
-    together(train, arguments)
+    arguments = parse_arguments("fine-tune the decoder", "folder with the autoencoder and the distilled model")
+    run_processes(train, arguments)
     work = arguments.work
     vae = AutoencoderKLFlux2.from_pretrained(work / "vae", low_cpu_mem_usage=False).eval()
     saved = torch.load(work / "decoder.pt")
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def train(rank: int, arguments: argparse.Namespace) -> None:
-    """What one of the processes does."""
+    """Train in one of the processes."""
     work, config = arguments.work, CONFIG["decoder"]
     vae = AutoencoderKLFlux2.from_pretrained(work / "vae", low_cpu_mem_usage=False).eval().requires_grad_(False)
     vae.decoder.requires_grad_(True)
@@ -47,18 +47,18 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
     tokenizer = Tokenizer.from_file(str(work / "tokenizer/tokenizer.json"))
     student = load_flow(work / "student.pt", tokenizer)
     last = flow_sigmas(SIDE * SIDE, CONFIG["distillation"]["student_steps"])[-2]
-    trainer = Trainer("decoder", arguments, config, {"vae": vae}, *groups(vae))
+    trainer = Trainer("decoder", arguments, config, {"vae": vae}, *parameter_groups(vae))
     random = Random(trainer.seed(40, rank))
 
     @torch.no_grad()
     def generated(tokens: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         noisy = torch.lerp(tokens, torch.randn_like(tokens), last)
-        ids, mask = padded(tokenizer, [tokens_of(tokenizer, prompt) for prompt in prompts])
+        ids, mask = pad_prompts(tokenizer, [prompt_tokens(tokenizer, prompt) for prompt in prompts])
         positions = text_ids(torch.arange(ids.shape[1]))
         sigma = torch.full((len(noisy),), last)
         return noisy - last * student.velocity(noisy, sigma, student.encode(ids, mask), tokens[:, :0], positions)
 
-    def lesson(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss_step(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         tasks = [training_task(random, edits=0) for _ in range(config["batch"] // 2)]
         scenes = [task.target for task in tasks] + [example(random) for _ in tasks]
         drawings = [draw(scene) for scene in scenes]
@@ -66,9 +66,12 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
         tokens = torch.cat([generated(tokens[: len(tasks)], [task.prompt for task in tasks]), tokens[len(tasks) :]])
         restored = decode(vae, tokens)
         made, clean = (psnr(*pair) for pair in zip(restored.detach().chunk(2), pictures.chunk(2), strict=True))
-        return loss_of(restored, pictures, CONFIG["vae"]["edge_weight"]), {"psnr": clean, "psnr_generated": made}
+        return reconstruction_loss(restored, pictures, CONFIG["vae"]["edge_weight"]), {
+            "psnr": clean,
+            "psnr_generated": made,
+        }
 
-    trainer.run(rank, lesson)
+    trainer.run(rank, loss_step)
 
 
 if __name__ == "__main__":

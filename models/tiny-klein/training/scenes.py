@@ -1,6 +1,6 @@
-"""The world of the small model: things on a background, and how they are drawn.
+"""Scenes of the bundled demo model: things on a background, and how they are drawn.
 
-A scene is data; `draw` makes the picture. Everything is measured in pixels of a 128x128 picture.
+A scene is plain data, and `draw` renders it. All lengths are in pixels of a 128x128 picture.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHAPES = ("circle", "square", "triangle", "diamond", "star", "ring", "cross", "h
 TEXTURES = ("solid", "striped", "dotted", "outlined")
 SIZES = {"small": (11.5, 12.5), "medium": (18.0, 19.0), "large": (28.0, 30.0)}
 
-# Where the centre of a thing is, by name.
+# Centres of things, by the name of the place.
 NEAR, MIDDLE, FAR = 28.0, 64.0, 100.0
 PLACES = {
     "top left": (NEAR, NEAR),
@@ -44,17 +44,18 @@ PLACES = {
     "bottom right": (FAR, FAR),
 }
 
-# Colours nearer than this to the background can't be told from it with certainty.
+# A thing needs at least this distance in RGB from the background to be told from it reliably.
 CONTRAST = 90.0
-# Stripes and dots need some room.
+# The smallest radius of a thing with a texture: stripes and dots need room.
 TEXTURE_RADIUS = 15.0
-# From one stripe or dot to the next: a cell of the autoencoder's latents, each of which then shows one of them.
+# Distance between stripes or dots. It is the size of a latent cell of the autoencoder, so that all cells show the same
+# part of the pattern.
 PERIOD = 8.0
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: what it is, and the centre and radius it has."""
+    """One object with its appearance, centre and radius."""
 
     shape: str
     colour: str
@@ -67,7 +68,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Background:
-    """One colour, or a gradient from the top or left one to the other."""
+    """One colour, or a gradient from the first colour (top or left) to the second."""
 
     colour: str
     second: str | None = None
@@ -76,30 +77,30 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture."""
+    """The content of a picture."""
 
     things: tuple[Thing, ...]
     background: Background
 
     def with_thing(self, index: int, **changes: object) -> Scene:
-        """Return the scene with one of its things changed."""
+        """Return a copy of the scene in which one thing is changed."""
         things = list(self.things)
         things[index] = replace(things[index], **changes)  # type: ignore[arg-type]
         return replace(self, things=tuple(things))
 
 
 def rgb(name: str) -> np.ndarray:
-    """Return a colour's red, green and blue, float32 in 0..255."""
+    """Return the RGB values of a colour, float32 in 0..255."""
     return np.array(COLOURS[name], np.float32)
 
 
 def contrasts(colour: str, background: Background) -> bool:
-    """Whether a thing of this colour can be seen everywhere on this background."""
+    """Whether a thing of this colour stands out from every part of this background."""
     return _distance(rgb(colour), background) > CONTRAST
 
 
 def _distance(colour: np.ndarray, background: Background) -> float:
-    """How far a colour is from the nearest one of a background."""
+    """Return the distance between a colour and the nearest colour of a background."""
     first = rgb(background.colour)
     along = rgb(background.second or background.colour) - first
     length = float(along @ along)
@@ -108,7 +109,7 @@ def _distance(colour: np.ndarray, background: Background) -> float:
 
 
 def draw(scene: Scene) -> np.ndarray:
-    """Draw a scene, anti-aliased: uint8 [128, 128, 3]."""
+    """Draw a scene with anti-aliasing: uint8 [128, 128, 3]."""
     canvas = _background(scene.background)
     for thing in scene.things:
         mask = outline(thing.shape, thing.x, thing.y, thing.r)
@@ -124,10 +125,10 @@ def _background(background: Background) -> np.ndarray:
 
 
 def paint(thing: Thing, mask: np.ndarray, background: Background) -> np.ndarray:
-    """The colour of each pixel of a thing, before it is cut out: float32 [128, 128, 3] or [3].
+    """Return the colour of each pixel of a thing, before its mask is applied: float32 [128, 128, 3] or [3].
 
-    Stripes and dots are patterns of the whole picture, of which a thing shows a part: wherever a thing is, a cell of
-    the latents shows them in the same way.
+    Stripes and dots are aligned with the picture, not with the thing, so that a latent cell shows them in the same way
+    wherever the thing is.
     """
     colour = rgb(thing.colour)
     if thing.texture == "solid":
@@ -145,14 +146,14 @@ def paint(thing: Thing, mask: np.ndarray, background: Background) -> np.ndarray:
 
 
 def _accent(thing: Thing, background: Background) -> np.ndarray:
-    """The second colour of a texture: darker or lighter, whichever differs more from the thing and the background."""
+    """Return the second colour of a texture: darker or lighter, whichever has the higher contrast."""
     colour, strength = rgb(thing.colour), 1.0 if thing.texture == "outlined" else 0.55
     accents = [colour + strength * (tone - colour) for tone in (np.float32(20), np.float32(245))]
     return max(accents, key=lambda accent: min(_distance(accent, background), float(np.linalg.norm(accent - colour))))
 
 
 def outline(shape: str, x: float, y: float, r: float) -> np.ndarray:
-    """How much of each pixel a shape covers: float32 [128, 128] in 0..1."""
+    """Return the coverage of each pixel by a shape: float32 [128, 128] in 0..1."""
     scale = 4
     image = Image.new("L", (SIZE * scale, SIZE * scale))
     pen = ImageDraw.Draw(image)

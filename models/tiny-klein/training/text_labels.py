@@ -1,6 +1,6 @@
-"""What a prompt says, as classes: what the text encoder is first taught to read.
+"""The content of a prompt as class labels, on which the text encoder is pretrained.
 
-Things are numbered as they are read in the picture, from the top left; what a prompt leaves open is -1.
+Things are numbered in reading order, from the top left of the picture. What a prompt does not determine is -1.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from scenes import COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Background, Thing
 from tasks import NUMBERS, OPPOSITE, Task
 
-# Where the centres of things lie along a side.
+# The positions of things along an axis, in pixels.
 SPOTS = (22, 28, 36, 64, 92, 100, 106)
 EDITS = ("colour", "place", "background", "add", "remove", "texture", "shape")
 _THING = {
@@ -19,7 +19,7 @@ _THING = {
     "x": len(SPOTS),
     "y": len(SPOTS),
 }
-# The questions and how many answers each has.
+# The questions and their numbers of classes.
 QUESTIONS = {
     "kind": len(EDITS) + 2,
     "count": len(NUMBERS) + 1,
@@ -34,7 +34,7 @@ QUESTIONS = {
 
 
 def labels(task: Task) -> list[int]:
-    """Answer each question about a prompt."""
+    """Return the label of each question about a prompt."""
     answers = dict.fromkeys(QUESTIONS, -1)
     answers |= _of_edit(task) if task.sources else _of_scene(task)
     return list(answers.values())
@@ -57,7 +57,7 @@ def _of_thing(thing: Thing, i: int) -> dict[str, int]:
 
 
 def classes_of_thing(thing: Thing) -> dict[str, int]:
-    """What a thing is like, as classes."""
+    """Return the labels of a thing."""
     return {
         "shape": SHAPES.index(thing.shape),
         "colour": list(COLOURS).index(thing.colour),
@@ -67,13 +67,13 @@ def classes_of_thing(thing: Thing) -> dict[str, int]:
 
 
 def classes_of_background(background: Background) -> dict[str, int]:
-    """Its two colours, as classes; one more for no second one."""
+    """Return the labels of a background's two colours. An extra class stands for no second colour."""
     first, second = background.colour, background.second
     return {"first": list(COLOURS).index(first), "second": list(COLOURS).index(second) if second else len(COLOURS)}
 
 
 def _of_edit(task: Task) -> dict[str, int]:
-    """What changes, and the shape that is named."""
+    """Return the labels of an edit: what changes, and the shape that the prompt names."""
     if len(task.sources) == 2:
         return {"kind": len(EDITS)}
     name, words, (source,) = task.kind.removeprefix("edit "), task.prompt.lower(), task.sources

@@ -1,6 +1,6 @@
 #!/bin/sh
-# All of the training, from nothing to both models: models/tiny-klein/training/train.sh [WORK]
-# Needs the `train` extra. On two CPU cores that multiply bfloat16 fast it takes about six hours.
+# Trains both models from scratch: models/tiny-klein/training/train.sh [WORK]
+# Needs the `train` extra. It takes about six hours on two CPU cores that multiply bfloat16 fast.
 set -eu
 cd "$(dirname "$0")"
 work=${1:-/tmp/tiny-klein}
@@ -14,6 +14,6 @@ python refine_decoder.py "$work"
 python assemble.py "$work" ..
 python assemble.py "$work" ../../tiny-klein-base --base
 python plot.py "$work" logs
-# Scores of a copy, as graphs are written into it.
+# Score a copy, since the exported graphs are written into the model directory.
 cp -r .. "$work/model"
 python evaluate.py "$work/model" --sheet ../contact-sheet.png

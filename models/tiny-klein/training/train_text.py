@@ -1,9 +1,9 @@
-"""Step 3: the text encoder learns to read: to answer what a prompt says, from the features the transformer will see.
+"""Step 3: pretrain the text encoder to classify the content of prompts, from the features the transformer will get.
 
 python models/tiny-klein/training/train_text.py WORK
 
-This takes no pictures and little time. Trained with the flow from the start, it would learn the same, but the
-transformer would have nothing to go by until then. The linear layer that answers is thrown away.
+This needs no pictures and little time. Trained only with the flow, the text encoder would learn the same, but until
+then its features would be of no use to the transformer. The linear classification layer is discarded afterwards.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from random import Random
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import CONFIG, parse, tokens_of
-from flow import Flow, padded
+from common import CONFIG, parse_arguments, prompt_tokens
+from flow import Flow, pad_prompts
 from loop import Trainer
-from parallel import together
+from parallel import run_processes
 from tasks import training_task
 from text_labels import QUESTIONS, labels
 from tokenizers import Tokenizer
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 
 def main() -> None:
-    together(train, parse("teach the text encoder to read", "folder with the tokenizer"))
+    run_processes(train, parse_arguments("pretrain the text encoder", "folder with the tokenizer"))
 
 
 def train(rank: int, arguments: argparse.Namespace) -> None:
-    """What one of the processes does."""
+    """Train in one of the processes."""
     config = CONFIG["text"]
     torch.manual_seed(CONFIG["seed"] + 2)
     tokenizer = Tokenizer.from_file(str(arguments.work / "tokenizer/tokenizer.json"))
@@ -41,17 +41,17 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
     trainer = Trainer("text", arguments, config, {"encoder": encoder, "reader": reader}, matrices, others)
     random = Random(trainer.seed(12, rank))
 
-    def lesson(step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss_step(step: int) -> tuple[Tensor, dict[str, float]]:
         tasks = [training_task(random, edits=0.3) for _ in range(config["batch"])]
-        ids, mask = padded(tokenizer, [tokens_of(tokenizer, task.prompt) for task in tasks])
-        loss, right = reader.loss(flow.encode(ids, mask), mask, torch.tensor([labels(task) for task in tasks]))
-        return loss, {"loss": loss.item(), "right": right}
+        ids, mask = pad_prompts(tokenizer, [prompt_tokens(tokenizer, task.prompt) for task in tasks])
+        loss, accuracy = reader.loss(flow.encode(ids, mask), mask, torch.tensor([labels(task) for task in tasks]))
+        return loss, {"loss": loss.item(), "right": accuracy}
 
-    trainer.run(rank, lesson)
+    trainer.run(rank, loss_step)
 
 
 class Reader(nn.Module):
-    """Answers all questions about a prompt from the features of its last token."""
+    """Classifies a prompt, for all questions, from the features of its last token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,12 +61,12 @@ class Reader(nn.Module):
         self.answer = nn.Linear(features, sum(QUESTIONS.values()))
 
     def loss(self, features: Tensor, mask: Tensor, answers: Tensor) -> tuple[Tensor, float]:
-        """Cross-entropy, and the share of answers that are right.
+        """Return the cross-entropy and the accuracy.
 
         Args:
             features: float32 [batch, text_seq, features].
             mask: int64 [batch, text_seq].
-            answers: int64 [batch, questions], -1: not asked.
+            answers: labels, int64 [batch, questions]; -1 is ignored.
         """
         last = features[torch.arange(len(mask)), mask.sum(1) - 1]
         total, right = features.new_zeros(()), 0

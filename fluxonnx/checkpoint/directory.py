@@ -1,0 +1,144 @@
+"""A model directory in the layout that diffusers saves: one folder per component, weights in one file or in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+from fluxonnx.checkpoint.config import Config, read_json
+from fluxonnx.checkpoint.formats import resolve
+from fluxonnx.checkpoint.safetensors import Tensor, read_header, read_metadata
+from fluxonnx.errors import CheckpointError
+
+# File name stems by which diffusers and transformers save a component.
+STEMS = ("diffusion_pytorch_model", "model")
+
+
+def weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
+    """Find a component's safetensors files.
+
+    Returns:
+        The index file (None when the component is a single file) and the files it names, sorted.
+    """
+    for stem in STEMS:
+        single = folder / f"{stem}.safetensors"
+        if single.is_symlink() or single.exists():
+            return None, [single]
+    for stem in STEMS:
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError(f'{index} has no "weight_map": download it again')
+            names = sorted({str(name) for name in weight_map.values()})
+            if any(Path(name).name != name for name in names):
+                raise CheckpointError(f"{index} names a file outside its folder, which is never right")
+            return index, [folder / name for name in names]
+    expected = " or ".join(f"{stem}.safetensors" for stem in STEMS)
+    raise CheckpointError(f"{folder} holds no weights (expected {expected}): download the model's safetensors files")
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read a component's tensor table from its single file or from all of its shards.
+
+    Raises:
+        CheckpointError: A file or a tensor that the index names is missing, or a file is corrupt.
+    """
+    index, files = weight_files(folder)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        for name, tensor in read_header(file).items():
+            if name in tensors:
+                raise CheckpointError(f"{name} is in both {tensors[name].file.name} and {file.name} of {folder}")
+            tensors[name] = tensor
+    if index is not None:
+        for name, file_name in read_json(index)["weight_map"].items():
+            if name not in tensors or tensors[name].file.name != file_name:
+                raise CheckpointError(f"{index} says that {name} is in {file_name}, where it is not: download it again")
+    return tensors
+
+
+def _placed(file: Path, root: Path) -> Path:
+    """Return a file's path relative to `root` (as given) if it lies there, else its absolute path."""
+    absolute, folder = file.parent.resolve() / file.name, root.resolve()
+    return root / absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute
+
+
+class Checkpoint:
+    """A model directory: its configs, its tensors, and where the transformer's weights come from."""
+
+    def __init__(self, root: str | Path, transformer: str | Path | None = None) -> None:
+        """Open the directory; `contract.open_checkpoint` also checks which kind of model it is.
+
+        Args:
+            root: The directory.
+            transformer: A safetensors file that replaces the transformer's weights.
+
+        Raises:
+            CheckpointError: The directory does not exist or has no model_index.json, or `transformer` is not a file.
+        """
+        self.root = Path(root)
+        self.transformer = _placed(Path(transformer), self.root) if transformer else None
+        if not self.root.is_dir():
+            why = "is not a directory" if self.root.exists() else "does not exist"
+            raise CheckpointError(f"model directory {self.root} {why}: pass the folder that holds model_index.json")
+        if self.transformer and not self.transformer.is_file():
+            raise CheckpointError(f"--transformer {self.transformer} is not a file: pass a .safetensors file")
+        self.index = Config(self.root / "model_index.json")
+
+    @property
+    def name(self) -> str:
+        """The model's name as a person knows it: the folder's, or the repository's in a hub cache."""
+        path = self.root.resolve()
+        if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+            return path.parent.parent.name.split("--")[-1]
+        return path.name
+
+    @cached_property
+    def is_distilled(self) -> bool:
+        """Whether the model was distilled to run in a few steps without guidance."""
+        return self.index.flag("is_distilled", False)
+
+    def config(self, component: str, expected: str) -> Config:
+        """Read the config.json of `component`, which must describe a model of class `expected`.
+
+        Raises:
+            CheckpointError: The file is missing, corrupt, or describes another class.
+        """
+        config = Config(self.root / component / "config.json")
+        found = config.values.get("_class_name") or next(iter(config.values.get("architectures") or []), None)
+        if found != expected:
+            raise CheckpointError(f"{config.path} describes a {found}, but fluxonnx knows only {expected}")
+        return config
+
+    def tensors(self, component: str) -> dict[str, Tensor]:
+        """Return the tensors of `component` by name, the transformer's by diffusers' names.
+
+        Raises:
+            CheckpointError: A file is missing or corrupt, or holds a quantisation format that is not known.
+        """
+        if component != "transformer":
+            return read_tensors(self.root / component)
+        tensors = read_header(self.transformer) if self.transformer else read_tensors(self.root / component)
+        files = sorted({tensor.file for tensor in tensors.values()})
+        return resolve(tensors, [read_metadata(file) for file in files])
+
+    def has_weights(self, component: str) -> bool:
+        """Whether `component` has weight files; a self-contained copy of a build has only those of the build."""
+        folder = self.root / component
+        return any((folder / f"{stem}.safetensors{end}").exists() for stem in STEMS for end in ("", ".index.json"))
+
+    def files(self, components: Iterable[str]) -> Iterator[Path]:
+        """Yield every file in the directory that these components need: configs, tokenizer, weights."""
+        yield self.index.path
+        for folder in ("scheduler", "tokenizer"):
+            yield from sorted(path for path in (self.root / folder).glob("*") if path.is_file())
+        for component in components:
+            yield self.root / component / "config.json"
+            if component == "transformer" and self.transformer:
+                continue
+            index, files = weight_files(self.root / component)
+            if index is not None:
+                yield index
+            yield from files

@@ -1,0 +1,206 @@
+"""`fluxonnx.json`: the builds in a model directory, and what they were made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fluxonnx.checkpoint.config import read_json
+from fluxonnx.checkpoint.safetensors import fingerprint
+from fluxonnx.errors import CheckpointError
+from fluxonnx.files import atomic_write
+
+FILE_NAME = "fluxonnx.json"
+FORMAT_VERSION = 1
+
+DEFAULT_PRECISION = "bf16"
+DEFAULT_FLAVOUR = "ort"
+
+# The last version whose manifests had no graph formats; its graphs are those of format 1.
+LAST_WITHOUT_FORMAT = "0.1.2"
+
+
+def build_name(precision: str, flavour: str) -> str:
+    """Name a build: "bf16", "fp32", "bf16.portable", ..."""
+    return precision if flavour == DEFAULT_FLAVOUR else f"{precision}.{flavour}"
+
+
+def graph_file(component: str, precision: str, flavour: str) -> str:
+    """Name a graph's file: transformer.onnx for the default build, transformer.fp32.portable.onnx for another."""
+    parts = [component]
+    if precision != DEFAULT_PRECISION:
+        parts.append(precision)
+    if flavour != DEFAULT_FLAVOUR:
+        parts.append(flavour)
+    return ".".join([*parts, "onnx"])
+
+
+@dataclass
+class Component:
+    """One exported graph.
+
+    Attributes:
+        graph: Its file.
+        exporter_version: The version of fluxonnx that wrote it.
+        sources: Fingerprints of the weight files that it was made from and may depend on.
+        weights: The weight files of the build that it uses.
+        nodes: Number of nodes.
+        parameters: Number of parameters.
+        bytes_written: Size of the graph and of the weight file, if that was written.
+        self_contained: Whether it needs no weights but those of the build.
+        graph_format: `contract.GRAPH_FORMAT` of the exporter; 0 where it is not known.
+        exporter_digest: `exporter_digest` of the exporter; "" where it is not known.
+    """
+
+    graph: str
+    exporter_version: str
+    sources: dict[str, str]
+    weights: list[str]
+    nodes: int
+    parameters: int
+    bytes_written: int
+    self_contained: bool = False
+    graph_format: int = 0
+    exporter_digest: str = ""
+
+    def __post_init__(self) -> None:
+        """Give manifests of the last version without graph formats theirs."""
+        if not self.graph_format and self.exporter_version == LAST_WITHOUT_FORMAT:
+            self.graph_format = 1
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """The settings of a build, as the exporter takes them; what does not apply to its precision is None or False.
+
+    Attributes:
+        keep: A regular expression for the linears that are not quantised.
+        block: Weights that share a scale.
+        rotate: Whether all inputs are mixed by Hadamard matrices.
+        saturating: Whether 8-bit weights are rounded so that pairs of products can be added in 16 bits.
+        transformer: Name of the file that replaced the transformer's weights.
+    """
+
+    keep: str | None = None
+    block: int | None = None
+    rotate: bool = False
+    saturating: bool = False
+    transformer: str | None = None
+
+
+@dataclass
+class Build:
+    """The graphs of one precision and flavour; `settings` tell it from other builds of the same name."""
+
+    precision: str
+    flavour: str
+    opset: int
+    settings: dict[str, str] = field(default_factory=dict)
+    components: dict[str, Component] = field(default_factory=dict)
+
+    @property
+    def parsed_settings(self) -> BuildSettings:
+        """The settings, typed."""
+        values = self.settings
+        return BuildSettings(
+            keep=values.get("keep") or None,
+            block=int(values["block"]) if "block" in values else None,
+            rotate=values.get("rotate") == "true",
+            saturating=values.get("products") == "pairs",
+            transformer=values["transformer"].rpartition(" ")[0] if "transformer" in values else None,
+        )
+
+
+@dataclass
+class Manifest:
+    """The content of fluxonnx.json.
+
+    `text_encoder_out_layers` and `defaults` (width, height, max_sequence_length) may be written by a model's maker.
+    """
+
+    text_encoder_out_layers: list[int] | None = None
+    architecture: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, int] = field(default_factory=dict)
+    builds: dict[str, Build] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def save(self, root: Path) -> None:
+        """Write the manifest, whole or not at all."""
+        with atomic_write(root / FILE_NAME) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+
+
+def read_manifest(root: Path) -> Manifest | None:
+    """Read a model directory's manifest; None if nothing was exported yet.
+
+    Raises:
+        CheckpointError: The manifest is corrupt or of a newer format.
+    """
+    path = root / FILE_NAME
+    if not path.exists():
+        return None
+    values = read_json(path)
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format {version!r}, this fluxonnx knows {FORMAT_VERSION}: export again with --force"
+        )
+    try:
+        builds = values.pop("builds")
+        manifest = Manifest(**values)
+        for name, build in builds.items():
+            components = {key: Component(**value) for key, value in build.pop("components").items()}
+            manifest.builds[name] = Build(**build, components=components)
+    except (TypeError, KeyError, AttributeError):
+        raise CheckpointError(f"{path} is corrupt: export again with --force") from None
+    return manifest
+
+
+@lru_cache
+def exporter_digest() -> str:
+    """Return a digest of the source files that decide what graphs look like."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted([package / "contract.py", *package.glob("export/**/*.py"), *package.glob("checkpoint/*.py")]):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def is_source_checkout() -> bool:
+    """Whether the package runs from a checkout, where an edited exporter keeps its version and its graph format."""
+    return (Path(__file__).parent.parent.parent / "pyproject.toml").is_file()
+
+
+def is_usable(root: Path, component: Component) -> bool:
+    """Whether a graph can be run as it is: it is there with its weights, unchanged where they are the checkpoint's."""
+    files = (root / name for name in (component.graph, *component.weights))
+    return all(file.is_file() for file in files) and _are_unchanged(root, _depended_on(component))
+
+
+def is_current(root: Path, component: Component, graph_format: int) -> bool:
+    """Whether a graph is usable, of this format, and made from the checkpoint as it is now.
+
+    A self-contained build stays current when the checkpoint's weights are deleted. In a source checkout the exporter's
+    code must be the same, too.
+    """
+    return (
+        component.graph_format == graph_format
+        and (not is_source_checkout() or component.exporter_digest == exporter_digest())
+        and is_usable(root, component)
+        and _are_unchanged(root, {name: d for name, d in component.sources.items() if (root / name).exists()})
+    )
+
+
+def _depended_on(component: Component) -> dict[str, str]:
+    """Return the sources that a graph points into; weights from a file outside the directory are always copied."""
+    if component.self_contained:
+        return {}
+    return {name: digest for name, digest in component.sources.items() if not Path(name).is_absolute()}
+
+
+def _are_unchanged(root: Path, sources: dict[str, str]) -> bool:
+    return all((root / name).is_file() and fingerprint(root / name) == digest for name, digest in sources.items())

@@ -1,0 +1,214 @@
+"""Safetensors files: headers, and tensors as places in a file.
+
+Nothing here loads a weight into memory unless it is asked to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from fluxonnx.errors import CheckpointError
+
+# The one table of dtypes: safetensors names -> numpy. ONNX types follow from the numpy ones.
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+# The safetensors library refuses longer headers; so do we, before reading one into memory.
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor's place in a safetensors file.
+
+    Attributes:
+        name: Its name in the checkpoint.
+        dtype: The safetensors dtype name, a key of `DTYPES`.
+        shape: Its shape.
+        file: The file that holds it.
+        offset: First byte, counted from the start of the file.
+        nbytes: Length in bytes.
+        swapped: Whether the two halves of its first dimension change places when it is read.
+        quantisation: How its integers encode weights; None for floats.
+        whole: The tensor that this one is a slice of; None for a tensor of the file.
+        first_row: The row of `whole` at which the slice starts.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+    swapped: bool = False
+    quantisation: Quantisation | None = None
+    whole: Tensor | None = None
+    first_row: int = 0
+
+    def array(self) -> np.ndarray:
+        """Map the tensor's bytes, read-only and, unless `swapped`, without copying, as an array of `shape`."""
+        raw = np.memmap(self.file, np.uint8, "r", self.offset, (self.nbytes,)) if self.nbytes else np.empty(0, np.uint8)
+        array = raw.view(DTYPES[self.dtype]).reshape(self.shape)
+        return np.concatenate(np.split(array, 2)[::-1]) if self.swapped else array
+
+    def split(self, sizes: Sequence[int]) -> list[Tensor]:
+        """Split into blocks of rows, NAME.0, NAME.1, ...; no block may cross the middle of a `swapped` tensor."""
+        count = self.shape[0]
+        row = self.nbytes // count if count else 0
+        quantisations = self.quantisation.split(sizes) if self.quantisation else [None] * len(sizes)
+        parts = []
+        for i, (start, end) in enumerate(itertools.pairwise([0, *itertools.accumulate(sizes)])):
+            first = (start + count // 2) % count if self.swapped else start
+            assert first + end - start <= count, f"{self.name}: rows {start} to {end} are not side by side"
+            parts.append(
+                replace(
+                    self,
+                    name=f"{self.name}.{i}",
+                    shape=(end - start, *self.shape[1:]),
+                    offset=self.offset + first * row,
+                    nbytes=(end - start) * row,
+                    swapped=False,
+                    quantisation=quantisations[i],
+                    whole=self.whole or self,
+                    first_row=self.first_row + start,
+                )
+            )
+        return parts
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How integers [out, in] encode weights: weight = integer * scale.
+
+    Attributes:
+        scale: One number, or one per output: [], [1], [out] or [out, 1].
+        rotation: Size of the Hadamard matrix that each group of inputs was multiplied by; 0 for none.
+    """
+
+    scale: Tensor
+    rotation: int = 0
+
+    def split(self, sizes: Sequence[int]) -> list[Quantisation]:
+        """Return the quantisation of each block of rows."""
+        scales = self.scale.split(sizes) if math.prod(self.scale.shape) > 1 else [self.scale] * len(sizes)
+        return [replace(self, scale=scale) for scale in scales]
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """Parse and validate the header of a safetensors file.
+
+    The format: 8 bytes little-endian header length, a JSON object, then the data that its offsets point into
+    (https://github.com/huggingface/safetensors, README "Format").
+
+    Returns:
+        The tensors by name, in the order of their bytes in the file.
+
+    Raises:
+        CheckpointError: The file is missing, truncated or corrupt; the message says which check failed.
+    """
+    header, start, size = _header(path)
+    header.pop("__metadata__", None)
+    tensors = [_header_entry(path, name, entry, start, size) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    for before, after in itertools.pairwise(tensors):
+        if before.offset + before.nbytes > after.offset:
+            raise CheckpointError(f"{path}: the bytes of {before.name} and {after.name} overlap: download it again")
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return the metadata in the header of a safetensors file; raises as `read_header` does."""
+    metadata = _header(path)[0].get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Return a file's header, where its data starts, and its size."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header_bytes = file.read(length) if size >= 8 and length <= MAX_HEADER_BYTES else b""
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the model directory is not complete, download it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}") from None
+    if size < 8 or length > MAX_HEADER_BYTES or len(header_bytes) < length:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({size} bytes, header of {length} bytes): download it again"
+        )
+    try:
+        header = json.loads(header_bytes)
+    except ValueError:
+        raise CheckpointError(f"{path} has a header that is not JSON: download it again") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} has a header that is not a JSON object: download it again")
+    return header, 8 + length, size
+
+
+def _header_entry(path: Path, name: str, entry: Any, data_start: int, file_size: int) -> Tensor:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        numbers = (*shape, begin, end)
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(f"{path}: the header entry of {name} is malformed: download it again") from None
+    if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in numbers):
+        raise CheckpointError(f"{path}: the header entry of {name} is malformed: download it again")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{path}: {name} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    if end - begin != expected:
+        raise CheckpointError(
+            f"{path}: {name} takes {end - begin} bytes, but {dtype} {list(shape)} needs {expected}: download it again"
+        )
+    if data_start + end > file_size:
+        raise CheckpointError(
+            f"{path} is truncated: {file_size} bytes, but {name} ends at {data_start + end}: download it again"
+        )
+    return Tensor(name, dtype, shape, path, data_start + begin, end - begin)
+
+
+def fingerprint(path: Path, samples: int = 64, block: int = 4096) -> str:
+    """SHA-256 of a safetensors file's size, header, and blocks spread over its data.
+
+    Tells whether a checkpoint was replaced since it was exported, without reading 8 GB.
+
+    Raises:
+        CheckpointError: The file can't be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            digest.update(size.to_bytes(8, "little"))
+            prefix = file.read(8)
+            header_end = 8 + min(int.from_bytes(prefix, "little"), MAX_HEADER_BYTES)
+            digest.update(prefix + file.read(header_end - 8))
+            for i in range(samples):
+                file.seek(header_end + (size - header_end) * i // samples)
+                digest.update(file.read(block))
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}") from None
+    return digest.hexdigest()

@@ -1,0 +1,88 @@
+"""What the commands share: how they are described, common flags, and the way from parsed arguments to typed options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fluxonnx.runtime.fields import FIELD
+
+Options = TypeVar("Options")
+# What flags are added to: a parser, or a group of its flags.
+Flags = argparse._ActionsContainer
+
+
+def add_parser(
+    subparsers: argparse._SubParsersAction,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    help: str,
+    usage: str,
+    *examples: str,
+) -> argparse.ArgumentParser:
+    """Add a command, whose help ends with examples.
+
+    Args:
+        subparsers: The commands so far.
+        name: The command's name.
+        run: Runs it with its parsed arguments.
+        help: What it does.
+        usage: Its most important flags.
+        examples: Complete command lines.
+    """
+    lines = "\n".join(f"  {example}" for example in examples)
+    parser = subparsers.add_parser(
+        name,
+        help=help,
+        usage=f"fluxonnx {name} {usage}",
+        description=help[0].upper() + help[1:] + ".",
+        epilog=f"example{'s' if len(examples) > 1 else ''}:\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def typed(kind: type[Options], arguments: argparse.Namespace) -> Options:
+    """Make a dataclass of options from the parsed arguments of the same names."""
+    return kind(**{item.name: getattr(arguments, item.name) for item in fields(kind)})  # type: ignore[arg-type]
+
+
+def add_model(flags: Flags, default: str = "as for generate") -> None:
+    """Add -d, which `find_model` takes."""
+    flags.add_argument("-d", "--dir", metavar="DIR", help=f"model directory (default: {default})")
+
+
+def add_field(flags: Flags, name: str) -> None:
+    """Add the flags of a field of a request; the parsed value has the field's name."""
+    field = FIELD[name]
+    options: dict[str, Any] = {"dest": name, "type": field.kind, "metavar": field.metavar, **field.flag_options}
+    flags.add_argument(*field.flags, help=field.help.format_map(vars(field)), **options)
+
+
+def add_verbosity(parser: argparse.ArgumentParser) -> None:
+    """Add -v and -q, of which one can be given."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("-v", "--verbose", action="store_true", help="print the seconds that each phase takes")
+    add_quiet(group)
+
+
+def add_quiet(flags: Flags) -> None:
+    """Add -q."""
+    flags.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+
+
+def find_model(directory: str | None, say: Callable[[str], None]) -> Path:
+    """Return the model directory that -d or a default chooses; `say` is told if it is the bundled demo model."""
+    from fluxonnx import api
+
+    model = api.find_model(directory)
+    if api.is_shipped(model):
+        say(
+            f"Using {model.name}, the bundled demo model, which draws coloured shapes on backgrounds and nothing else. "
+            "Pass -d DIR for the real FLUX.2-klein (hf download black-forest-labs/FLUX.2-klein-4B --local-dir DIR)"
+        )
+    return model

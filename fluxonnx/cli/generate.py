@@ -1,0 +1,215 @@
+"""`fluxonnx generate`: make pictures and save them."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fluxonnx.cli.flags import Flags, add_field, add_model, add_parser, add_verbosity, find_model
+from fluxonnx.cli.progress import Progress, speaker
+from fluxonnx.runtime.fields import FIELDS
+
+if TYPE_CHECKING:
+    from fluxonnx.cli.jobs import Job, Wanted
+    from fluxonnx.runtime.pipeline import Flux
+
+# Prompts that are encoded ahead together, so that the text encoder is loaded once for all of them.
+PROMPTS_AHEAD = 8
+
+# The titles and descriptions of the groups of flags that the fields belong to.
+GROUPS = {
+    "prompt": ("prompt (one of -p, --prompt-file, --from)", None),
+    "picture": ("picture", None),
+    "input": (
+        "input pictures",
+        "-i alone edits: the model looks at the picture and draws a new one. -i with -t paints over it.",
+    ),
+    "sampling": ("sampling", None),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The flags of the command.
+
+    Attributes:
+        wanted: What they say about pictures.
+        source: A picture to make again.
+        dir: The model directory; None for the default.
+        precision: None for that of the picture that is made again, else the default.
+        provider: Likewise.
+        threads: Threads per operator; None for one per core.
+        low_memory: Whether to need less memory and more time.
+        cache_dir: The folder of encoded prompts.
+        verbose: Whether to print the seconds that phases take.
+        quiet: Whether to print errors only.
+    """
+
+    wanted: Wanted
+    source: Path | None
+    dir: str | None
+    precision: str | None
+    provider: str | None
+    threads: int | None
+    low_memory: bool
+    cache_dir: Path | None
+    verbose: bool
+    quiet: bool
+
+
+def add_command(subparsers: argparse._SubParsersAction) -> None:
+    """Describe the command and its flags."""
+    parser = add_parser(
+        subparsers,
+        "generate",
+        run,
+        "make pictures from prompts and pictures",
+        "-p TEXT [-d DIR] [-o FILE] [-i FILE [-t X]] [options]",
+        'fluxonnx generate -d model -p "a cat on a windowsill" -o cat.png -W 512 -H 512 -S 42',
+        'fluxonnx generate -d model -p "make it snow" -i photo.png -o snow.png          # edit: looks at the photo',
+        'fluxonnx generate -d model -p "oil painting" -i photo.png -t 0.7 -o oil.png    # paints over the photo',
+    )
+    groups = {name: parser.add_argument_group(*texts) for name, texts in GROUPS.items()}
+    for field in FIELDS:
+        if field.flags:
+            add_field(groups[field.group], field.name)
+        if field.name == "prompt":
+            _add_prompt_sources(groups[field.group])
+    groups["prompt"].add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="keep encoded prompts here, so that a known prompt skips the text encoder",
+    )
+    model = parser.add_argument_group("model")
+    add_model(model, "$FLUXONNX_MODEL, else ./model, else the bundled demo model, which draws coloured shapes")
+    model.add_argument("--precision", metavar="NAME", help="bf16 (default), fp32, fp16, int8, int4, or auto")
+    model.add_argument(
+        "--provider",
+        metavar="NAME",
+        help="execution provider: cpu (default), or another that the installed onnxruntime has, such as cuda or coreml",
+    )
+    model.add_argument("--threads", type=int, metavar="N", help="default: one per core")
+    model.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="use less memory and more time: pictures above 576x576 are decoded in tiles, with small differences",
+    )
+    add_verbosity(parser)
+
+
+def _add_prompt_sources(flags: Flags) -> None:
+    """Add the alternatives to -p."""
+    flags.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help='one prompt per line, or JSON objects such as {"prompt": "a cat", "seed": 7, "width": 512}',
+    )
+    flags.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="PICTURE",
+        help="make a fluxonnx picture again, from the parameters in it; other flags override them",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command with its parsed arguments."""
+    generate(options_of(arguments))
+
+
+def options_of(arguments: argparse.Namespace) -> Options:
+    """Return the parsed arguments as options."""
+    from fluxonnx.cli.jobs import Wanted
+
+    given = {
+        field.name: getattr(arguments, field.name) for field in FIELDS if field.flags and "request" in field.places
+    }
+    return Options(
+        wanted=Wanted(
+            values={name: value for name, value in given.items() if value is not None},
+            seed=arguments.seed,
+            count=arguments.count,
+            input=arguments.input,
+            reference=arguments.reference,
+            output=arguments.output,
+            prompt_file=arguments.prompt_file,
+        ),
+        source=arguments.source,
+        dir=arguments.dir,
+        precision=arguments.precision,
+        provider=arguments.provider,
+        threads=arguments.threads,
+        low_memory=arguments.low_memory,
+        cache_dir=arguments.cache_dir,
+        verbose=arguments.verbose,
+        quiet=arguments.quiet,
+    )
+
+
+def generate(options: Options) -> None:
+    """Make pictures and save them."""
+    from fluxonnx import api
+    from fluxonnx.cli.jobs import choose_build, plan, read_source
+    from fluxonnx.contract import open_checkpoint
+
+    say = speaker(options.quiet)
+    say_seconds = speaker(quiet=not options.verbose)
+    source = read_source(options.source) if options.source else None
+    jobs = plan(options.wanted, source)
+    model = find_model(options.dir, say)
+    build = choose_build(options.precision, options.provider, source, open_checkpoint(model).name)
+    start = time.perf_counter()
+    with Progress(options.quiet) as bar:
+        flux = api.load(
+            model,
+            precision=build.precision,
+            provider=build.provider,
+            flavour=build.flavour,
+            threads=options.threads,
+            low_memory=options.low_memory,
+            cache_dir=options.cache_dir,
+            on_export=lambda root: say(f"Exporting {root} ..."),
+            on_choice=lambda choice: say(str(choice)),
+            watch=bar.event,
+        )
+        say_seconds(_seconds("open model", time.perf_counter() - start))
+        with flux:
+            for job in jobs:
+                flux.check(job.request)
+            for i, job in enumerate(jobs):
+                if len(jobs) > 1 and i % PROMPTS_AHEAD == 0:
+                    ahead = jobs[i : i + PROMPTS_AHEAD]
+                    flux.encode_prompts([item.request.prompt for item in ahead], job.request.max_sequence_length)
+                _make(flux, job, bar, say, say_seconds)
+
+
+def _make(flux: Flux, job: Job, bar: Progress, say: Callable[[str], None], say_seconds: Callable[[str], None]) -> None:
+    """Make the pictures of a job, and save each as soon as it is decoded."""
+    from fluxonnx.cli.jobs import output_names
+    from fluxonnx.runtime.images import save_image
+
+    bar.close()
+    say(f"Seed: {', '.join(map(str, job.seeds))}")
+    start = time.perf_counter()
+    names = output_names(job.output, job.numbered)
+    for _, image in flux.pictures(job.request, job.seeds, bar.step):
+        bar.close()
+        path = next(names)
+        saving = time.perf_counter()
+        save_image(image, path, {**image.info, **job.files})
+        say_seconds(_seconds("save", time.perf_counter() - saving))
+        say(f"{path} {image.width}x{image.height} ({time.perf_counter() - start:.1f} s)")
+    bar.close()
+    for name, seconds in flux.phases.seconds.items():
+        say_seconds(_seconds(name, seconds))
+
+
+def _seconds(name: str, seconds: float) -> str:
+    return f"{name:<18}{seconds:8.2f} s"

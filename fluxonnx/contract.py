@@ -1,0 +1,350 @@
+"""What FLUX.2-klein is, for exporter and runtime alike: parts, sizes, graph inputs and outputs, prompt and token order.
+
+Source unless stated otherwise: diffusers, pipelines/flux2/pipeline_flux2_klein.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from fluxonnx.checkpoint.directory import Checkpoint
+from fluxonnx.errors import CheckpointError
+
+PIPELINE_CLASSES = ("Flux2KleinPipeline",)
+COMPONENT_CLASSES = {
+    "transformer": "Flux2Transformer2DModel",
+    "vae": "AutoencoderKLFlux2",
+    "text_encoder": "Qwen3ForCausalLM",
+}
+
+# Every graph of a build, in the order in which a picture needs them, and the checkpoint folder it is made from.
+COMPONENTS = {
+    "text_encoder": "text_encoder",
+    "conditioning": "transformer",
+    "transformer": "transformer",
+    "vae_encoder": "vae",
+    "vae_decoder": "vae",
+}
+
+# Counts up when an exported graph or weight file changes: builds of another format are exported anew.
+GRAPH_FORMAT = 1
+# Builds from this format on can still be run, which matters where their checkpoint is no longer there.
+OLDEST_RUNNABLE_FORMAT = 0
+
+# Qwen3's chat template for one user message with enable_thinking=False.
+CHAT_TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+DEFAULT_PAD_TOKEN = "<|endoftext|>"
+# Prompts are padded or cut to at most this many tokens (tokenizer_max_length).
+MAX_SEQUENCE_LENGTH = 512
+# The hidden states that make up prompt_embeds (hidden_states_layers of _get_qwen3_prompt_embeds).
+OUT_LAYERS = (9, 18, 27)
+# The text encoder's largest weight, of which a prompt needs one row per token.
+EMBEDDING_TABLE = "model.embed_tokens.weight"
+# Distance of the T coordinates of reference pictures (_prepare_image_ids).
+REFERENCE_T = 10
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """Sizes of a Qwen3 text encoder.
+
+    `out_layers` are the hidden states in prompt_embeds, 0 being the embeddings.
+    """
+
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    rope_theta: float
+    eps: float
+    bias: bool
+    out_layers: tuple[int, ...]
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of prompt_embeds."""
+        return len(self.out_layers) * self.hidden
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of a Flux2Transformer2DModel."""
+
+    in_channels: int
+    out_channels: int
+    double_layers: int
+    single_layers: int
+    heads: int
+    head_dim: int
+    text_dim: int
+    timestep_channels: int
+    mlp_dim: int
+    axes_dims: tuple[int, ...]
+    rope_theta: float
+    eps: float
+
+    @property
+    def dim(self) -> int:
+        """Width of the residual stream."""
+        return self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """Sizes of an AutoencoderKLFlux2."""
+
+    in_channels: int
+    out_channels: int
+    latent_channels: int
+    encoder_channels: tuple[int, ...]
+    decoder_channels: tuple[int, ...]
+    layers_per_block: int
+    groups: int
+    quant_conv: bool
+    post_quant_conv: bool
+    mid_attention: bool
+    batch_norm_eps: float
+
+    @property
+    def patch_channels(self) -> int:
+        """Channels of a latent token: 2x2 patches of `latent_channels`."""
+        return 4 * self.latent_channels
+
+    @property
+    def scale_factor(self) -> int:
+        """Pixels along each side of a latent token."""
+        return 2 ** len(self.encoder_channels)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes of a whole model: the exporter writes them into the manifest, the runtime reads them from there."""
+
+    text_encoder: TextEncoderConfig
+    transformer: TransformerConfig
+    vae: VaeConfig
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the sizes as the manifest stores them."""
+        return asdict(self)
+
+    def component_json(self, component: str) -> str:
+        """Return the sizes that a graph depends on, as its metadata stores them."""
+        return json.dumps(asdict(getattr(self, COMPONENTS[component])))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], source: Path) -> Architecture:
+        """Read what `to_json` returned.
+
+        Args:
+            values: The manifest's "architecture".
+            source: The manifest, for the message.
+
+        Raises:
+            CheckpointError: A value is missing or of another type.
+        """
+        try:
+            return cls(
+                _parsed(TextEncoderConfig, values["text_encoder"]),
+                _parsed(TransformerConfig, values["transformer"]),
+                _parsed(VaeConfig, values["vae"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f'{source} has no usable "architecture" ({error}): export again with --force'
+            ) from None
+
+
+C = TypeVar("C", TextEncoderConfig, TransformerConfig, VaeConfig)
+
+
+def _parsed(kind: type[C], values: Mapping[str, Any]) -> C:
+    """Make a config of JSON values; raises KeyError or TypeError."""
+    hints = get_type_hints(kind)
+    parsed: dict[str, Any] = {}
+    for item in fields(kind):
+        value, hint = values[item.name], hints[item.name]
+        sizes = get_origin(hint) is tuple
+        expected = get_args(hint)[0] if sizes else hint
+        for number in value if sizes else [value]:
+            # JSON has one kind of numbers: 2000 may stand for 2000.0
+            if type(number) is not expected and (expected is not float or type(number) is not int):
+                raise TypeError(f"{item.name} is {value!r}")
+        parsed[item.name] = tuple(value) if sizes else value
+    return kind(**parsed)
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or an output of a graph: "F32" or "I64", with symbolic dimensions by name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    doc: str
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The inputs and outputs of a graph; names and shapes are fixed, other runtimes depend on them."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+def graph_ports(component: str, sizes: Architecture) -> Ports:
+    """Return the inputs and outputs of one of `COMPONENTS`."""
+    return {
+        "text_encoder": _text_encoder_ports,
+        "conditioning": _conditioning_ports,
+        "transformer": _transformer_ports,
+        "vae_encoder": _vae_encoder_ports,
+        "vae_decoder": _vae_decoder_ports,
+    }[component](sizes)
+
+
+def _text_encoder_ports(sizes: Architecture) -> Ports:
+    c = sizes.text_encoder
+    layers = ", ".join(map(str, c.out_layers))
+    return Ports(
+        (
+            Port("input_ids", "I64", ("batch", "text_seq"), "tokens, padded on the right"),
+            Port("attention_mask", "I64", ("batch", "text_seq"), "1 for tokens, 0 for padding"),
+        ),
+        (
+            Port(
+                "prompt_embeds",
+                "F32",
+                ("batch", "text_seq", c.embedding_dim),
+                f"hidden states {layers}, side by side",
+            ),
+        ),
+    )
+
+
+def _conditioning_ports(sizes: Architecture) -> Ports:
+    c = sizes.transformer
+    return Ports(
+        (
+            Port("timestep", "F32", ("batch",), "sigma of each picture, in [0, 1]"),
+            Port("txt_ids", "I64", ("text_seq", 4), "(t, h, w, l) of each text token: (0, 0, 0, i); below 4096"),
+            Port("img_ids", "I64", ("image_seq", 4), "(t, h, w, l) of each image token, then each reference token"),
+        ),
+        (
+            Port("timestep_proj", "F32", ("batch", c.timestep_channels), "timestep features"),
+            *(
+                Port(name, "F32", ("text_seq + image_seq", c.head_dim), "rotary embedding of each token")
+                for name in ("rotary_cos", "rotary_sin")
+            ),
+        ),
+    )
+
+
+def _transformer_ports(sizes: Architecture) -> Ports:
+    c = sizes.transformer
+    return Ports(
+        (
+            Port(
+                "hidden_states",
+                "F32",
+                ("batch", "image_seq", c.in_channels),
+                "noisy latent tokens, then the tokens of reference images",
+            ),
+            Port("encoder_hidden_states", "F32", ("batch", "text_seq", c.text_dim), "prompt_embeds of text_encoder"),
+            Port("timestep_proj", "F32", ("batch", c.timestep_channels), "timestep features of conditioning"),
+            *(
+                Port(name, "F32", ("text_seq + image_seq", c.head_dim), f"{name} of conditioning")
+                for name in ("rotary_cos", "rotary_sin")
+            ),
+        ),
+        (
+            Port(
+                "velocity",
+                "F32",
+                ("batch", "image_seq", c.out_channels),
+                "noise minus picture, for every token of hidden_states; keep the noisy ones",
+            ),
+        ),
+    )
+
+
+def _latents(c: VaeConfig, doc: str) -> Port:
+    shape = ("batch", c.patch_channels, f"height/{c.scale_factor}", f"width/{c.scale_factor}")
+    return Port("latents", "F32", shape, doc)
+
+
+def _vae_encoder_ports(sizes: Architecture) -> Ports:
+    c = sizes.vae
+    doc = f"RGB in [-1, 1]; height and width multiples of {c.scale_factor}"
+    return Ports(
+        (Port("sample", "F32", ("batch", c.in_channels, "height", "width"), doc),),
+        (_latents(c, "mode of the posterior, in 2x2 patches, normalised"),),
+    )
+
+
+def _vae_decoder_ports(sizes: Architecture) -> Ports:
+    c = sizes.vae
+    doc = "RGB, in [-1, 1] but for overshoot: clip it"
+    return Ports(
+        (_latents(c, "normalised latents in 2x2 patches"),),
+        (Port("sample", "F32", ("batch", c.out_channels, "height", "width"), doc),),
+    )
+
+
+def open_checkpoint(root: str | Path, transformer: str | Path | None = None) -> Checkpoint:
+    """Open a model directory of this family.
+
+    Args:
+        root: The directory.
+        transformer: A safetensors file that replaces the transformer's weights.
+
+    Raises:
+        CheckpointError: It does not exist, has no model_index.json, or is another kind of pipeline.
+    """
+    checkpoint = Checkpoint(root, transformer)
+    found = checkpoint.index.values.get("_class_name")
+    if found not in PIPELINE_CLASSES:
+        raise CheckpointError(
+            f'{checkpoint.index.path}: "_class_name" is {json.dumps(found)}, but fluxonnx runs '
+            f"{' and '.join(PIPELINE_CLASSES)} (the FLUX.2-klein models)"
+        )
+    return checkpoint
+
+
+# Token order: text, then the picture, then the references.
+
+
+def text_ids(length: int) -> np.ndarray:
+    """Return (t, h, w, l) = (0, 0, 0, i) for each text token: int64 [length, 4]."""
+    ids = np.zeros((length, 4), np.int64)
+    ids[:, 3] = np.arange(length)
+    return ids
+
+
+def grid_ids(height: int, width: int, t: int = 0) -> np.ndarray:
+    """Return (t, y, x, 0) for each token of a picture, row by row: int64 [height * width, 4]."""
+    ids = np.zeros((height * width, 4), np.int64)
+    ids[:, 0] = t
+    ids[:, 1], ids[:, 2] = np.divmod(np.arange(height * width), width)
+    return ids
+
+
+def pack(latents: np.ndarray) -> np.ndarray:
+    """[batch, channels, height, width] -> tokens [batch, height * width, channels], row by row."""
+    batch, channels = latents.shape[:2]
+    return np.ascontiguousarray(latents.reshape(batch, channels, -1).transpose(0, 2, 1))
+
+
+def unpack(tokens: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Inverse of `pack`."""
+    batch, _, channels = tokens.shape
+    return np.ascontiguousarray(tokens.transpose(0, 2, 1)).reshape(batch, channels, height, width)

@@ -1,0 +1,121 @@
+"""The five graphs of a build: their sizes, from the config files, and how each is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fluxonnx.checkpoint.directory import Checkpoint
+from fluxonnx.checkpoint.safetensors import Tensor
+from fluxonnx.contract import COMPONENT_CLASSES, Architecture, graph_ports
+from fluxonnx.errors import CheckpointError, UsageError
+from fluxonnx.export import conditioning, text_encoder, transformer, vae
+from fluxonnx.export.graph import Graph
+from fluxonnx.export.ops import ModelBuilder
+from fluxonnx.export.precisions import Precision, make_precision
+from fluxonnx.version import __version__
+
+# Opset 23 has RMSNormalization; 17 is the oldest with LayerNormalization, and the newest that all other runtimes load.
+FLAVOURS = {"ort": 23, "portable": 17}
+OPSETS = {"ort": range(17, 24), "portable": range(17, 22)}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What graphs are built for: a precision, a flavour and an ai.onnx opset."""
+
+    precision: Precision
+    flavour: str
+    opset: int
+
+
+def make_target(
+    precision: str | Precision,
+    flavour: str,
+    opset: int | None,
+    keep: str | None = None,
+    block: int | None = None,
+    rotate: bool = False,
+) -> Target:
+    """Validate the options.
+
+    Raises:
+        UsageError: The precision or the flavour is unknown, the precision does not have one of the options, or the
+            flavour does not support the opset.
+    """
+    chosen = precision if isinstance(precision, Precision) else make_precision(precision, keep, block, rotate)
+    if flavour not in FLAVOURS:
+        raise UsageError(f"flavour {flavour!r} is unknown: choose one of {', '.join(FLAVOURS)}")
+    lowest = max(OPSETS[flavour][0], chosen.lowest_opset(flavour))
+    allowed = range(lowest, OPSETS[flavour][-1] + 1)
+    opset = max(FLAVOURS[flavour], lowest) if opset is None else opset
+    if opset not in allowed:
+        which = f"{chosen.name} {flavour}" if lowest > OPSETS[flavour][0] else flavour
+        raise UsageError(f"opset {opset} is out of range: {which} graphs can be {allowed[0]} to {allowed[-1]}")
+    return Target(chosen, flavour, opset)
+
+
+def read_architecture(checkpoint: Checkpoint, out_layers: tuple[int, ...] | None) -> Architecture:
+    """Read the config files of all parts.
+
+    Args:
+        checkpoint: The model directory.
+        out_layers: The hidden states that make up prompt_embeds; by default as `text_encoder.read_config` chooses.
+
+    Raises:
+        CheckpointError: One of them is wrong, or they do not fit together.
+    """
+    text, flux, autoencoder = (checkpoint.config(*item) for item in _CONFIGS)
+    sizes = Architecture(
+        text_encoder.read_config(text, out_layers), transformer.read_config(flux), vae.read_config(autoencoder)
+    )
+    if sizes.transformer.text_dim != sizes.text_encoder.embedding_dim:
+        raise CheckpointError(
+            f'{checkpoint.root}: transformer "joint_attention_dim" is {sizes.transformer.text_dim}, but the text '
+            f"encoder gives {sizes.text_encoder.embedding_dim}: the folders come from different models"
+        )
+    if sizes.transformer.in_channels != sizes.vae.patch_channels:
+        raise CheckpointError(
+            f'{checkpoint.root}: transformer "in_channels" is {sizes.transformer.in_channels}, but the VAE gives '
+            f"{sizes.vae.patch_channels}: the folders come from different models"
+        )
+    return sizes
+
+
+_CONFIGS = [(name, COMPONENT_CLASSES[name]) for name in ("text_encoder", "transformer", "vae")]
+
+
+def build_graph(
+    component: str, sizes: Architecture, target: Target, tensors: dict[str, Tensor], metadata: Mapping[str, str]
+) -> Graph:
+    """Build a graph and check that it uses every tensor of the checkpoint that it should.
+
+    Raises:
+        CheckpointError: A tensor is missing, left over, or of the wrong shape.
+    """
+    g = ModelBuilder(component, target.precision, target.flavour, target.opset, tensors)
+    ports = graph_ports(component, sizes)
+    unused: tuple[str, ...] = ()
+    if component == "conditioning":
+        conditioning.build(g, sizes.transformer, ports)
+        unused = ("",)  # it has no weights
+    elif component == "transformer":
+        transformer.build(g, sizes.transformer, ports)
+    elif component == "text_encoder":
+        text_encoder.build(g, sizes.text_encoder, ports)
+        unused = text_encoder.unused(sizes.text_encoder)
+    elif component == "vae_encoder":
+        vae.build_encoder(g, sizes.vae, ports)
+        unused = vae.UNUSED_BY_ENCODER
+    else:
+        vae.build_decoder(g, sizes.vae, ports)
+        unused = vae.UNUSED_BY_DECODER
+    left_over = [name for name in tensors if name not in g.used and not name.startswith(unused)]
+    if left_over:
+        more = f" and {len(left_over) - 1} more" if len(left_over) > 1 else ""
+        raise CheckpointError(
+            f"{component}: tensor {left_over[0]} {list(tensors[left_over[0]].shape)}{more} is not part of the model "
+            "that config.json describes: config.json and weights do not belong together"
+        )
+    doc = f"{component} of {metadata['model']}, exported by fluxonnx {__version__}"
+    return g.finish(doc, dict(metadata))

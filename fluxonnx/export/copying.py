@@ -1,0 +1,64 @@
+"""Self-contained copies of a model directory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from fluxonnx.checkpoint.directory import Checkpoint
+from fluxonnx.checkpoint.safetensors import fingerprint, read_header
+from fluxonnx.contract import COMPONENT_CLASSES, open_checkpoint
+from fluxonnx.errors import ExportError
+from fluxonnx.export.weights import require_space
+from fluxonnx.files import atomic_write
+
+
+def copy_model(
+    checkpoint: Checkpoint, output: Path, say: Callable[[str, int, int], None], with_weights: bool = True
+) -> Checkpoint:
+    """Copy a model's files, links resolved, so that `output` depends on nothing else; equal files there are kept.
+
+    Without weights only the configs and the tokenizer are copied, for a build that has weight files of its own.
+
+    Raises:
+        CheckpointError: `output` holds another model.
+        ExportError: There is not enough space, or the folder can't be made.
+    """
+    if output.exists() and output.resolve() == checkpoint.root.resolve():
+        return checkpoint
+    if not output.parent.is_dir():
+        raise ExportError(f"folder {output.parent} does not exist: create it, or choose another -o")
+    files = [
+        file for file in checkpoint.files(COMPONENT_CLASSES) if with_weights or ".safetensors" not in file.suffixes
+    ]
+    for file in files:
+        if file.suffix == ".safetensors":
+            read_header(file)  # a corrupt file is refused before 16 GB are copied
+    output.mkdir(exist_ok=True)
+    pending = [file for file in files if not _same(file, output / file.relative_to(checkpoint.root))]
+    for file in pending:
+        existing = output / file.relative_to(checkpoint.root)
+        if existing.exists():
+            raise ExportError(f"{existing} exists and differs from {file}: choose an empty folder for -o")
+    total = sum(file.stat().st_size for file in pending)
+    require_space(output, total, "the copy")
+    done = 0
+    for file in pending:
+        target = output / file.relative_to(checkpoint.root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(target) as temporary:
+            shutil.copyfile(file, temporary)
+        done += file.stat().st_size
+        say("copy", done, total)
+    return open_checkpoint(output, checkpoint.transformer)
+
+
+def _same(source: Path, target: Path) -> bool:
+    if not target.is_file() or source.stat().st_size != target.stat().st_size:
+        return False
+    if source.suffix == ".safetensors":
+        return fingerprint(source) == fingerprint(target)
+    return np.array_equal(np.fromfile(source, np.uint8), np.fromfile(target, np.uint8))

@@ -1,0 +1,71 @@
+"""The vocabulary of the model files, lowered to ONNX operators here and nowhere else.
+
+Values are float32 unless a shape comment says otherwise. The `ort` flavour uses onnxruntime's fused operators where
+they win; the `portable` flavour only ai.onnx ones. The layout of columns and the precision stay behind these functions.
+"""
+
+from fluxonnx.export.ops.attention import (
+    attention,
+    causal_padding_bias,
+    merge_heads,
+    real_tokens,
+    repeat_heads,
+    rope_halves,
+    rope_interleaved,
+    rope_table,
+    split_heads,
+    token_positions,
+)
+from fluxonnx.export.ops.builder import ModelBuilder
+from fluxonnx.export.ops.image import conv, group_norm, norm_conv, patchify, unpatchify, upsample_conv
+from fluxonnx.export.ops.linear import (
+    embedding,
+    feed_forward,
+    head_projections,
+    linear,
+    linear_chunks,
+    qkv_and_gate,
+    swiglu,
+)
+from fluxonnx.export.ops.norm import layer_norm, modulate, rms_norm, silu
+from fluxonnx.export.panels import Slices
+from fluxonnx.export.primitives import add, concat, mul, reshape, rows_from, size_of, split
+
+__all__ = [
+    "ModelBuilder",
+    "Slices",
+    "add",
+    "attention",
+    "causal_padding_bias",
+    "concat",
+    "conv",
+    "embedding",
+    "feed_forward",
+    "group_norm",
+    "head_projections",
+    "layer_norm",
+    "linear",
+    "linear_chunks",
+    "merge_heads",
+    "modulate",
+    "mul",
+    "norm_conv",
+    "patchify",
+    "qkv_and_gate",
+    "real_tokens",
+    "repeat_heads",
+    "reshape",
+    "rms_norm",
+    "rope_halves",
+    "rope_interleaved",
+    "rope_table",
+    "rows_from",
+    "silu",
+    "size_of",
+    "split",
+    "split_heads",
+    "swiglu",
+    "token_positions",
+    "unpatchify",
+    "upsample_conv",
+]

@@ -1,0 +1,51 @@
+"""A graph builder that knows in which precision its weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fluxonnx.checkpoint.safetensors import Tensor
+from fluxonnx.errors import CheckpointError
+from fluxonnx.export.graph import GraphBuilder
+from fluxonnx.export.precisions import Precision
+
+# dtypes of weights that need no further description.
+FLOATS = ("BF16", "F16", "F32", "F64")
+
+
+class ModelBuilder(GraphBuilder):
+    """Builds one graph of a model in a precision."""
+
+    def __init__(
+        self, name: str, precision: Precision, flavour: str, opset: int, tensors: dict[str, Tensor] | None = None
+    ) -> None:
+        """Start an empty graph; see `GraphBuilder` for the other arguments.
+
+        Args:
+            name: Its name.
+            precision: How its weights are stored and its linear layers computed.
+            flavour: "ort" or "portable".
+            opset: The ai.onnx opset.
+            tensors: The checkpoint's tensors by name.
+        """
+        super().__init__(name, flavour, opset, tensors)
+        self.precision = precision
+
+    def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Take a weight of the module in scope out of the checkpoint.
+
+        Raises:
+            CheckpointError: It is missing, or has another shape or a dtype that the precision does not take.
+        """
+        tensor = super().tensor(name, shape)
+        if tensor.dtype not in FLOATS and not tensor.quantisation:
+            raise CheckpointError(f"{self.name}: tensor {self.path(name)} is {tensor.dtype}, expected BF16, F16 or F32")
+        if tensor.quantisation and not self.precision.takes_integers:
+            raise CheckpointError(
+                f"{tensor.file}: {tensor.name} is quantised to 8-bit integers: export it with --precision int8"
+            )
+        return tensor
+
+    def weight(self, name: str, *shape: int) -> str:
+        """Return a weight of the module in scope as float32."""
+        return self.precision.weight(self, self.tensor(name, shape))

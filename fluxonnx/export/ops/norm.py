@@ -1,0 +1,37 @@
+"""Norms, modulation and activations."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fluxonnx.export.graph import MICROSOFT, GraphBuilder
+from fluxonnx.export.ops.builder import ModelBuilder
+from fluxonnx.export.primitives import add, mul
+
+
+def silu(g: GraphBuilder, x: str) -> str:
+    """Return x * sigmoid(x)."""
+    if g.fused:
+        return g.op("QuickGelu", x, domain=MICROSOFT, alpha=1.0, like=x)
+    return g.op("Mul", x, g.op("Sigmoid", x))
+
+
+def rms_norm(g: ModelBuilder, x: str, name: str, dim: int, eps: float) -> str:
+    """Divide by the root mean square over the last dimension and scale by the weight `name`."""
+    with g.scope(name):
+        weight = g.weight("weight", dim)
+        if g.fused and g.opset >= 23:
+            return g.op("RMSNormalization", x, weight, axis=-1, epsilon=eps)
+        mean = g.reduce("ReduceMean", g.op("Mul", x, x), [-1])
+        rms = g.op("Sqrt", g.op("Add", mean, g.constant(eps)))
+        return g.op("Mul", g.op("Div", x, rms), weight)
+
+
+def layer_norm(g: GraphBuilder, x: str, dim: int, eps: float) -> str:
+    """Normalise the last dimension to zero mean and unit variance, without a learned scale."""
+    return g.op("LayerNormalization", x, g.constant(np.ones(dim)), axis=-1, epsilon=eps)
+
+
+def modulate(g: GraphBuilder, x: str, scale: str, shift: str) -> str:
+    """Return (1 + scale) * x + shift; scale and shift are [batch, 1, dim]."""
+    return add(g, mul(g, add(g, scale, g.constant(1.0)), x), shift)

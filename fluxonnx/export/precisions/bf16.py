@@ -1,0 +1,114 @@
+"""Weights as the checkpoint stores them; the base of the other precisions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from onnx import TensorProto
+
+from fluxonnx.checkpoint.safetensors import Tensor
+from fluxonnx.export import panels, primitives
+from fluxonnx.export.graph import GraphBuilder
+from fluxonnx.export.panels import Columns
+
+# The module lists whose linears hold nearly all of the weights.
+BLOCKS = ("transformer_blocks.", "single_transformer_blocks.", "model.layers.")
+
+
+class Precision:
+    """Weights as the checkpoint stores them (bf16 for the released models), arithmetic in float32.
+
+    Nothing is copied: initializers point into the checkpoint's own files, and the graph casts each weight right
+    before it is used.
+    """
+
+    name = "bf16"
+    # Whether all weights are in files of the build, instead of in the checkpoint's.
+    self_contained = False
+    # Whether the checkpoint may hold weights that are quantised to integers.
+    takes_integers = False
+    # Whether kernels of convolutions are float32 in the graph: then they may be sums of the checkpoint's kernels.
+    sums_kernels = True
+
+    def settings(self) -> dict[str, str]:
+        """Return what tells this build from others of the same name."""
+        return {}
+
+    def lowest_opset(self, flavour: str) -> int:
+        """Return the oldest ai.onnx opset that has the operators this needs."""
+        return 17
+
+    def file_label(self, flavour: str) -> str:
+        """Return the label of the build's weight files; both flavours share files of the same bytes."""
+        return self.name
+
+    def stored_dtype(self, tensor: Tensor) -> str:
+        """Return the safetensors dtype under which `tensor` is stored."""
+        return tensor.dtype
+
+    def _stored(self, g: GraphBuilder, tensor: Tensor) -> str:
+        return g.stored(tensor, self.stored_dtype(tensor), in_place=not self.self_contained)
+
+    def weight(self, g: GraphBuilder, tensor: Tensor) -> str:
+        """Return `tensor` as a float32 value."""
+        value = self._stored(g, tensor)
+        if self.stored_dtype(tensor) == "F32":
+            return value
+        return g.weight_op("Cast", value, to=TensorProto.FLOAT)
+
+    def slices(self, width: int) -> list[int]:
+        """Return the widths of the slices in which `width` columns go through a feed-forward."""
+        return [width]
+
+    def linear(
+        self,
+        g: GraphBuilder,
+        xs: Sequence[Columns],
+        tensor: Tensor,
+        bias: str | None,
+        sizes: Sequence[int],
+        unit: int | None,
+    ) -> list[Columns]:
+        """Multiply rows by `tensor` [out, in], the checkpoint's layout, and add `bias` [out].
+
+        Args:
+            g: The graph.
+            xs: Matrices that side by side are [rows, in].
+            tensor: The weight.
+            bias: What is added.
+            sizes: Widths of the matrices as which the result [rows, out] is returned.
+            unit: The number that the width of a panel must be a multiple of; None for no panels.
+        """
+        product = self.product(g, panels.joined(g, xs), tensor, bias)
+        values = primitives.split(g, product, sizes)
+        return [Columns(value, size) for value, size in zip(values, sizes, strict=True)]
+
+    def product(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str | None) -> str:
+        """Multiply `x` [rows, in] by `tensor` [out, in], and add `bias` [out]."""
+        weight = self.weight(g, tensor)
+        return g.op("Gemm", x, weight, *([bias] if bias else []), transB=1)
+
+    def embedding(self, g: GraphBuilder, ids: str, tensor: Tensor) -> str:
+        """Look up rows of `tensor` [entries, dim] by int64 `ids`, as float32; only these rows are cast."""
+        rows = g.op("Gather", self._stored(g, tensor), ids, axis=0)
+        if self.stored_dtype(tensor) == "F32":
+            return rows
+        return g.op("Cast", rows, to=TensorProto.FLOAT)
+
+    def conv(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str, bands: int | None, **attributes: Any) -> str:
+        """Convolve `x` [batch, in, height, width] with `tensor` [out, in, height, width], and add `bias` [out].
+
+        Args:
+            g: The graph.
+            x: The picture.
+            tensor: The weight.
+            bias: What is added.
+            bands: A number that divides the height, if the picture may be rounded to 8 bits; else None.
+            **attributes: The attributes of Conv.
+        """
+        return g.op("Conv", x, self.weight(g, tensor), bias, **attributes)
+
+    def attention(self, g: GraphBuilder, q: str, k: str, v: str, attend: Callable[[str, str, str], str]) -> str:
+        """Return attend(q, k, v), all float32 [batch, seq, heads * head_dim]; `attend` also takes float16."""
+        return attend(q, k, v)

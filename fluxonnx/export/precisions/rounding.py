@@ -1,0 +1,172 @@
+"""Rounding weights to few bits: integers and scales as pure functions of a tensor's bytes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fluxonnx.checkpoint.safetensors import Tensor
+from fluxonnx.errors import CheckpointError
+
+# Rows converted at a time: their float32 copy stays in the processor's caches.
+ROWS = 128
+# The scale of a row or block of zeros.
+TINY = np.float32(1e-30)
+# float16 ends at 65504; half of that leaves room for the rounding of weights, activations and sums.
+HALF_SUM = 2.0**15
+
+
+def float_rows(tensor: Tensor, start: int = 0, end: int | None = None) -> np.ndarray:
+    """Return some rows of a matrix as float32 [rows, in]."""
+    rows = tensor.array()[start:end]
+    if tensor.dtype != "BF16":
+        return rows.astype(np.float32)
+    # bfloat16 is the upper half of float32; this is ten times as fast as a cast
+    return (rows.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def int8_rows(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Quantise each row of a matrix to 8 bits with a step of its own: its largest value is 127 steps.
+
+    Returns:
+        int8 [out, in], -127 to 127, and the steps: float32 [out].
+    """
+    quantised = np.empty(tensor.shape, np.int8)
+    scales = np.empty(tensor.shape[0], np.float32)
+    for i in range(0, tensor.shape[0], ROWS):
+        rows, scales[i : i + ROWS] = _rounded(float_rows(tensor, i, i + ROWS))
+        quantised[i : i + ROWS] = rows
+    return quantised, scales
+
+
+def half(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Round to float16, divided by a power of two where the range of float16 is too small or too coarse.
+
+    Trained weights need no division: the magnitudes of the weights of an output add up to some hundreds.
+
+    Returns:
+        float16 of the tensor's shape, where these magnitudes add up to `HALF_SUM` at most, and the divisor, float32 [].
+
+    Raises:
+        CheckpointError: The tensor holds infinities or NaNs.
+    """
+    starts = range(0, tensor.shape[0], ROWS)
+    pieces = (np.abs(float_rows(tensor, i, i + ROWS)) for i in starts)
+    largest = max(float(piece.sum(tuple(range(1, piece.ndim)), np.float64).max()) for piece in pieces)
+    if not np.isfinite(largest):
+        raise CheckpointError(f"{tensor.file}: {tensor.name} holds infinities or NaNs: download it again")
+    scale = np.float32(1)
+    if largest > 0 and not 1 <= largest <= HALF_SUM:
+        scale = np.float32(2.0 ** max(math.ceil(math.log2(largest / HALF_SUM)), -126))
+    rounded = np.empty(tensor.shape, np.float16)
+    for i in starts:
+        rounded[i : i + ROWS] = float_rows(tensor, i, i + ROWS) / scale
+    return rounded, np.asarray(scale)
+
+
+def hadamard(size: int) -> np.ndarray:
+    """Return a symmetric orthogonal Hadamard matrix, float32 [size, size]; `size` is a power of four.
+
+    It spreads an outlier over all channels, which makes the step of a row smaller (QuaRot, Ashkboos et al., 2024). All
+    rows and columns have the same sum (a regular Hadamard matrix), so a mean does not collect in one channel (ConvRot,
+    arXiv:2512.03673). ComfyUI's rotated checkpoints have the same signs (_build_hadamard,
+    comfy_kitchen/tensor/int8_utils.py in Comfy-Org/comfy-kitchen).
+    """
+    signs = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], np.float32)
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.kron(matrix, signs)
+    return matrix / np.float32(np.sqrt(size))
+
+
+def int8_columns(tensor: Tensor, limit: int | None, rotation: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Quantise as `int8_rows` does, for MatMulInteger.
+
+    Args:
+        tensor: The matrix.
+        limit: The largest magnitude that the weights of inputs 2 * i and 2 * i + 1 may add up to; None for no limit.
+        rotation: Size of the `hadamard` matrix that groups of inputs are multiplied by first; 0 for none.
+
+    Returns:
+        int8 [in, out], and the steps: float32 [out].
+    """
+    columns = np.empty(tensor.shape[::-1], np.int8)
+    scales = np.empty(tensor.shape[0], np.float32)
+    matrix = hadamard(rotation) if rotation else None
+    for i in range(0, tensor.shape[0], ROWS):
+        rows = float_rows(tensor, i, i + ROWS)
+        if matrix is not None:
+            rows = (rows.reshape(-1, rotation) @ matrix).reshape(rows.shape)
+        rows, scales[i : i + ROWS] = _rounded(rows, limit)
+        columns[:, i : i + ROWS] = rows.astype(np.int8).T
+    return columns, scales
+
+
+def int8_kernels(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Quantise the kernels [out, in, height, width] of a convolution: the largest weight of each is 127 steps.
+
+    Returns:
+        int8 [height * width * in, out], and the steps: float32 [out].
+    """
+    kernels = float_rows(tensor).transpose(0, 2, 3, 1)
+    rows, scales = _rounded(kernels.reshape(len(kernels), -1))
+    return np.ascontiguousarray(rows.astype(np.int8).T), scales
+
+
+def given_columns(tensor: Tensor, unsigned: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return the integers and scales of a quantised tensor unchanged.
+
+    Returns:
+        [in, out], int8 or uint8 around 128; and the steps: float32 [out].
+    """
+    assert tensor.quantisation is not None
+    columns = np.ascontiguousarray(tensor.array().T)
+    if unsigned:
+        # two's complement with the highest bit flipped
+        columns = columns.view(np.uint8)
+        columns ^= np.uint8(128)
+    scale = tensor.quantisation.scale.array().astype(np.float32).reshape(-1)
+    return columns, np.ascontiguousarray(np.broadcast_to(scale, tensor.shape[:1]))
+
+
+def _rounded(rows: np.ndarray, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Divide rows by their steps and round them, in place; `limit` as for `int8_columns`."""
+    scales = np.maximum(rows.max(1), -rows.min(1)) / np.float32(127)
+    if limit is not None:
+        pairs = rows[:, 0 : rows.shape[1] // 2 * 2 : 2] + rows[:, 1::2]
+        # rounding can add a half to each of the two
+        np.maximum(scales, np.maximum(pairs.max(1), -pairs.min(1)) / np.float32(limit - 1), out=scales)
+    np.maximum(scales, TINY, out=scales)
+    rows *= (np.float32(1) / scales)[:, None]
+    return np.rint(rows, out=rows), scales
+
+
+def int4_blocks(tensor: Tensor, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Quantise each block of a row to 4 bits with a step of its own.
+
+    The weight furthest from zero becomes -8, the end that reaches further (as in ggml's q4_0); the step is then the
+    least-squares fit to the integers.
+
+    Returns:
+        int8 [out, in], -8 to 7, and the steps: float32 [out, in / block].
+    """
+    out, n_in = tensor.shape
+    quantised = np.empty((out, n_in), np.int8)
+    scales = np.empty((out, n_in // block), np.float32)
+    for i in range(0, out, ROWS):
+        blocks = float_rows(tensor, i, i + ROWS).reshape(-1, n_in // block, block)
+        furthest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
+        step = furthest / np.float32(-8)
+        step[step == 0] = TINY
+        steps = np.clip(np.rint(blocks / step), -8, 7)
+        weight = np.maximum((steps * steps).sum(-1, keepdims=True), TINY)
+        scales[i : i + ROWS] = ((blocks * steps).sum(-1, keepdims=True) / weight)[..., 0]
+        quantised[i : i + ROWS] = steps.reshape(-1, n_in)
+    return quantised, scales
+
+
+def pack_int4(quantised: np.ndarray, offset: int) -> np.ndarray:
+    """Put two integers in a byte, the first in the low half: uint8 [out, in / 2] of (values + offset) modulo 16."""
+    nibbles = (quantised + np.int8(offset)).view(np.uint8) & 0xF
+    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)

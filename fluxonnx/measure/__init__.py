@@ -1,0 +1,1 @@
+"""What a build costs: seconds and memory (`speed`), and the loss of quality against the checkpoint (`quality`)."""

@@ -1,0 +1,59 @@
+"""How graphs are run, and the seam at which another engine can take onnxruntime's place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from fluxonnx.checkpoint.manifest import Build
+from fluxonnx.errors import UsageError
+from fluxonnx.machine import available_memory
+from fluxonnx.runtime.events import Watch
+from fluxonnx.runtime.providers import CPU, check_provider
+
+
+class Runner(Protocol):
+    """A loaded graph."""
+
+    def run(self, **inputs: np.ndarray) -> list[np.ndarray]:
+        """Run the graph; the outputs belong to the caller."""
+
+    def close(self) -> None:
+        """Free the memory of the graph."""
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """How graphs are run.
+
+    Attributes:
+        threads: Threads per operator; None for one per core.
+        low_memory: One picture is made at a time, and large ones are encoded and decoded in tiles.
+        provider: The execution provider, see `providers`.
+        profile: Whether sessions run under onnxruntime's profiler; each emits `OperatorsTimed` when it is closed.
+        watch: Called with every event.
+        engine: Loads graphs; None for onnxruntime.
+        free_memory: Returns how many bytes of memory are free.
+    """
+
+    threads: int | None = None
+    low_memory: bool = False
+    provider: str = CPU
+    profile: bool = False
+    watch: Watch | None = None
+    engine: Engine | None = None
+    free_memory: Callable[[], int] = available_memory
+
+    def __post_init__(self) -> None:
+        """Validate the options; raises UsageError."""
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"threads is {self.threads}, but must be at least 1")
+        check_provider(self.provider)
+
+
+# engine(graph, component, build, options) -> the graph, loaded
+Engine = Callable[[Path, str, Build, SessionOptions], Runner]

@@ -1,0 +1,86 @@
+"""Self-contained copies: whole, resumable, and never over another model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import fluxonnx
+from fluxonnx.errors import CheckpointError, ExportError
+from fluxonnx.export import export
+from tests.support import Case
+
+pytestmark = pytest.mark.slow
+
+CASE = Case("one-double-three-single", shards=3)
+
+
+def files(root: Path) -> set[str]:
+    return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+
+
+def test_self_contained_copy(checkpoints, tmp_path):
+    """-o depends on nothing: it makes the same picture after the source is gone."""
+    source = shutil.copytree(checkpoints.get(CASE), tmp_path / "source")
+    export(source, tmp_path / "copy")
+    with fluxonnx.load(source) as flux:
+        expected = flux.generate("x", 64, 64, seed=1)
+    shutil.rmtree(source)
+    with fluxonnx.load(tmp_path / "copy") as flux:
+        assert flux.generate("x", 64, 64, seed=1).tobytes() == expected.tobytes()
+
+
+def hub_cache(source: Path, root: Path) -> Path:
+    """Lay a checkpoint out as huggingface_hub caches it: a snapshot of links to blobs."""
+    blobs = root / "blobs"
+    blobs.mkdir(parents=True)
+    for i, file in enumerate(path for path in source.rglob("*") if path.is_file()):
+        link = root / "snapshots" / "0123abc" / file.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, blobs / str(i))
+        link.symlink_to(blobs / str(i))
+    return root / "snapshots" / "0123abc"
+
+
+def test_links_are_refused_with_the_cure(checkpoints, tmp_path):
+    snapshot = hub_cache(checkpoints.get(CASE), tmp_path / "models--a--b")
+    with pytest.raises(CheckpointError, match=r"symbolic link.*-o DIR"):
+        export(snapshot)
+    export(snapshot, tmp_path / "copy")
+    assert not any(path.is_symlink() for path in (tmp_path / "copy").rglob("*"))
+    with fluxonnx.load(tmp_path / "copy") as flux:
+        flux.generate("x", 64, 64, steps=1)
+
+
+def test_hard_links_are_refused_with_the_cure(checkpoints, tmp_path):
+    root = Path(shutil.copytree(checkpoints.get(CASE), tmp_path / "model", copy_function=os.link))
+    with pytest.raises(CheckpointError, match=r"hard links.*-o DIR"):
+        export(root)
+    export(root, precision="int8")
+    export(root, tmp_path / "copy")
+
+
+def test_copy_never_overwrites_another_model(checkpoints, tmp_path):
+    other = shutil.copytree(checkpoints.get(Case("odd-heads")), tmp_path / "other")
+    before = {name: (other / name).read_bytes() for name in files(other)}
+    with pytest.raises(ExportError, match="exists and differs from"):
+        export(checkpoints.get(CASE), other)
+    assert {name: (other / name).read_bytes() for name in files(other)} == before
+
+
+def test_copy_goes_on_where_it_was_stopped(checkpoints, tmp_path):
+    """Files that are there already are not copied again."""
+    export(checkpoints.get(CASE), tmp_path / "copy", components=["conditioning"])
+    (tmp_path / "copy" / "vae" / "config.json").unlink()
+    stamp = (tmp_path / "copy" / "model_index.json").stat().st_mtime_ns
+    export(checkpoints.get(CASE), tmp_path / "copy")
+    assert (tmp_path / "copy" / "vae" / "config.json").exists()
+    assert (tmp_path / "copy" / "model_index.json").stat().st_mtime_ns == stamp
+
+
+def test_output_whose_parent_does_not_exist(checkpoints, tmp_path):
+    with pytest.raises(ExportError, match="does not exist"):
+        export(checkpoints.get(CASE), tmp_path / "a" / "b")

@@ -1,0 +1,44 @@
+"""Estimates of memory against the measurements that they were made from, and the decisions that follow from them."""
+
+from __future__ import annotations
+
+import pytest
+
+from fluxonnx.runtime.memory import (
+    BYTES_PER_TOKEN_AND_WIDTH,
+    INT8_SHARE,
+    MOST_AT_ONCE,
+    SMALL,
+    WORKING_MEMORY,
+    batch_size,
+    fits,
+    int8_bytes,
+    whole_bytes,
+)
+
+
+@pytest.mark.parametrize(("side", "measured"), [(512, 1.7e9), (1024, 4.7e9)])
+def test_whole_pictures(side, measured):
+    """The decoder of the 4B model, whose widest layer at full resolution has 256 channels."""
+    assert whole_bytes(side * side, 256) == pytest.approx(measured, rel=0.15)
+
+
+def test_batches_take_half_of_the_memory():
+    tokens, width = 512 + 1024, 3072
+    each = tokens * width * BYTES_PER_TOKEN_AND_WIDTH
+    assert [batch_size(tokens, width, free) for free in (0, 2 * each - 1, 2 * each, 6 * each)] == [1, 1, 1, 3]
+    assert batch_size(tokens, width, 1 << 50) == MOST_AT_ONCE
+    assert batch_size(2 * tokens, width, 12 * each) == 3
+
+
+def test_files_fit_up_to_the_last_byte():
+    assert fits(1000, 1000)
+    assert not fits(1001, 1000)
+
+
+def test_int8():
+    """The 4B transformer's 7.75 GB in bf16 become 4.1 GB, as the files of an exported build do."""
+    assert int8_bytes(0) == WORKING_MEMORY
+    assert int8_bytes(7_750_000_000) - WORKING_MEMORY == pytest.approx(4.13e9, rel=0.05)
+    assert SMALL < int8_bytes(0) < int8_bytes(int(SMALL))
+    assert 0.5 < INT8_SHARE < 1
