@@ -1,4 +1,4 @@
-"""What FLUX.2-klein is, for exporter and runtime alike: parts, sizes, graph inputs and outputs, prompt and token order.
+"""What FLUX.2-klein is, for exporter and runtime: parts, sizes, inputs and outputs of graphs, prompt and token order.
 
 Source unless stated otherwise: diffusers, pipelines/flux2/pipeline_flux2_klein.py.
 """
