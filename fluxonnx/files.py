@@ -63,7 +63,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         try:
-            os.rename(temporary, path)
+            temporary.rename(path)
         except OSError:
             if not path.is_dir():
                 raise
