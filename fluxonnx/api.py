@@ -297,7 +297,7 @@ def _export(root: Path, manifest: Manifest, precision: str, flavour: str, compon
 
     stale = manifest.builds.get(build_name(precision, flavour))
     if stale is None:
-        export(root, precision=precision, flavour=flavour, components=components)
+        export(root, precision=precision, flavour=flavour, components=components, renew=True)
         return
     settings = stale.parsed_settings
     export(

@@ -158,7 +158,12 @@ def read_manifest(root: Path) -> Manifest | None:
     path = root / FILE_NAME
     if not path.exists():
         return None
-    values = read_json(path)
+    try:
+        values = read_json(path)
+    except CheckpointError as error:
+        # what it says of a checkpoint's own files, which can't be made again
+        reason = str(error).removesuffix(": download it again")
+        raise CheckpointError(f"{reason}: export again with --force") from None
     version = values.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(

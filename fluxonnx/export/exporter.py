@@ -154,11 +154,12 @@ def _export_components(
     manifest.architecture = sizes.to_json()
     precision, flavour = target.precision.name, target.flavour
     name = build_name(precision, flavour)
-    build = manifest.builds.get(name)
+    build = recorded = manifest.builds.get(name)
     settings, replaced = target.precision.settings(), _transformer(checkpoint)
     if build is None or (build.opset, _without_transformer(build.settings)) != (target.opset, settings):
         # Graphs of another opset or other settings are never mixed into one build.
         build = manifest.builds[name] = Build(precision, flavour, target.opset, settings)
+    withdrawn = recorded is not None and recorded is not build
 
     current = {} if force else {key: c for key, c in build.components.items() if _is_current(root, checkpoint, c)}
     if build.settings.get("transformer") != replaced.get("transformer"):
@@ -166,10 +167,10 @@ def _export_components(
     pending = [component for component in names if component not in current]
     # Whatever can be wrong with the checkpoint is found before anything is written.
     graphs = {component: _build_graph(checkpoint, root, component, sizes, target) for component in pending}
-    if not force and not renew:
-        for component in pending:
+    for component in pending:
+        if not force and not (renew and recorded and component in recorded.components):
             metadata = _metadata(checkpoint, component, target, sizes)
-            _refuse_foreign(root / graph_file(component, precision, flavour), metadata)
+            _refuse_foreign(root / graph_file(component, precision, flavour), metadata, renew)
     known = set() if force else _known_files(root, checkpoint, manifest)
     reports = []
     for component in names:
@@ -179,9 +180,10 @@ def _export_components(
             reports.append(Report(component, file, found.nodes, found.parameters, 0, None))
             continue
         start = time.perf_counter()
-        _withdraw(build, component, replaced)
-        manifest.save(root)
         say(component, 0, 0)
+        if _withdraw(build, component, replaced) or withdrawn:
+            manifest.save(root)
+            withdrawn = False
         done = _write_component(checkpoint, root, component, graphs.pop(component), sizes, target, known, force, say)
         build.components[component] = done
         if component == "transformer":
@@ -214,11 +216,12 @@ def _known_files(root: Path, checkpoint: Checkpoint, manifest: Manifest) -> set[
     }
 
 
-def _withdraw(build: Build, component: str, replaced: dict[str, str]) -> None:
-    """Note in the manifest that a graph can't be used, before its files are touched: they may stay half exchanged.
+def _withdraw(build: Build, component: str, replaced: dict[str, str]) -> bool:
+    """Note that a graph can't be used, before its files are touched: they may stay half exchanged.
 
     An entry of the same weights keeps what it was made from, for the export that goes on with it. One of other weights
-    is forgotten: whoever interrupts an export from another file does not ask for that file any more.
+    is forgotten: whoever interrupts an export from another file does not ask for that file any more. Returns whether
+    there was an entry.
     """
     known = build.components.get(component)
     if component == "transformer" and build.settings.get("transformer") != replaced.get("transformer"):
@@ -226,6 +229,7 @@ def _withdraw(build: Build, component: str, replaced: dict[str, str]) -> None:
         build.settings = _without_transformer(build.settings)
     elif known is not None:
         build.components[component] = replace(known, unfinished=True)
+    return known is not None
 
 
 def _remove_leftovers(root: Path) -> None:
@@ -261,8 +265,8 @@ def _read_manifest(root: Path, force: bool) -> Manifest:
         return manifest
 
 
-def _refuse_foreign(path: Path, metadata: dict[str, str]) -> None:
-    """Refuse to overwrite a graph, unless it is ours with the same settings (of a killed export, say)."""
+def _refuse_foreign(path: Path, metadata: dict[str, str], renew: bool) -> None:
+    """Refuse to overwrite a graph, unless it is ours with the same settings (of a killed export, say) or to renew."""
     if not path.exists():
         return
     try:
@@ -270,6 +274,8 @@ def _refuse_foreign(path: Path, metadata: dict[str, str]) -> None:
     except Exception:  # whatever it is, it is not ours
         raise ExportError(f"{path} exists and is not a graph: move it away, or overwrite it with --force") from None
     found = {prop.key: prop.value for prop in model.metadata_props}
+    if renew and found.get("producer") == metadata["producer"]:
+        return
     if {**found, "version": ""} != {**metadata, "version": ""}:
         raise ExportError(
             f"{path} exists and was made from another checkpoint or with other settings: overwrite it with --force"
