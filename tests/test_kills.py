@@ -92,7 +92,7 @@ def test_export_in_place(checkpoints, tmp_path):
         assert leftovers(root) == []
 
 
-@pytest.mark.parametrize(("precision", "change"), [("int8", "rotate=True"), ("int4", "block=64")])
+@pytest.mark.parametrize(("precision", "change"), [("int8", "keep='ff'"), ("int4", "block=64")])
 def test_export_with_other_settings(checkpoints, tmp_path, precision, change):
     """The picture is that of the settings in the manifest, never of one's graph and the other's weights."""
     before = Path(shutil.copytree(checkpoints.get(CASE), tmp_path / "before"))
