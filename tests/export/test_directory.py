@@ -202,7 +202,7 @@ def test_component_folder_that_is_a_link(copy, tmp_path):
     (copy / "transformer").rename(tmp_path / "elsewhere")
     (copy / "transformer").symlink_to(tmp_path / "elsewhere")
     for precision in ("bf16", "int8"):
-        with pytest.raises(CheckpointError, match="transformer is a symbolic link.*-o DIR"):
+        with pytest.raises(CheckpointError, match=r"transformer is a symbolic link.*-o DIR"):
             export(copy, precision=precision)
         assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"config.json", Path(WEIGHTS).name}
         export(copy, tmp_path / precision, precision=precision)
@@ -217,7 +217,7 @@ def test_names_that_are_not_text(copy, tmp_path):
     except OSError:
         pytest.skip("the file system has no such names")
     for call in (export, fluxonnx.load, lambda path: export(copy, path)):
-        with pytest.raises(CheckpointError, match="not UTF-8.*rename the folder"):
+        with pytest.raises(CheckpointError, match=r"not UTF-8.*rename the folder"):
             call(other)
     file = tmp_path / os.fsdecode(b"weights\xff.safetensors")
     shutil.copy(copy / WEIGHTS, file)
