@@ -152,25 +152,26 @@ def load(
     options = SessionOptions(
         threads=threads, low_memory=low_memory, provider=provider or CPU, watch=watch, profile=profile, engine=engine
     )
-    checkpoint = open_checkpoint(find_model(path))
-    require_text(checkpoint.root)
-    if precision is None or precision == AUTO:
-        build = _only_build(checkpoint, flavour, traits(options.provider).flavour)
-        if build:
-            precision, flavour = build.precision, build.flavour
-        elif precision == AUTO:
-            choice = choose(checkpoint, provider)
-            precision, options = choice.precision, replace(options, provider=choice.provider)
-            if on_choice:
-                on_choice(choice)
-    precision = precision or default_precision(checkpoint, options.provider)
-    flavour = flavour or traits(options.provider).flavour
+    model = find_model(path)
     try:
+        checkpoint = open_checkpoint(model)
+        require_text(checkpoint.root)
+        if precision is None or precision == AUTO:
+            build = _only_build(checkpoint, flavour, traits(options.provider).flavour)
+            if build:
+                precision, flavour = build.precision, build.flavour
+            elif precision == AUTO:
+                choice = choose(checkpoint, provider)
+                precision, options = choice.precision, replace(options, provider=choice.provider)
+                if on_choice:
+                    on_choice(choice)
+        precision = precision or default_precision(checkpoint, options.provider)
+        flavour = flavour or traits(options.provider).flavour
         manifest = _up_to_date(checkpoint, precision, flavour, on_export)
         cache = Path(cache_dir) if cache_dir else None
         return Flux(checkpoint, manifest, manifest.builds[build_name(precision, flavour)], options, cache)
     except OSError as error:
-        raise CheckpointError(f"{error.filename or checkpoint.root} can't be read: {error.strerror or error}") from None
+        raise CheckpointError(f"{error.filename or model} can't be read: {error.strerror or error}") from None
 
 
 def _up_to_date(

@@ -161,7 +161,8 @@ def _export_components(
         build = manifest.builds[name] = Build(precision, flavour, target.opset, settings)
     withdrawn = recorded is not None and recorded is not build
 
-    current = {} if force else {key: c for key, c in build.components.items() if _is_current(root, checkpoint, c)}
+    usable = {} if force else build.components
+    current = {key: c for key, c in usable.items() if _is_current(root, checkpoint, c, manifest)}
     if build.settings.get("transformer") != replaced.get("transformer"):
         current.pop("transformer", None)
     pending = [component for component in names if component not in current]
@@ -201,8 +202,9 @@ def _without_transformer(settings: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in settings.items() if key != "transformer"}
 
 
-def _is_current(root: Path, checkpoint: Checkpoint, component: Component) -> bool:
-    return is_current(root, component, GRAPH_FORMAT) and are_as_recorded(checkpoint.root, component)
+def _is_current(root: Path, checkpoint: Checkpoint, component: Component, manifest: Manifest) -> bool:
+    current = is_current(root, component, GRAPH_FORMAT, manifest.text_encoder_out_layers)
+    return current and are_as_recorded(checkpoint.root, component)
 
 
 def _known_files(root: Path, checkpoint: Checkpoint, manifest: Manifest) -> set[str]:
@@ -211,7 +213,7 @@ def _known_files(root: Path, checkpoint: Checkpoint, manifest: Manifest) -> set[
         name
         for build in manifest.builds.values()
         for component in build.components.values()
-        if component.files and _is_current(root, checkpoint, component)
+        if component.files and _is_current(root, checkpoint, component, manifest)
         for name in component.weights
     }
 
