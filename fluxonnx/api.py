@@ -17,14 +17,16 @@ from fluxonnx.checkpoint.manifest import (
     DEFAULT_PRECISION,
     Build,
     Component,
+    Manifest,
     build_name,
+    changed_config,
+    fault,
     is_current,
-    is_usable,
     read_manifest,
 )
 from fluxonnx.contract import COMPONENTS, GRAPH_FORMAT, OLDEST_RUNNABLE_FORMAT, open_checkpoint
-from fluxonnx.errors import CheckpointError
-from fluxonnx.files import atomic_write, describe_os_error
+from fluxonnx.errors import CheckpointError, ExportError
+from fluxonnx.files import atomic_folder, describe_os_error, exclusive, require_text
 from fluxonnx.runtime.engine import Engine, SessionOptions
 from fluxonnx.runtime.events import Watch
 from fluxonnx.runtime.providers import CPU, traits
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 
 DEMO_MODEL = "tiny-klein"
 AUTO = "auto"
+
+# Exports in a row after which a build should be up to date: one more than with the settings of another machine.
+MOST_EXPORTS = 3
 
 
 def find_model(path: str | Path | None = None) -> Path:
@@ -54,19 +59,42 @@ def find_model(path: str | Path | None = None) -> Path:
     bundled = next((p for p in (package / "models", package.parent / "models") if (p / DEMO_MODEL).is_dir()), None)
     if bundled is None:
         raise CheckpointError("no model: pass a directory with -d, or set FLUXONNX_MODEL (see models/README.md)")
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     bundled /= DEMO_MODEL
     # The digest tells models apart that were trained under the same version.
-    copy = caches / "fluxonnx" / f"{__version__}-{_digest(bundled)}" / DEMO_MODEL
+    copy = _caches() / "fluxonnx" / f"{__version__}-{_digest(bundled)}" / DEMO_MODEL
     try:
         if not copy.is_dir():
             copy.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(copy) as temporary:
-                shutil.copytree(bundled, temporary, ignore=shutil.ignore_patterns("training", "*.png", "*.onnx"))
-    except OSError as error:
+            with exclusive(copy.parent):
+                if not copy.is_dir():
+                    _copy_demo(bundled, copy)
+    except (OSError, shutil.Error) as error:
         cure = "set XDG_CACHE_HOME, or pass a model directory with -d"
-        raise CheckpointError(describe_os_error(error, copy, cure)) from None
+        reason = error if isinstance(error, OSError) and error.errno else OSError("a file can't be copied")
+        raise CheckpointError(describe_os_error(reason, copy, cure)) from None
     return copy
+
+
+def _copy_demo(bundled: Path, copy: Path) -> None:
+    left_out = shutil.ignore_patterns("training", "*.png", "*.onnx")
+    with atomic_folder(copy) as temporary:
+        shutil.copytree(bundled, temporary, ignore=left_out, dirs_exist_ok=True)
+
+
+def _caches() -> Path:
+    """Return the user's folder for caches.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if found := os.environ.get("XDG_CACHE_HOME"):
+        return Path(found)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        raise CheckpointError(
+            "no home directory for the copy of the demo model: set HOME or XDG_CACHE_HOME, or pass a model with -d"
+        ) from None
 
 
 def _digest(model: Path) -> str:
@@ -124,30 +152,47 @@ def load(
     options = SessionOptions(
         threads=threads, low_memory=low_memory, provider=provider or CPU, watch=watch, profile=profile, engine=engine
     )
-    checkpoint = open_checkpoint(find_model(path))
-    if precision is None or precision == AUTO:
-        build = _only_build(checkpoint, flavour, traits(options.provider).flavour)
-        if build:
-            precision, flavour = build.precision, build.flavour
-        elif precision == AUTO:
-            choice = choose(checkpoint, provider)
-            precision, options = choice.precision, replace(options, provider=choice.provider)
-            if on_choice:
-                on_choice(choice)
-    precision = precision or default_precision(checkpoint, options.provider)
-    flavour = flavour or traits(options.provider).flavour
-    name = build_name(precision, flavour)
-    missing = _to_export(checkpoint, name)
-    if missing and on_export:
-        on_export(checkpoint.root)
-    while missing:
-        _export(checkpoint.root, precision, flavour, missing)
-        # Some settings depend on the machine: on another one the build starts anew.
-        missing = _to_export(checkpoint, name)
-    manifest = read_manifest(checkpoint.root)
-    assert manifest is not None
-    cache = Path(cache_dir) if cache_dir else None
-    return Flux(checkpoint, manifest, manifest.builds[name], options, cache)
+    model = find_model(path)
+    try:
+        checkpoint = open_checkpoint(model)
+        require_text(checkpoint.root)
+        if precision is None or precision == AUTO:
+            build = _only_build(checkpoint, flavour, traits(options.provider).flavour)
+            if build:
+                precision, flavour = build.precision, build.flavour
+            elif precision == AUTO:
+                choice = choose(checkpoint, provider)
+                precision, options = choice.precision, replace(options, provider=choice.provider)
+                if on_choice:
+                    on_choice(choice)
+        precision = precision or default_precision(checkpoint, options.provider)
+        flavour = flavour or traits(options.provider).flavour
+        manifest = _up_to_date(checkpoint, precision, flavour, on_export)
+        cache = Path(cache_dir) if cache_dir else None
+        return Flux(checkpoint, manifest, manifest.builds[build_name(precision, flavour)], options, cache)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or model} can't be read: {error.strerror or error}") from None
+
+
+def _up_to_date(
+    checkpoint: Checkpoint, precision: str, flavour: str, on_export: Callable[[Path], None] | None
+) -> Manifest:
+    """Return the manifest with a build in which nothing is missing or out of date, after exporting that."""
+    name, root = build_name(precision, flavour), checkpoint.root
+    manifest, missing = _to_export(checkpoint, name)
+    if not missing:
+        return manifest
+    if on_export:
+        on_export(root)
+    with exclusive(root):
+        # Another process may have exported it meanwhile. Some settings depend on the machine: on another one the build
+        # starts anew.
+        for _ in range(MOST_EXPORTS):
+            manifest, missing = _to_export(checkpoint, name)
+            if not missing:
+                return manifest
+            _export(root, manifest, precision, flavour, missing)
+    raise ExportError(f"the files of {root} change while they are exported: close what writes them, and run it again")
 
 
 def default_precision(checkpoint: Checkpoint, provider: str = CPU) -> str:
@@ -161,25 +206,28 @@ def default_precision(checkpoint: Checkpoint, provider: str = CPU) -> str:
 
 
 def _only_build(checkpoint: Checkpoint, flavour: str | None, preferred: str) -> Build | None:
-    """Return a usable build of a directory that has no other weights: of the flavour, or any if that is None."""
+    """Return the build of a directory that has no other weights: of the flavour, or any if that is None.
+
+    One that can be run is preferred; of another one, opening it says what is wrong.
+    """
     manifest = read_manifest(checkpoint.root)
     if manifest is None or checkpoint.has_weights("transformer"):
         return None
+    root, layers = checkpoint.root, manifest.text_encoder_out_layers
+    damaged = None
     for build in sorted(manifest.builds.values(), key=lambda build: build.flavour != preferred):
-        if flavour in (None, build.flavour) and all(
-            name in build.components and _runs(checkpoint.root, build.components[name]) for name in COMPONENTS
-        ):
-            return build
-    return None
+        if flavour in (None, build.flavour):
+            if not any(_unusable(root, build.components.get(part), part, layers) for part in COMPONENTS):
+                return build
+            if build.components and all(component.self_contained for component in build.components.values()):
+                damaged = damaged or build
+    return damaged
 
 
-def _runs(root: Path, component: Component) -> bool:
-    """Whether a graph can be run as it is, current or not."""
-    return component.graph_format >= OLDEST_RUNNABLE_FORMAT and is_usable(root, component)
+def _to_export(checkpoint: Checkpoint, name: str) -> tuple[Manifest, list[str]]:
+    """Return the manifest, and the components of a build that have to be exported.
 
-
-def _to_export(checkpoint: Checkpoint, name: str) -> list[str]:
-    """Return the components of a build that have to be exported: missing, of other weights, or of an older format.
+    They are missing or damaged, of other weights or configs, or of an older format.
 
     A self-contained build of an older format stays in use where it can't be exported again.
 
@@ -187,21 +235,33 @@ def _to_export(checkpoint: Checkpoint, name: str) -> list[str]:
         CheckpointError: A component has to be exported, but what it is made from is not here.
     """
     root = checkpoint.root
-    manifest = read_manifest(root)
-    build = manifest.builds.get(name) if manifest else None
+    manifest = read_manifest(root) or Manifest()
+    build = manifest.builds.get(name)
     known = build.components if build else {}
-    stale = [part for part in COMPONENTS if part not in known or not is_current(root, known[part], GRAPH_FORMAT)]
+    layers = manifest.text_encoder_out_layers
+    stale = [p for p in COMPONENTS if p not in known or not is_current(root, known[p], GRAPH_FORMAT, layers)]
     if build is None:
-        return stale
+        return manifest, stale
     reasons = {part: reason for part in stale if (reason := _not_exportable(checkpoint, build, part))}
-    unusable = [part for part in stale if part not in known or not _runs(root, known[part])]
+    unusable = {part: why for part in stale if (why := _unusable(root, known.get(part), part, layers))}
     if reasons and not unusable:
-        return []  # never a part of it: a build has one format, and one set of settings
+        return manifest, []  # never a part of it: a build has one format, and one set of settings
     for part, reason in reasons.items():
         if part in unusable:
-            state = "is out of date" if part in known else f"has no {part} graph"
-            raise CheckpointError(f"the {name} build of {root} {state}, and {reason}: {_cure(root, build)}")
-    return stale
+            raise CheckpointError(f"the {name} build of {root} {unusable[part]}, and {reason}: {_cure(root, build)}")
+    return manifest, stale
+
+
+def _unusable(root: Path, component: Component | None, part: str, out_layers: list[int] | None) -> str | None:
+    """Return why a graph can't be run as it is, current or not; None if it can."""
+    if component is None:
+        return f"has no {part} graph"
+    if component.graph_format < OLDEST_RUNNABLE_FORMAT:
+        return "is of a format that can't be run any more"
+    if found := fault(root, component):
+        return f"is not whole ({found})"
+    config = changed_config(root, component, out_layers)
+    return f"is out of date ({config} has changed)" if config else None
 
 
 def _cure(root: Path, build: Build) -> str:
@@ -215,7 +275,9 @@ def _cure(root: Path, build: Build) -> str:
 
 def _not_exportable(checkpoint: Checkpoint, build: Build, part: str) -> str | None:
     """Return why a component can't be exported here; None if it can."""
-    folder, replaced = COMPONENTS[part], build.parsed_settings.transformer
+    folder = COMPONENTS[part]
+    # without the graph, the setting is of an export that never ended
+    replaced = build.parsed_settings.transformer if "transformer" in build.components else None
     if part == "transformer" and replaced:
         return None if _replacement(checkpoint.root, build) else f"{replaced}, which it was made from, is gone"
     if part == "conditioning" or checkpoint.has_weights(folder):
@@ -230,14 +292,13 @@ def _replacement(root: Path, build: Build) -> Path | None:
     return next((root / source for source in sources if Path(source).name == name and (root / source).is_file()), None)
 
 
-def _export(root: Path, precision: str, flavour: str, components: list[str]) -> None:
+def _export(root: Path, manifest: Manifest, precision: str, flavour: str, components: list[str]) -> None:
     """Export the components that a build lacks, with the settings of the build."""
     from fluxonnx.export import export
 
-    manifest = read_manifest(root)
-    stale = manifest.builds.get(build_name(precision, flavour)) if manifest else None
+    stale = manifest.builds.get(build_name(precision, flavour))
     if stale is None:
-        export(root, precision=precision, flavour=flavour, components=components)
+        export(root, precision=precision, flavour=flavour, components=components, renew=True)
         return
     settings = stale.parsed_settings
     export(
@@ -250,5 +311,5 @@ def _export(root: Path, precision: str, flavour: str, components: list[str]) -> 
         rotate=settings.rotate,
         transformer=_replacement(root, stale),
         # A stale graph is derived from other files: overwriting it loses nothing.
-        force=True,
+        renew=True,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,7 +10,9 @@ import sys
 
 import pytest
 
-from fluxonnx.files import atomic_write
+from fluxonnx.files import atomic_folder, atomic_write, exclusive, probe, resumable_write
+
+posix = pytest.mark.skipif(os.name != "posix", reason="locks and signals are others elsewhere")
 
 
 def test_success_replaces(tmp_path):
@@ -32,7 +35,7 @@ def test_failure_keeps_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="processes are killed otherwise elsewhere")
+@posix
 def test_what_a_killed_process_left_is_swept(tmp_path):
     path = tmp_path / "a[1].bin"
     code = (
@@ -45,4 +48,116 @@ def test_what_a_killed_process_left_is_swept(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
     with atomic_write(path) as temporary:
         temporary.write_text("whole")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_being_written_is_not_swept(tmp_path):
+    """Whatever process number the writer has: in another container it may be that of nobody here."""
+    path = tmp_path / "a"
+    with atomic_write(path) as first:
+        first.write_text("first")
+        with atomic_write(path) as second:
+            second.write_text("second")
+        assert first.read_text() == "first"
+    assert path.read_text() == "first"
+
+
+@posix
+def test_leftover_of_a_process_with_the_same_number_is_swept(tmp_path):
+    """In a container that is always 1."""
+    leftover = tmp_path / f".a.{os.getpid()}.0123abcd.tmp"
+    leftover.write_text("of a process that was killed")
+    folder = tmp_path / f".a.{os.getpid()}.4567abcd.tmp"
+    (folder / "inside").mkdir(parents=True)
+    with atomic_write(tmp_path / "a"):
+        pass
+    assert [item.name for item in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["n" * 244, "猫" * 80 + ".png", "n" * 255])
+def test_long_names(tmp_path, name):
+    path = tmp_path / name
+    with atomic_write(path) as temporary:
+        temporary.write_text("x")
+    probe(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture(params=["ENOTSUP", "ENOLCK", "ENOSYS"])
+def no_locks(request, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_):
+        raise OSError(getattr(errno, request.param), "synthetic")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def test_file_systems_without_locks(no_locks, tmp_path):
+    """They are no other process: everything goes on, but what may be another's file is left for a day."""
+    path, header = tmp_path / "a", b"header"
+    young, old = tmp_path / ".a.1.tmp", tmp_path / ".a.2.tmp"
+    for leftover in (young, old):
+        leftover.touch()
+    os.utime(old, (0, 0))
+    with exclusive(tmp_path), exclusive(tmp_path), resumable_write(path, header) as file:
+        file.write(b"data")
+    assert path.read_bytes() == b"headerdata"
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new"
+    assert sorted(tmp_path.iterdir()) == [young, path]
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from fluxonnx.files import exclusive
+with exclusive(Path(sys.argv[1])):
+    print("in", flush=True)
+    sys.stdin.read()
+    (Path(sys.argv[1]) / "done").touch()
+"""
+
+
+@posix
+def test_others_are_waited_for(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"in\n"
+        with exclusive(tmp_path, on_wait=other.stdin.close):
+            assert (tmp_path / "done").exists()
+    assert [item.name for item in tmp_path.iterdir()] == ["done"]
+
+
+@posix
+def test_killed_holder_is_not_waited_for(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        other.kill()
+    waited = []
+    with exclusive(tmp_path, on_wait=lambda: waited.append(1)):
+        assert not waited
+    assert [item.name for item in tmp_path.iterdir()] == []
+
+
+@posix
+def test_who_has_a_file_open_keeps_it(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(b"headerold")
+    with path.open("rb") as mapped:
+        with resumable_write(path, b"header", resume=False) as file:
+            file.write(b"new")
+        assert mapped.read() == b"headerold"
+    assert path.read_bytes() == b"headernew"
+
+
+def test_folder_that_another_process_made(tmp_path):
+    path = tmp_path / "model"
+    with atomic_folder(path) as temporary:
+        (temporary / "mine").touch()
+        path.mkdir()
+        (path / "theirs").touch()
+    assert [file.name for file in path.iterdir()] == ["theirs"]
     assert list(tmp_path.iterdir()) == [path]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
 import pytest
 
 import fluxonnx
+from fluxonnx.checkpoint.digests import WHOLE, content_digest
 from fluxonnx.checkpoint.manifest import FILE_NAME, is_current, read_manifest
+from fluxonnx.checkpoint.safetensors import fingerprint
 from fluxonnx.contract import COMPONENTS, GRAPH_FORMAT, Architecture, open_checkpoint
 from fluxonnx.errors import CheckpointError
 from fluxonnx.export import export
@@ -84,3 +87,59 @@ def test_damaged_architecture_is_named(exported, value):
     manifest.architecture["transformer"]["heads"] = value
     with pytest.raises(CheckpointError, match=r'fluxonnx\.json has no usable "architecture" \(heads.*--force'):
         Architecture.from_json(manifest.architecture, exported / FILE_NAME)
+
+
+NASTY = [None, 5, -1.5, True, "text", [], {}, [[]], {"a": []}, "\0", "\ud800"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", NASTY, ids=repr)
+def test_types_of_all_fields_are_checked(exported, value):
+    """Whatever is in a field, the manifest is read or refused in one line."""
+    text = (exported / FILE_NAME).read_text()
+
+    def places(values: object) -> list[tuple]:
+        items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+        return [(key, *rest) for key, item in items for rest in ((), *places(item)) if key != "architecture"]
+
+    seen = set()
+    for place in places(json.loads(text)):
+        kind = tuple("*" if isinstance(key, int) or key in COMPONENTS else key for key in place)
+        if kind in seen:
+            continue
+        seen.add(kind)
+        values = json.loads(text)
+        inside = values
+        for key in place[:-1]:
+            inside = inside[key]
+        inside[place[-1]] = value
+        (exported / FILE_NAME).write_text(json.dumps(values))
+        with suppress(CheckpointError):
+            read_manifest(exported)
+
+
+def test_fields_of_later_versions_are_left_out(exported):
+    change(exported, lambda component: component.update(later="x"))
+    assert current(exported) == list(COMPONENTS)
+
+
+def test_manifests_without_digests(exported):
+    """Those of the last version: their files are taken for what they are."""
+
+    def as_before(component: dict) -> None:
+        del component["files"], component["configs"], component["out_layers"], component["unfinished"]
+        component["sources"] = {name: fingerprint(exported / name) for name in component["sources"]}
+
+    change(exported, as_before)
+    assert current(exported) == list(COMPONENTS)
+
+
+def test_digest_of_a_large_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(8) + bytes(WHOLE))
+    before = content_digest(path)
+    with path.open("r+b") as file:
+        file.seek(WHOLE // 2)
+        file.write(b"x" * (WHOLE // 256))
+    assert before.startswith("samples:")
+    assert content_digest(path) != before

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+import os
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fluxonnx.checkpoint.config import read_json
+from fluxonnx.checkpoint.digests import config_digest, content_digest
 from fluxonnx.checkpoint.safetensors import fingerprint
 from fluxonnx.errors import CheckpointError
 from fluxonnx.files import atomic_write
@@ -46,7 +50,8 @@ class Component:
     Attributes:
         graph: Its file.
         exporter_version: The version of fluxonnx that wrote it.
-        sources: Fingerprints of the weight files that it was made from and may depend on.
+        sources: `content_digest` of the weight files that it was made from and may depend on; those of a checkpoint
+            elsewhere are relative to that.
         weights: The weight files of the build that it uses.
         nodes: Number of nodes.
         parameters: Number of parameters.
@@ -54,6 +59,10 @@ class Component:
         self_contained: Whether it needs no weights but those of the build.
         graph_format: `contract.GRAPH_FORMAT` of the exporter; 0 where it is not known.
         exporter_digest: `exporter_digest` of the exporter; "" where it is not known.
+        files: `content_digest` of the graph and of each of `weights`; none in manifests of older versions.
+        configs: `config_digest` of the config files that it was made from; none in manifests of older versions.
+        out_layers: Of the text encoder: the hidden states in prompt_embeds.
+        unfinished: Whether it is being exported again, or was when that was interrupted; then it can't be used.
     """
 
     graph: str
@@ -66,6 +75,10 @@ class Component:
     self_contained: bool = False
     graph_format: int = 0
     exporter_digest: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+    configs: dict[str, str] = field(default_factory=dict)
+    out_layers: list[int] | None = None
+    unfinished: bool = False
 
     def __post_init__(self) -> None:
         """Give manifests of the last version without graph formats theirs."""
@@ -130,8 +143,10 @@ class Manifest:
 
     def save(self, root: Path) -> None:
         """Write the manifest, whole or not at all."""
-        with atomic_write(root / FILE_NAME) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+        with atomic_write(root / FILE_NAME) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(self), indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # the rename must not reach the disk before the content
 
 
 def read_manifest(root: Path) -> Manifest | None:
@@ -143,7 +158,12 @@ def read_manifest(root: Path) -> Manifest | None:
     path = root / FILE_NAME
     if not path.exists():
         return None
-    values = read_json(path)
+    try:
+        values = read_json(path)
+    except CheckpointError as error:
+        # what it says of a checkpoint's own files, which can't be made again
+        reason = str(error).removesuffix(": download it again")
+        raise CheckpointError(f"{reason}: export again with --force") from None
     version = values.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -151,13 +171,61 @@ def read_manifest(root: Path) -> Manifest | None:
         )
     try:
         builds = values.pop("builds")
-        manifest = Manifest(**values)
+        manifest = _typed(Manifest, values)
         for name, build in builds.items():
-            components = {key: Component(**value) for key, value in build.pop("components").items()}
-            manifest.builds[name] = Build(**build, components=components)
-    except (TypeError, KeyError, AttributeError):
+            components = {key: _typed(Component, value) for key, value in build.pop("components").items()}
+            manifest.builds[name] = found = _typed(Build, build, components=components)
+            if build_name(found.precision, found.flavour) != name or found.parsed_settings is None:
+                raise ValueError(name)
+    except (TypeError, KeyError, AttributeError, ValueError):
         raise CheckpointError(f"{path} is corrupt: export again with --force") from None
     return manifest
+
+
+T = TypeVar("T", Manifest, Build, Component)
+
+
+def _typed(kind: type[T], values: Mapping[str, Any], **others: Any) -> T:
+    """Make a dataclass of JSON values; raises TypeError. What a later version added is left out."""
+    hints = get_type_hints(kind)
+    known = {item.name for item in fields(kind)} - set(others)
+    found = {name: value for name, value in values.items() if name in known}
+    for name, value in found.items():
+        if not _fits(value, hints[name]):
+            raise TypeError(name)
+    return kind(**found, **others)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in inside)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, inside[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, inside[1]) for item in value.values())
+    return hint is Any or type(value) is hint
+
+
+def salvaged_manifest(root: Path) -> tuple[Manifest, bool]:
+    """Return what a model's maker wrote into a manifest that is damaged, and whether all of it was found."""
+    manifest = Manifest()
+    try:
+        text = (root / FILE_NAME).read_bytes().decode("utf-8", "replace")
+    except OSError:
+        return manifest, False
+    hints, whole = get_type_hints(Manifest), True
+    for name in ("text_encoder_out_layers", "defaults"):
+        _, key, rest = text.partition(f'"{name}":')
+        try:
+            value, _ = json.JSONDecoder().raw_decode(rest.lstrip())
+        except (ValueError, RecursionError):
+            value, key = None, ""
+        if key and _fits(value, hints[name]):
+            setattr(manifest, name, value)
+        else:
+            whole = False
+    return manifest, whole
 
 
 @lru_cache
@@ -176,13 +244,47 @@ def is_source_checkout() -> bool:
 
 
 def is_usable(root: Path, component: Component) -> bool:
-    """Whether a graph can be run as it is: it is there with its weights, unchanged where they are the checkpoint's."""
-    files = (root / name for name in (component.graph, *component.weights))
-    return all(file.is_file() for file in files) and _are_unchanged(root, _depended_on(component))
+    """Whether a graph can be run as it is; see `fault`."""
+    return fault(root, component) is None
 
 
-def is_current(root: Path, component: Component, graph_format: int) -> bool:
-    """Whether a graph is usable, of this format, and made from the checkpoint as it is now.
+def fault(root: Path, component: Component) -> str | None:
+    """Return why a graph can't be run as it is; None if it can.
+
+    It has to be there with its weights, both as they were exported, and the checkpoint's weights that it points into
+    have to be unchanged.
+    """
+    if component.unfinished:
+        return f"{component.graph} was not finished"
+    for name in (component.graph, *component.weights):
+        if not (root / name).is_file():
+            return f"{name} is missing"
+    for name, digest in component.files.items():
+        if content_digest(root / name) != digest:
+            return f"{name} is not the file that was exported"
+    changed = _changed(root, _depended_on(component))
+    return f"{changed} has changed" if changed else None
+
+
+def changed_config(root: Path, component: Component, out_layers: list[int] | None = None) -> str | None:
+    """Return the config file that a graph was made from, but that says something else now; None if there is none.
+
+    Args:
+        root: The model directory.
+        component: The graph.
+        out_layers: The manifest's `text_encoder_out_layers`.
+    """
+    if component.out_layers is not None and out_layers is not None and component.out_layers != out_layers:
+        return FILE_NAME
+    for name, digest in component.configs.items():
+        # a self-contained build does not need the file
+        if (root / name).exists() and config_digest(root / name) != digest:
+            return name
+    return None
+
+
+def is_current(root: Path, component: Component, graph_format: int, out_layers: list[int] | None = None) -> bool:
+    """Whether a graph is usable, of this format, and made from the checkpoint and the configs as they are now.
 
     A self-contained build stays current when the checkpoint's weights are deleted. In a source checkout the exporter's
     code must be the same, too.
@@ -191,8 +293,14 @@ def is_current(root: Path, component: Component, graph_format: int) -> bool:
         component.graph_format == graph_format
         and (not is_source_checkout() or component.exporter_digest == exporter_digest())
         and is_usable(root, component)
-        and _are_unchanged(root, {name: d for name, d in component.sources.items() if (root / name).exists()})
+        and are_as_recorded(root, component)
+        and changed_config(root, component, out_layers) is None
     )
+
+
+def are_as_recorded(checkpoint: Path, component: Component) -> bool:
+    """Whether those of a checkpoint's weight files that are there are the ones that a graph was made from."""
+    return _changed(checkpoint, {n: d for n, d in component.sources.items() if (checkpoint / n).exists()}) is None
 
 
 def _depended_on(component: Component) -> dict[str, str]:
@@ -202,5 +310,10 @@ def _depended_on(component: Component) -> dict[str, str]:
     return {name: digest for name, digest in component.sources.items() if not Path(name).is_absolute()}
 
 
-def _are_unchanged(root: Path, sources: dict[str, str]) -> bool:
-    return all((root / name).is_file() and fingerprint(root / name) == digest for name, digest in sources.items())
+def _changed(root: Path, sources: dict[str, str]) -> str | None:
+    for name, digest in sources.items():
+        # the last versions recorded fingerprints, which have no prefix
+        now = content_digest if ":" in digest else fingerprint
+        if not (root / name).is_file() or now(root / name) != digest:
+            return name
+    return None

@@ -8,27 +8,24 @@ from pathlib import Path
 
 import numpy as np
 
+from fluxonnx.checkpoint.digests import content_digest
 from fluxonnx.checkpoint.directory import Checkpoint
-from fluxonnx.checkpoint.safetensors import fingerprint, read_header
+from fluxonnx.checkpoint.safetensors import read_header
 from fluxonnx.contract import COMPONENT_CLASSES, open_checkpoint
 from fluxonnx.errors import ExportError
 from fluxonnx.export.weights import require_space
 from fluxonnx.files import atomic_write
 
 
-def copy_model(
-    checkpoint: Checkpoint, output: Path, say: Callable[[str, int, int], None], with_weights: bool = True
-) -> Checkpoint:
-    """Copy a model's files, links resolved, so that `output` depends on nothing else; equal files there are kept.
+def prepare_copy(checkpoint: Checkpoint, output: Path, with_weights: bool) -> list[Path]:
+    """Make the folder for a copy, and return the files to copy.
 
     Without weights only the configs and the tokenizer are copied, for a build that has weight files of its own.
 
     Raises:
-        CheckpointError: `output` holds another model.
-        ExportError: There is not enough space, or the folder can't be made.
+        CheckpointError: A weight file is corrupt.
+        ExportError: The folder can't be made.
     """
-    if output.exists() and output.resolve() == checkpoint.root.resolve():
-        return checkpoint
     if not output.parent.is_dir():
         raise ExportError(f"folder {output.parent} does not exist: create it, or choose another -o")
     files = [
@@ -37,7 +34,21 @@ def copy_model(
     for file in files:
         if file.suffix == ".safetensors":
             read_header(file)  # a corrupt file is refused before 16 GB are copied
+    if output.exists() and not output.is_dir():
+        raise ExportError(f"{output} is not a folder: choose another -o")
     output.mkdir(exist_ok=True)
+    return files
+
+
+def copy_model(
+    checkpoint: Checkpoint, files: list[Path], output: Path, say: Callable[[str, int, int], None]
+) -> Checkpoint:
+    """Copy a model's files, links resolved, so that `output` depends on nothing else; equal files there are kept.
+
+    Raises:
+        CheckpointError: `output` holds another model.
+        ExportError: There is not enough space.
+    """
     pending = [file for file in files if not _same(file, output / file.relative_to(checkpoint.root))]
     for file in pending:
         existing = output / file.relative_to(checkpoint.root)
@@ -60,5 +71,5 @@ def _same(source: Path, target: Path) -> bool:
     if not target.is_file() or source.stat().st_size != target.stat().st_size:
         return False
     if source.suffix == ".safetensors":
-        return fingerprint(source) == fingerprint(target)
+        return content_digest(source) == content_digest(target)
     return np.array_equal(np.fromfile(source, np.uint8), np.fromfile(target, np.uint8))

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
 
+from fluxonnx.checkpoint.digests import config_digest, content_digest
 from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.checkpoint.manifest import (
+    FILE_NAME,
     Build,
     Component,
     Manifest,
+    are_as_recorded,
     build_name,
     exporter_digest,
     graph_file,
     is_current,
     is_source_checkout,
     read_manifest,
+    salvaged_manifest,
 )
 from fluxonnx.checkpoint.safetensors import Tensor, fingerprint
 from fluxonnx.contract import COMPONENTS, GRAPH_FORMAT, Architecture, open_checkpoint
 from fluxonnx.errors import CheckpointError, ExportError, UsageError
 from fluxonnx.export import weights
 from fluxonnx.export.components import Target, build_graph, make_target, read_architecture
-from fluxonnx.export.copying import copy_model
+from fluxonnx.export.copying import copy_model, prepare_copy
+from fluxonnx.export.graph import Graph
 from fluxonnx.export.precisions import Precision
-from fluxonnx.files import atomic_write, describe_os_error
+from fluxonnx.files import atomic_write, describe_os_error, exclusive, remove_leftovers, require_text
 from fluxonnx.version import __version__
 
 # progress(what, bytes done, total bytes)
@@ -60,9 +66,12 @@ def export(
     block: int | None = None,
     rotate: bool = False,
     force: bool = False,
+    renew: bool = False,
     progress: Progress | None = None,
 ) -> list[Report]:
     """Export a checkpoint's graphs.
+
+    Other exports to the same folder are waited for. If this one is interrupted, the next one goes on.
 
     Args:
         directory: A model directory in the Hugging Face layout of FLUX.2-klein.
@@ -81,7 +90,8 @@ def export(
         keep: For int8 and int4: linears whose names match this regular expression are not quantised.
         rotate: For int8: mix inputs by a Hadamard matrix, against outliers; a step takes a little longer.
         block: For int4: the number of weights that share a scale, 32, 64 (the default) or 128.
-        force: Overwrite graphs that exist and differ.
+        force: Write everything anew, and overwrite graphs that exist and differ.
+        renew: Overwrite graphs that exist and differ, but keep those that are up to date.
         progress: Called with what is being written, the bytes done and the total.
 
     Returns:
@@ -97,12 +107,20 @@ def export(
     say = progress or (lambda what, done, total: None)
     try:
         checkpoint = open_checkpoint(directory, transformer)
-        root = checkpoint.root
-        if output is not None:
-            copy = copy_model(checkpoint, Path(output), say, not target.precision.self_contained)
-            root = copy.root
-            checkpoint = checkpoint if target.precision.self_contained else copy
-        return _export_components(checkpoint, root, target, names, force, say)
+        root = checkpoint.root if output is None else Path(output)
+        require_text(root)
+        copied: list[Path] | None = None
+        if root.exists() and root.resolve() == checkpoint.root.resolve():
+            root = checkpoint.root
+        else:
+            copied = prepare_copy(checkpoint, root, not target.precision.self_contained)
+        with exclusive(root, lambda: say(f"wait for another export of {root}", 0, 0)):
+            origin = checkpoint.root
+            if copied is not None:
+                copy = copy_model(checkpoint, copied, root, say)
+                checkpoint = checkpoint if target.precision.self_contained else copy
+            manifest = _manifest(root, origin, force)
+            return _export_components(checkpoint, root, manifest, target, names, force, renew, say)
     except OSError as error:
         place = error.filename2 or error.filename or directory
         raise ExportError(describe_os_error(error, place, "make a copy with fluxonnx export -d DIR -o COPY")) from error
@@ -121,51 +139,136 @@ def select(components: Sequence[str] | None) -> list[str]:
 
 
 def _export_components(
-    checkpoint: Checkpoint, root: Path, target: Target, names: list[str], force: bool, say: Progress
+    checkpoint: Checkpoint,
+    root: Path,
+    manifest: Manifest,
+    target: Target,
+    names: list[str],
+    force: bool,
+    renew: bool,
+    say: Progress,
 ) -> list[Report]:
-    manifest = _manifest(root, force)
     out_layers = tuple(manifest.text_encoder_out_layers) if manifest.text_encoder_out_layers else None
     sizes = read_architecture(checkpoint, out_layers)
     manifest.text_encoder_out_layers = list(sizes.text_encoder.out_layers)
     manifest.architecture = sizes.to_json()
     precision, flavour = target.precision.name, target.flavour
     name = build_name(precision, flavour)
-    build = manifest.builds.get(name)
-    settings = target.precision.settings() | _transformer(checkpoint)
-    if build is None or (build.opset, build.settings) != (target.opset, settings):
+    build = recorded = manifest.builds.get(name)
+    settings, replaced = target.precision.settings(), _transformer(checkpoint)
+    if build is None or (build.opset, _without_transformer(build.settings)) != (target.opset, settings):
         # Graphs of another opset or other settings are never mixed into one build.
         build = manifest.builds[name] = Build(precision, flavour, target.opset, settings)
+    withdrawn = recorded is not None and recorded is not build
 
-    current = {} if force else {key: c for key, c in build.components.items() if is_current(root, c, GRAPH_FORMAT)}
-    for component in names:
-        if component not in current and not force:
+    usable = {} if force else build.components
+    current = {key: c for key, c in usable.items() if _is_current(root, checkpoint, c, manifest)}
+    if build.settings.get("transformer") != replaced.get("transformer"):
+        current.pop("transformer", None)
+    pending = [component for component in names if component not in current]
+    # Whatever can be wrong with the checkpoint is found before anything is written.
+    graphs = {component: _build_graph(checkpoint, root, component, sizes, target) for component in pending}
+    for component in pending:
+        if not force and not (renew and recorded and component in recorded.components):
             metadata = _metadata(checkpoint, component, target, sizes)
-            _refuse_foreign(root / graph_file(component, precision, flavour), metadata)
+            _refuse_foreign(root / graph_file(component, precision, flavour), metadata, renew)
+    known = set() if force else _known_files(root, checkpoint, manifest)
     reports = []
     for component in names:
         file = graph_file(component, precision, flavour)
-        if known := current.get(component):
-            reports.append(Report(component, file, known.nodes, known.parameters, 0, None))
+        if component not in pending:
+            found = current[component]
+            reports.append(Report(component, file, found.nodes, found.parameters, 0, None))
             continue
         start = time.perf_counter()
-        build.components[component] = done = _export_component(checkpoint, root, component, sizes, target, say)
+        say(component, 0, 0)
+        if _withdraw(build, component, replaced) or withdrawn:
+            manifest.save(root)
+            withdrawn = False
+        done = _write_component(checkpoint, root, component, graphs.pop(component), sizes, target, known, force, say)
+        build.components[component] = done
+        if component == "transformer":
+            build.settings = settings | replaced
         manifest.save(root)
         seconds = time.perf_counter() - start
         reports.append(Report(component, file, done.nodes, done.parameters, done.bytes_written, seconds))
+    if len(names) == len(COMPONENTS):
+        _remove_leftovers(root)
     return reports
 
 
-def _manifest(root: Path, force: bool) -> Manifest:
+def _without_transformer(settings: dict[str, str]) -> dict[str, str]:
+    """Return the settings that all graphs of a build share; which weights the transformer has is its own."""
+    return {key: value for key, value in settings.items() if key != "transformer"}
+
+
+def _is_current(root: Path, checkpoint: Checkpoint, component: Component, manifest: Manifest) -> bool:
+    current = is_current(root, component, GRAPH_FORMAT, manifest.text_encoder_out_layers)
+    return current and are_as_recorded(checkpoint.root, component)
+
+
+def _known_files(root: Path, checkpoint: Checkpoint, manifest: Manifest) -> set[str]:
+    """Return the weight files of all builds that are as they were written, from the checkpoint as it is now."""
+    return {
+        name
+        for build in manifest.builds.values()
+        for component in build.components.values()
+        if component.files and _is_current(root, checkpoint, component, manifest)
+        for name in component.weights
+    }
+
+
+def _withdraw(build: Build, component: str, replaced: dict[str, str]) -> bool:
+    """Note that a graph can't be used, before its files are touched: they may stay half exchanged.
+
+    An entry of the same weights keeps what it was made from, for the export that goes on with it. One of other weights
+    is forgotten: whoever interrupts an export from another file does not ask for that file any more. Returns whether
+    there was an entry.
+    """
+    known = build.components.get(component)
+    if component == "transformer" and build.settings.get("transformer") != replaced.get("transformer"):
+        build.components.pop(component, None)
+        build.settings = _without_transformer(build.settings)
+    elif known is not None:
+        build.components[component] = replace(known, unfinished=True)
+    return known is not None
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Remove what killed exports left, which can be copies of all weights."""
+    for folder in {root, *(root / folder for folder in COMPONENTS.values())}:
+        for pattern in (".*.safetensors.partial", ".*.safetensors.*.tmp", ".*.onnx.*.tmp"):
+            remove_leftovers(folder, pattern)
+
+
+def _manifest(root: Path, origin: Path, force: bool) -> Manifest:
+    """Read a manifest; what it does not say, and the checkpoint's that is copied does, is taken from there."""
+    manifest = _read_manifest(root, force)
+    if origin != root:
+        maker = _read_manifest(origin, force)
+        manifest.text_encoder_out_layers = maker.text_encoder_out_layers or manifest.text_encoder_out_layers
+        manifest.defaults = manifest.defaults or maker.defaults
+    return manifest
+
+
+def _read_manifest(root: Path, force: bool) -> Manifest:
     try:
         return read_manifest(root) or Manifest()
     except CheckpointError:
         if not force:
             raise
-        return Manifest()
+        manifest, whole = salvaged_manifest(root)
+        if not whole:
+            warnings.warn(
+                f'{root / FILE_NAME} was damaged: it may have held "text_encoder_out_layers" and "defaults" of the '
+                "model, which are the usual ones now",
+                stacklevel=2,
+            )
+        return manifest
 
 
-def _refuse_foreign(path: Path, metadata: dict[str, str]) -> None:
-    """Refuse to overwrite a graph, unless it is ours with the same settings (of a killed export, say)."""
+def _refuse_foreign(path: Path, metadata: dict[str, str], renew: bool) -> None:
+    """Refuse to overwrite a graph, unless it is ours with the same settings (of a killed export, say) or to renew."""
     if not path.exists():
         return
     try:
@@ -173,32 +276,53 @@ def _refuse_foreign(path: Path, metadata: dict[str, str]) -> None:
     except Exception:  # whatever it is, it is not ours
         raise ExportError(f"{path} exists and is not a graph: move it away, or overwrite it with --force") from None
     found = {prop.key: prop.value for prop in model.metadata_props}
+    if renew and found.get("producer") == metadata["producer"]:
+        return
     if {**found, "version": ""} != {**metadata, "version": ""}:
         raise ExportError(
             f"{path} exists and was made from another checkpoint or with other settings: overwrite it with --force"
         )
 
 
-def _export_component(
-    checkpoint: Checkpoint, root: Path, component: str, sizes: Architecture, target: Target, say: Progress
-) -> Component:
-    folder, precision = COMPONENTS[component], target.precision
-    say(component, 0, 0)
-    tensors: dict[str, Tensor] = {} if component == "conditioning" else checkpoint.tensors(folder)
+def _weight_file(component: str, target: Target) -> str:
+    return weights.weight_file(component, COMPONENTS[component], target.precision.file_label(target.flavour))
+
+
+def _build_graph(checkpoint: Checkpoint, root: Path, component: str, sizes: Architecture, target: Target) -> Graph:
+    tensors: dict[str, Tensor] = {} if component == "conditioning" else checkpoint.tensors(COMPONENTS[component])
     graph = build_graph(component, sizes, target, tensors, _metadata(checkpoint, component, target, sizes))
-    # A copy does not depend on the checkpoint that it was made from.
-    sources = sorted({weight.source.file for weight in graph.weights}) if root == checkpoint.root else []
-    name = weights.weight_file(component, folder, precision.file_label(target.flavour))
+    weights.check_places(graph, root, _weight_file(component, target))
+    return graph
+
+
+def _write_component(
+    checkpoint: Checkpoint,
+    root: Path,
+    component: str,
+    graph: Graph,
+    sizes: Architecture,
+    target: Target,
+    known: set[str],
+    force: bool,
+    say: Progress,
+) -> Component:
+    precision = target.precision
+    sources = _sources(checkpoint, root, graph)
+    name = _weight_file(component, target)
     settings = {**_writer(), **precision.settings()} if precision.self_contained else {}
-    stored = weights.place(graph, root, name, settings, lambda done, total: say(component, done, total))
+    stored = weights.place(
+        graph, root, name, settings, lambda done, total: say(component, done, total), name in known, not force
+    )
     file = graph_file(component, precision.name, target.flavour)
     with atomic_write(root / file) as temporary:
         onnx.save(graph.model, temporary)
-        onnx.checker.check_model(str(temporary), full_check=True)
+        _check(temporary, file)
+    written = [file, *([stored.name] if stored else [])]
+    config = f"{COMPONENTS[component]}/config.json"
     return Component(
         graph=file,
         exporter_version=__version__,
-        sources={_location(root, path): fingerprint(path) for path in sources},
+        sources=sources,
         weights=[stored.name] if stored else [],
         nodes=len(graph.model.graph.node),
         parameters=graph.parameters,
@@ -206,7 +330,29 @@ def _export_component(
         bytes_written=(root / file).stat().st_size + (stored.bytes_written if stored else 0),
         graph_format=GRAPH_FORMAT,
         exporter_digest=exporter_digest(),
+        files={name: content_digest(root / name) for name in written},
+        configs={config: config_digest(checkpoint.root / config)},
+        out_layers=list(sizes.text_encoder.out_layers) if component == "text_encoder" else None,
     )
+
+
+def _check(path: Path, name: str) -> None:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except onnx.checker.ValidationError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ExportError(f"{name} can't be used by ONNX ({reason}): make a copy with -o DIR") from error
+
+
+def _sources(checkpoint: Checkpoint, root: Path, graph: Graph) -> dict[str, str]:
+    """Return the digests of the files that a graph is made from.
+
+    A copy does not depend on them; but if it is made again, it must show whether the checkpoint is the same.
+    """
+    files = sorted({weight.source.file for weight in graph.weights})
+    if root != checkpoint.root:
+        files = [file for file in files if file.is_relative_to(checkpoint.root)]
+    return {_location(checkpoint.root, path): content_digest(path) for path in files}
 
 
 def _writer() -> dict[str, str]:
@@ -221,14 +367,19 @@ def _location(root: Path, path: Path) -> str:
 def _transformer(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the setting of a build whose transformer's weights come from another file."""
     file = checkpoint.transformer
-    return {"transformer": f"{file.name} {fingerprint(file)[:12]}"} if file else {}
+    return {"transformer": f"{_text(file.name)} {fingerprint(file)[:12]}"} if file else {}
+
+
+def _text(name: str) -> str:
+    """Return a file's name as graphs can hold it: bytes that are not UTF-8 are replaced."""
+    return name.encode(errors="replace").decode()
 
 
 def _metadata(checkpoint: Checkpoint, component: str, target: Target, sizes: Architecture) -> dict[str, str]:
     return {
         "producer": "fluxonnx",
         "version": __version__,
-        "model": checkpoint.name,
+        "model": _text(checkpoint.name),
         "component": component,
         "precision": target.precision.name,
         "flavour": target.flavour,

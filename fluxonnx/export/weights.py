@@ -14,7 +14,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fluxonnx.checkpoint.safetensors import DTYPES, fingerprint
+from fluxonnx.checkpoint.digests import content_digest
+from fluxonnx.checkpoint.safetensors import DTYPES
 from fluxonnx.errors import CheckpointError, ExportError
 from fluxonnx.export.graph import Graph
 from fluxonnx.export.initializers import StoredWeight
@@ -41,12 +42,38 @@ def weight_file(component: str, folder: str, label: str) -> str:
     return f"{folder}/{'.'.join(filter(None, (part, label, 'safetensors')))}"
 
 
+def check_places(graph: Graph, root: Path, name: str) -> None:
+    """Check that ONNX can use the weights of a graph where they lie, and where they will be written.
+
+    Args:
+        graph: The graph.
+        root: The folder that it will be in.
+        name: The weight file that may be written, relative to `root`.
+
+    Raises:
+        CheckpointError: A weight file or its folder is a link.
+    """
+    for weight in graph.weights:
+        if not _is_made(weight, root):
+            _refuse_link(root, weight.source.file)
+    folder = (root / name).parent
+    if folder.is_symlink() and any(_is_made(weight, root) for weight in graph.weights):
+        raise CheckpointError(
+            f"{folder} is a symbolic link, behind which ONNX can't use weights: make a self-contained copy with "
+            "-o DIR, or move the whole model directory and link that"
+        )
+
+
 def place(
-    graph: Graph, root: Path, name: str, settings: dict[str, str], say: Callable[[int, int], None]
+    graph: Graph,
+    root: Path,
+    name: str,
+    settings: dict[str, str],
+    say: Callable[[int, int], None],
+    reuse: bool = False,
+    resume: bool = True,
 ) -> StoredFile | None:
     """Write the weights that can't stay in the checkpoint, and point every initializer at its bytes.
-
-    A file that an interrupted run left is completed.
 
     Args:
         graph: The graph.
@@ -54,21 +81,22 @@ def place(
         name: The weight file, relative to `root`.
         settings: Everything that the bytes depend on besides the checkpoint; stored in the file's header.
         say: Called with the bytes written and the total.
+        reuse: Whether a file that is there is known to be whole and of the same weights; then it is kept if it has the
+            same header.
+        resume: Whether a file that an interrupted run left is completed.
 
     Returns:
         The build's weight file, or None if all weights stay in the checkpoint.
 
     Raises:
-        CheckpointError: A weight file is a symbolic link.
-        ExportError: There is not enough space, or another process is writing the same file.
+        ExportError: There is not enough space.
     """
     made = []
     for weight in graph.weights:
-        if not weight.in_place or not weight.source.file.is_relative_to(root):
+        if _is_made(weight, root):
             made.append(weight)
-            continue
-        _refuse_link(root, weight.source.file)
-        weight.entries[0].point(weight.source.file.relative_to(root).as_posix(), weight.source.offset)
+        else:
+            weight.entries[0].point(weight.source.file.relative_to(root).as_posix(), weight.source.offset)
     if not made:
         return None
 
@@ -78,10 +106,10 @@ def place(
             entry.point(name, start)
             start += entry.nbytes
     path = root / name
-    if path.is_file() and path.stat().st_size == size and path.open("rb").read(len(header)) == header:
+    if reuse and path.is_file() and path.stat().st_size == size and _begins_with(path, header):
         return StoredFile(name, 0)
     path.parent.mkdir(exist_ok=True)
-    with resumable_write(path, header) as file:
+    with resumable_write(path, header, resume) as file:
         done = file.tell()
         require_space(root, size - done, name)
         whole = sum(end <= done for end in [*starts[1:], size])
@@ -89,6 +117,16 @@ def place(
         for _ in _written(made[whole:], file):
             say(file.tell(), size)
     return StoredFile(name, size)
+
+
+def _is_made(weight: StoredWeight, root: Path) -> bool:
+    """Whether a weight has to be written, because it is not what the checkpoint holds or that is elsewhere."""
+    return not weight.in_place or not weight.source.file.is_relative_to(root)
+
+
+def _begins_with(path: Path, header: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
 
 
 def _written(weights: list[StoredWeight], file: BinaryIO) -> Iterator[None]:
@@ -124,7 +162,7 @@ def _plan(weights: list[StoredWeight], settings: dict[str, str]) -> tuple[bytes,
             "producer": "fluxonnx",
             **settings,
             # Tells files of different checkpoints apart by their headers.
-            "source": ",".join(fingerprint(file) for file in sorted({weight.source.file for weight in weights})),
+            "source": ",".join(content_digest(file) for file in sorted({weight.source.file for weight in weights})),
         }
     }
     end = 0

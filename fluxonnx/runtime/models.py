@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fluxonnx.checkpoint.digests import unchanged
 from fluxonnx.checkpoint.manifest import Build
 from fluxonnx.contract import COMPONENTS, EMBEDDING_TABLE, text_ids
 from fluxonnx.errors import CheckpointError
@@ -63,8 +64,10 @@ class Models:
         self._transformer_is_new = False
 
     def _load(self, component: str) -> Runner:
-        graph = self._root / self._build.components[component].graph
-        return self._engine(graph, component, self._build, self._options)
+        found = self._build.components[component]
+        # Another process may export the build again while this one uses it.
+        with unchanged({self._root / name: digest for name, digest in found.files.items()}):
+            return self._engine(self._root / found.graph, component, self._build, self._options)
 
     def _run(self, component: str, runner: Runner, /, **inputs: np.ndarray) -> list[np.ndarray]:
         outputs = runner.run(**inputs)

@@ -185,14 +185,6 @@ def test_partial_file_of_other_settings_is_not_used(copy, built):
     assert (copy / "transformer/int8.safetensors").read_bytes() == files(built)["transformer/int8.safetensors"]
 
 
-def test_two_exports_at_once(copy):
-    fcntl = pytest.importorskip("fcntl")
-    with (copy / "transformer/.int8.safetensors.partial").open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ExportError, match="another process"):
-            export(copy, precision="int8", components=["transformer"])
-
-
 @pytest.mark.parametrize("name", ["fp16", "int8", "int4"])
 def test_copy_has_no_other_weights(checkpoints, tmp_path, name):
     """-o makes a folder that is small, needs nothing else, and is used without --precision."""
