@@ -193,7 +193,7 @@ def generate(options: Options) -> None:
 def _make(flux: Flux, job: Job, bar: Progress, say: Callable[[str], None], say_seconds: Callable[[str], None]) -> None:
     """Make the pictures of a job, and save each as soon as it is decoded."""
     from fluxonnx.cli.jobs import output_names
-    from fluxonnx.runtime.images import save_image
+    from fluxonnx.runtime.saving import save_image
 
     bar.close()
     say(f"Seed: {', '.join(map(str, job.seeds))}")

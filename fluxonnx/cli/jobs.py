@@ -11,11 +11,12 @@ from typing import Any
 from fluxonnx.cli.prompt_file import read_prompt_file
 from fluxonnx.errors import UsageError
 from fluxonnx.runtime.fields import FIELD, FIELDS, MAX_REFERENCES
-from fluxonnx.runtime.images import check_output_path, digest, load_image
+from fluxonnx.runtime.images import digest, load_image
 from fluxonnx.runtime.metadata import read_values
 from fluxonnx.runtime.pipeline import random_seed
 from fluxonnx.runtime.providers import CPU, available
 from fluxonnx.runtime.request import Request
+from fluxonnx.runtime.saving import check_output_path
 
 # Values by the names of the table of fields, with its types.
 Values = Mapping[str, Any]

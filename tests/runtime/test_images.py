@@ -15,15 +15,14 @@ from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from fluxonnx.errors import FluxonnxError, ImageError, UsageError
 from fluxonnx.runtime.images import (
     as_rgb,
-    check_output_path,
     fill,
     fit_reference,
     image_to_sample,
     load_image,
     sample_to_image,
-    save_image,
 )
 from fluxonnx.runtime.metadata import read_parameters
+from fluxonnx.runtime.saving import check_output_path, save_image
 
 PARAMETERS = {
     "prompt": 'a "cat" ☂\nand a dog 🐕',
