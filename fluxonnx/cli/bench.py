@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fluxonnx.cli.flags import add_field, add_model, add_parser, add_quiet, find_model, typed
+from fluxonnx.cli.messages import show
 from fluxonnx.cli.progress import speaker
 from fluxonnx.errors import FluxonnxError
 
@@ -87,6 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
 def bench(options: Options) -> None:
     """Measure configurations against each other, print tables, and write JSON if asked to."""
     from fluxonnx.measure import speed
+    from fluxonnx.runtime.outputs import check_output
 
     say = speaker(options.quiet)
     plan = speed.Plan(
@@ -101,11 +103,11 @@ def bench(options: Options) -> None:
     if options.prompt is not None:
         plan = replace(plan, prompt=options.prompt)
     if options.json is not None:
-        speed.check_output(options.json)
+        check_output(options.json, "--json")
     report = speed.run(plan, say)
-    if not options.quiet:
-        print(speed.render(report))
     if options.json is not None:
         speed.save(report, options.json)
+    if not options.quiet:
+        show(speed.render(report))
     if report.failure:
         raise FluxonnxError(report.failure)

@@ -192,18 +192,15 @@ def generate(options: Options) -> None:
 
 def _make(flux: Flux, job: Job, bar: Progress, say: Callable[[str], None], say_seconds: Callable[[str], None]) -> None:
     """Make the pictures of a job, and save each as soon as it is decoded."""
-    from fluxonnx.cli.jobs import output_names
     from fluxonnx.runtime.saving import save_image
 
     bar.close()
     say(f"Seed: {', '.join(map(str, job.seeds))}")
     start = time.perf_counter()
-    names = output_names(job.output, job.numbered)
     for _, image in flux.pictures(job.request, job.seeds, bar.step):
         bar.close()
-        path = next(names)
         saving = time.perf_counter()
-        save_image(image, path, {**image.info, **job.files})
+        path = save_image(image, job.output, {**image.info, **job.files}, job.numbered)
         say_seconds(_seconds("save", time.perf_counter() - saving))
         say(f"{path} {image.width}x{image.height} ({time.perf_counter() - start:.1f} s)")
     bar.close()

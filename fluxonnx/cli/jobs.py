@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,8 +152,9 @@ def _job(wanted: Wanted, known: Values, numbered: bool) -> Job:
     request = Request(**values, **_load_inputs(files, known))
     seeds = _seeds(wanted, known)
     output = Path(known.get("output") or wanted.output or FIELD["output"].default)
-    check_output_path(output)
-    return Job(request, seeds, output, (numbered and "output" not in known) or len(seeds) > 1, files)
+    numbered = (numbered and "output" not in known) or len(seeds) > 1
+    check_output_path(output, numbered)
+    return Job(request, seeds, output, numbered, files)
 
 
 def _seeds(wanted: Wanted, known: Values) -> list[int]:
@@ -205,16 +206,3 @@ def _load_inputs(files: dict[str, Any], known: Values) -> dict[str, Any]:
         if file in known and files.get(file) == known[file] and files[sha256] != known.get(sha256):
             warnings.warn(f"{files[file]} has changed since: the result will differ", stacklevel=4)
     return pictures
-
-
-def output_names(output: Path, numbered: bool) -> Iterator[Path]:
-    """Yield the name of each picture: `output`, or cat-0001.png, cat-0002.png, ..., skipping those that exist."""
-    number = 1
-    while True:
-        path = output
-        while numbered:
-            path = output.with_name(f"{output.stem}-{number:04}{output.suffix}")
-            number += 1
-            if not path.exists():
-                break
-        yield path

@@ -6,7 +6,6 @@ import errno
 import io
 import json
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,7 +240,7 @@ def test_failed_write_keeps_the_old_picture(tmp_path, monkeypatch, code, message
     before = path.read_bytes()
 
     def fail(self, target, **options):
-        Path(target).write_bytes(b"half")
+        target.write(b"half")
         raise OSError(code, "synthetic")
 
     monkeypatch.setattr(Image.Image, "save", fail)
