@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fluxonnx.cli import bench, compare, export, generate, info
 from fluxonnx.cli.messages import complain, escaped, finish, occupy_streams, shortened
@@ -18,6 +19,7 @@ from fluxonnx.version import __version__
 COMMANDS = (generate, export, info, bench, compare)
 # If set, errors that nobody foresaw keep their traceback.
 TRACEBACK = "FLUXONNX_TRACEBACK"
+EMPTY_VALUE = re.compile(r"--?[A-Za-z-]+=--")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,10 +77,27 @@ def _unforeseen(error: Exception) -> str:
 class Parser(argparse.ArgumentParser):
     """A parser whose errors may quote anything."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse words that no program can be given, and a value that argparse itself loses: the -- of --flag=--."""
+        for word in sys.argv[1:] if args is None else args:
+            if "\0" in word or not _is_file_system_text(word):
+                self.error(f"{word!r} is not valid text: check the encoding it was read with")
+            if EMPTY_VALUE.fullmatch(word):
+                self.error(f"argument {word[:-3]}: -- is no value")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Print the usage and an error, and exit with 2."""
         self.print_usage(sys.stderr)
         self.exit(2, f"{self.prog}: error: {escaped(shortened(message))}\n")
+
+
+def _is_file_system_text(word: str) -> bool:
+    try:
+        os.fsencode(word)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def build_parser() -> argparse.ArgumentParser:

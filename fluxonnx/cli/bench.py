@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fluxonnx.cli.flags import add_field, add_model, add_parser, add_quiet, find_model, typed
+from fluxonnx.cli.flags import add_field, add_model, add_parser, add_quiet, find_model, thread_count, typed
 from fluxonnx.cli.messages import show
 from fluxonnx.cli.progress import speaker
 from fluxonnx.errors import FluxonnxError
@@ -59,7 +59,13 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         help="bf16 (default), fp32, fp16, int8 or int4",
     )
     varied.add_argument(
-        "--threads", type=int, nargs="+", action="extend", default=[], metavar="N", help="default: one per core"
+        "--threads",
+        type=thread_count,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="N",
+        help="default: one per core",
     )
     varied.add_argument(
         "--provider", nargs="+", action="extend", default=[], metavar="NAME", help="cpu (default), cuda, coreml, ..."

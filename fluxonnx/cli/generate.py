@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fluxonnx.cli.flags import Flags, add_field, add_model, add_parser, add_verbosity, find_model
+from fluxonnx.cli.flags import Flags, add_field, add_model, add_parser, add_verbosity, find_model, thread_count
 from fluxonnx.cli.progress import Progress, speaker
 from fluxonnx.runtime.fields import FIELDS
 
@@ -98,7 +98,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help="execution provider: cpu (default), or another that the installed onnxruntime has, such as cuda or coreml",
     )
-    model.add_argument("--threads", type=int, metavar="N", help="default: one per core")
+    model.add_argument("--threads", type=thread_count, metavar="N", help="default: one per core")
     model.add_argument(
         "--low-memory",
         action="store_true",
