@@ -39,6 +39,7 @@ def check_output(path: Path, flag: str = "-o", numbered: bool = False) -> None:
     otherwise = f"choose another with {flag}"
     try:
         final = numbered_name(path, 1) if numbered else path
+        _check_length(final, flag)
         found = None if numbered else _status(final)
         if found is not None and not stat.S_ISREG(found.st_mode):
             _check_special(final, found, flag)
