@@ -39,11 +39,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.contenders import FIGURES, Contender, flux2c_contender, python_contender, sdcpp_contender
 from fluxonnx import api
 from fluxonnx.errors import FluxonnxError, UsageError
-from fluxonnx.files import atomic_write
 from fluxonnx.measure.picture import PROMPT
 from fluxonnx.measure.process import run_program
-from fluxonnx.measure.speed import check_output, parse_size
+from fluxonnx.measure.speed import parse_size
 from fluxonnx.measure.tables import known_median, machine, number, table
+from fluxonnx.runtime.outputs import check_output, write_output
 from fluxonnx.runtime.request import Request
 
 RIVALS = ("diffusers-bf16", "diffusers-fp32", "openvino", "flux2c", "sdcpp")
@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     try:
         if arguments.json is not None:
-            check_output(arguments.json)
+            check_output(arguments.json, "--json")
         width, height = parse_size(arguments.size)
         request = Request(prompt=arguments.prompt, width=width, height=height, steps=arguments.steps)
         # All builds are exported before the clock starts.
@@ -228,8 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             contender.name: {"runs": contender.runs, "error": contender.error, "remark": contender.remark.strip(" ()")}
             for contender in contenders
         }
-        with atomic_write(arguments.json) as temporary:
-            temporary.write_text(json.dumps({"machine": here, **work, "programs": found}, indent=2) + "\n", "utf-8")
+        machine_and_programs = json.dumps({"machine": here, **work, "programs": found}, indent=2)
+        write_output(arguments.json, (machine_and_programs + "\n").encode())
     return 1 if any(contender.error for contender in contenders) else 0
 
 

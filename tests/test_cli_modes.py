@@ -12,8 +12,8 @@ from PIL import Image
 
 import fluxonnx
 from fluxonnx.cli import main
-from fluxonnx.runtime.images import save_image
 from fluxonnx.runtime.metadata import read_parameters
+from fluxonnx.runtime.saving import save_image
 from tests.support import Case
 
 pytestmark = pytest.mark.slow

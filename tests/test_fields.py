@@ -17,11 +17,12 @@ from fluxonnx.cli.jobs import Job, plan, read_source
 from fluxonnx.cli.prompt_file import read_prompt_file
 from fluxonnx.errors import ImageError, UsageError
 from fluxonnx.runtime.fields import FIELD, FIELDS, Field
-from fluxonnx.runtime.images import digest, load_image, save_image
+from fluxonnx.runtime.images import digest, load_image
 from fluxonnx.runtime.metadata import read_values
 from fluxonnx.runtime.noise import check_seed
 from fluxonnx.runtime.request import DEFAULTS, PICTURES, Request, ResolvedRequest, resolve
 from fluxonnx.runtime.sampler import SOLVERS
+from fluxonnx.runtime.saving import save_image
 from fluxonnx.runtime.schedule import SCHEDULES
 from fluxonnx.runtime.tiles import SMALLEST
 
@@ -225,6 +226,7 @@ def test_a_line_of_a_prompt_file_reaches_the_request(tmp_path, monkeypatch, fiel
 def test_generate_has_the_flags_of_the_table():
     arguments = vars(build_parser().parse_args(["generate"]))
     of_a_run = {"prompt_file", "source", "dir", "cache_dir", "precision", "provider", "threads", "low_memory"}
+    of_a_run |= {"absolute_paths"}
     assert arguments.keys() == {field.name for field in FLAGS} | of_a_run | {"verbose", "quiet", "run"}
 
 

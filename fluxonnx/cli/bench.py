@@ -6,7 +6,8 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fluxonnx.cli.flags import add_field, add_model, add_parser, add_quiet, find_model, typed
+from fluxonnx.cli.flags import add_field, add_model, add_parser, add_quiet, find_model, thread_count, typed
+from fluxonnx.cli.messages import show
 from fluxonnx.cli.progress import speaker
 from fluxonnx.errors import FluxonnxError
 
@@ -58,7 +59,13 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         help="bf16 (default), fp32, fp16, int8 or int4",
     )
     varied.add_argument(
-        "--threads", type=int, nargs="+", action="extend", default=[], metavar="N", help="default: one per core"
+        "--threads",
+        type=thread_count,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="N",
+        help="default: one per core",
     )
     varied.add_argument(
         "--provider", nargs="+", action="extend", default=[], metavar="NAME", help="cpu (default), cuda, coreml, ..."
@@ -87,6 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
 def bench(options: Options) -> None:
     """Measure configurations against each other, print tables, and write JSON if asked to."""
     from fluxonnx.measure import speed
+    from fluxonnx.runtime.outputs import check_output
 
     say = speaker(options.quiet)
     plan = speed.Plan(
@@ -101,11 +109,11 @@ def bench(options: Options) -> None:
     if options.prompt is not None:
         plan = replace(plan, prompt=options.prompt)
     if options.json is not None:
-        speed.check_output(options.json)
+        check_output(options.json, "--json")
     report = speed.run(plan, say)
-    if not options.quiet:
-        print(speed.render(report))
     if options.json is not None:
         speed.save(report, options.json)
+    if not options.quiet:
+        show(speed.render(report))
     if report.failure:
         raise FluxonnxError(report.failure)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fluxonnx.cli.flags import add_field, add_model, add_parser, add_quiet, find_model, typed
+from fluxonnx.cli.messages import show
 from fluxonnx.cli.progress import speaker
 
 
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
 def compare(options: Options) -> None:
     """Compare precisions, print tables, and write a page with pictures and plots."""
     from fluxonnx.measure import page, quality
-    from fluxonnx.measure.speed import check_output
+    from fluxonnx.runtime.outputs import check_output
 
     say = speaker(options.quiet)
     check_output(options.output, "-o")
@@ -79,5 +80,5 @@ def compare(options: Options) -> None:
     report = quality.run(plan, say)
     page.save(report, options.output)
     if not options.quiet:
-        print(page.render(report))
+        show(page.render(report))
     say(f"{options.output}: pictures and plots")

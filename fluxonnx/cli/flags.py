@@ -8,11 +8,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fluxonnx.cli.messages import shortened
 from fluxonnx.runtime.fields import FIELD
 
 Options = TypeVar("Options")
 # What flags are added to: a parser, or a group of its flags.
 Flags = argparse._ActionsContainer
+MOST_THREADS = 1024
 
 
 def add_parser(
@@ -54,6 +56,14 @@ def typed(kind: type[Options], arguments: argparse.Namespace) -> Options:
 def add_model(flags: Flags, default: str = "as for generate") -> None:
     """Add -d, which `find_model` takes."""
     flags.add_argument("-d", "--dir", metavar="DIR", help=f"model directory (default: {default})")
+
+
+def thread_count(text: str) -> int:
+    """Parse --threads: far more than there are make a run fail late, in words of onnxruntime."""
+    count = int(text)
+    if count > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{shortened(text, 40)} are too many: {MOST_THREADS} at most")
+    return count
 
 
 def add_field(flags: Flags, name: str) -> None:

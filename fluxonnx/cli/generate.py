@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fluxonnx.cli.flags import Flags, add_field, add_model, add_parser, add_verbosity, find_model
+from fluxonnx.cli.flags import Flags, add_field, add_model, add_parser, add_verbosity, find_model, thread_count
 from fluxonnx.cli.progress import Progress, speaker
 from fluxonnx.runtime.fields import FIELDS
 
@@ -79,6 +79,11 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
             add_field(groups[field.group], field.name)
         if field.name == "prompt":
             _add_prompt_sources(groups[field.group])
+    groups["input"].add_argument(
+        "--absolute-paths",
+        action="store_true",
+        help="write into the picture where the input pictures are, and not only their names",
+    )
     groups["prompt"].add_argument(
         "--cache-dir",
         type=Path,
@@ -93,7 +98,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help="execution provider: cpu (default), or another that the installed onnxruntime has, such as cuda or coreml",
     )
-    model.add_argument("--threads", type=int, metavar="N", help="default: one per core")
+    model.add_argument("--threads", type=thread_count, metavar="N", help="default: one per core")
     model.add_argument(
         "--low-memory",
         action="store_true",
@@ -140,6 +145,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
             reference=arguments.reference,
             output=arguments.output,
             prompt_file=arguments.prompt_file,
+            absolute_paths=arguments.absolute_paths,
         ),
         source=arguments.source,
         dir=arguments.dir,
@@ -156,6 +162,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
 def generate(options: Options) -> None:
     """Make pictures and save them."""
     from fluxonnx import api
+    from fluxonnx.cli.checks import check_jobs
     from fluxonnx.cli.jobs import choose_build, plan, read_source
     from fluxonnx.contract import open_checkpoint
 
@@ -164,7 +171,9 @@ def generate(options: Options) -> None:
     source = read_source(options.source) if options.source else None
     jobs = plan(options.wanted, source)
     model = find_model(options.dir, say)
-    build = choose_build(options.precision, options.provider, source, open_checkpoint(model).name)
+    checkpoint = open_checkpoint(model)
+    build = choose_build(options.precision, options.provider, source, checkpoint.name)
+    check_jobs(jobs, checkpoint, options.cache_dir)
     start = time.perf_counter()
     with Progress(options.quiet) as bar:
         flux = api.load(
@@ -181,8 +190,6 @@ def generate(options: Options) -> None:
         )
         say_seconds(_seconds("open model", time.perf_counter() - start))
         with flux:
-            for job in jobs:
-                flux.check(job.request)
             for i, job in enumerate(jobs):
                 if len(jobs) > 1 and i % PROMPTS_AHEAD == 0:
                     ahead = jobs[i : i + PROMPTS_AHEAD]
@@ -192,18 +199,15 @@ def generate(options: Options) -> None:
 
 def _make(flux: Flux, job: Job, bar: Progress, say: Callable[[str], None], say_seconds: Callable[[str], None]) -> None:
     """Make the pictures of a job, and save each as soon as it is decoded."""
-    from fluxonnx.cli.jobs import output_names
-    from fluxonnx.runtime.images import save_image
+    from fluxonnx.runtime.saving import save_image
 
     bar.close()
     say(f"Seed: {', '.join(map(str, job.seeds))}")
     start = time.perf_counter()
-    names = output_names(job.output, job.numbered)
     for _, image in flux.pictures(job.request, job.seeds, bar.step):
         bar.close()
-        path = next(names)
         saving = time.perf_counter()
-        save_image(image, path, {**image.info, **job.files})
+        path = save_image(image, job.output, {**image.info, **job.inputs}, job.numbered)
         say_seconds(_seconds("save", time.perf_counter() - saving))
         say(f"{path} {image.width}x{image.height} ({time.perf_counter() - start:.1f} s)")
     bar.close()

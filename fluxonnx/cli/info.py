@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import TextIO
 
 from fluxonnx.cli.flags import add_parser
+from fluxonnx.cli.messages import UNSAFE, show
 
 
 def add_command(subparsers: argparse._SubParsersAction) -> None:
@@ -27,4 +30,16 @@ def info(picture: Path) -> None:
 
     from fluxonnx.runtime.metadata import read_parameters
 
-    print(json.dumps(read_parameters(picture), indent=2, ensure_ascii=False))
+    parameters = read_parameters(picture)
+    text = json.dumps(parameters, indent=2, ensure_ascii=False)
+    if UNSAFE.search(text.replace("\n", "")) or not _fits(text, sys.stdout):
+        text = json.dumps(parameters, indent=2)  # what is escaped has to stay JSON
+    show(text)
+
+
+def _fits(text: str, stream: TextIO | None) -> bool:
+    try:
+        text.encode((stream and stream.encoding) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fluxonnx.cli.inputs import Load, load_inputs, loader
 from fluxonnx.cli.prompt_file import read_prompt_file
 from fluxonnx.errors import UsageError
-from fluxonnx.runtime.fields import FIELD, FIELDS, MAX_REFERENCES
-from fluxonnx.runtime.images import check_output_path, digest, load_image
+from fluxonnx.runtime.fields import FIELD, FIELDS
 from fluxonnx.runtime.metadata import read_values
 from fluxonnx.runtime.pipeline import random_seed
 from fluxonnx.runtime.providers import CPU, available
 from fluxonnx.runtime.request import Request
+from fluxonnx.runtime.saving import check_output_path
 
 # Values by the names of the table of fields, with its types.
 Values = Mapping[str, Any]
@@ -33,6 +35,7 @@ class Wanted:
         reference: More pictures to look at.
         output: The file to write.
         prompt_file: A file with prompts.
+        absolute_paths: Whether pictures say where their input pictures are, and not only their names.
     """
 
     values: Values
@@ -42,6 +45,7 @@ class Wanted:
     reference: list[Path]
     output: Path | None = None
     prompt_file: Path | None = None
+    absolute_paths: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,16 @@ class Job:
         seeds: One per picture.
         output: The file, or the name that numbers are added to.
         numbered: Whether numbers are added: then nothing is ever overwritten.
-        files: The paths and digests of the input pictures, which are written into the picture.
+        inputs: The names and digests of the input pictures, which are written into the picture.
+        where: What messages call the job; empty if it is the only one.
     """
 
     request: Request
     seeds: list[int]
     output: Path
     numbered: bool
-    files: dict[str, Any]
+    inputs: Mapping[str, Any]
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,14 +106,29 @@ def plan(wanted: Wanted, source: Source | None) -> list[Job]:
         UsageError: Flags contradict each other, or a line of the prompt file is wrong.
         ImageError: An input picture can't be read.
     """
+    load = loader()
     if wanted.prompt_file:
         if "prompt" in wanted.values or source:
             raise UsageError("--prompt-file cannot be combined with -p or --from: choose one")
         lines = read_prompt_file(wanted.prompt_file)
-        return [_job(wanted, line, numbered=len(lines) > 1) for line in lines]
+        jobs = []
+        for number, line in enumerate(lines, 1):
+            where = f"prompt {number} of {wanted.prompt_file}"
+            with located(where):
+                jobs.append(_job(wanted, line, None, len(lines) > 1, load, where))
+        return jobs
     if "prompt" not in wanted.values and not source:
         raise UsageError("there is nothing to draw: say what with -p, --prompt-file or --from")
-    return [_job(wanted, source.values if source else {}, numbered=False)]
+    return [_job(wanted, source.values if source else {}, source.path if source else None, False, load)]
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Say in the message of a usage error which job is wrong."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") if where else error from None
 
 
 def choose_build(precision: str | None, provider: str | None, source: Source | None, model: str) -> BuildChoice:
@@ -136,7 +157,7 @@ def choose_build(precision: str | None, provider: str | None, source: Source | N
     return BuildChoice(precision or known.get("precision"), provider, flavour)
 
 
-def _job(wanted: Wanted, known: Values, numbered: bool) -> Job:
+def _job(wanted: Wanted, known: Values, source: Path | None, numbered: bool, load: Load, where: str = "") -> Job:
     """Combine the flags with the values of a line of a prompt file, or of the picture to make again."""
     values = {field.name: known[field.name] for field in FIELDS if "request" in field.places and field.name in known}
     values.update(wanted.values)
@@ -147,12 +168,18 @@ def _job(wanted: Wanted, known: Values, numbered: bool) -> Job:
         values.setdefault("schedule", "custom")
         if "steps" not in wanted.values:
             values.pop("steps", None)
-    files = _input_files(wanted, known)
-    request = Request(**values, **_load_inputs(files, known))
+    paints_over = "strength" in wanted.values
+    inputs = load_inputs(wanted.input, wanted.reference, paints_over, known, source, wanted.absolute_paths, load)
+    if inputs.image and known.get("strength") == 0 and inputs.image.size == (known.get("width"), known.get("height")):
+        # A copy of the input, which has sizes that can't be drawn, and again has its size if none is given.
+        for name in {"width", "height"} - wanted.values.keys():
+            del values[name]
+    request = Request(**values, **inputs.pictures)
     seeds = _seeds(wanted, known)
     output = Path(known.get("output") or wanted.output or FIELD["output"].default)
-    check_output_path(output)
-    return Job(request, seeds, output, (numbered and "output" not in known) or len(seeds) > 1, files)
+    numbered = (numbered and "output" not in known) or len(seeds) > 1
+    check_output_path(output, numbered)
+    return Job(request, seeds, output, numbered, inputs.metadata, where)
 
 
 def _seeds(wanted: Wanted, known: Values) -> list[int]:
@@ -166,54 +193,3 @@ def _seeds(wanted: Wanted, known: Values) -> list[int]:
     for seed in seeds:
         FIELD["seed"].check(seed)
     return seeds
-
-
-def _input_files(wanted: Wanted, known: Values) -> dict[str, Any]:
-    """Decide which picture is painted over and which are looked at.
-
-    -i without -t is a reference: that is what FLUX.2 was trained for and what most tools mean by editing.
-    """
-    strength = "strength" in wanted.values
-    if strength and len(wanted.input) > 1:
-        raise UsageError("-t paints over one picture: give one -i, and the others with -r")
-    if strength and not wanted.input and "image_file" not in known:
-        raise UsageError("-t sets how much of a picture to paint over: give the picture with -i")
-    files: dict[str, Any] = {}
-    image = str(wanted.input[0].absolute()) if strength and wanted.input else known.get("image_file")
-    if image:
-        files["image_file"] = image
-    looked_at = [*([] if strength else wanted.input), *wanted.reference]
-    references = [str(path.absolute()) for path in looked_at] or known.get("reference_files", [])
-    if len(references) > MAX_REFERENCES:
-        raise UsageError(f"{len(references)} reference images are too many: {MAX_REFERENCES} at most")
-    if references:
-        files["reference_files"] = references
-    return files
-
-
-def _load_inputs(files: dict[str, Any], known: Values) -> dict[str, Any]:
-    """Load the input pictures, and add their digests to `files`: a file of the same name can have changed later."""
-    pictures: dict[str, Any] = {}
-    if "image_file" in files:
-        pictures["image"] = load_image(files["image_file"])
-        files["image_sha256"] = digest(pictures["image"])
-    if "reference_files" in files:
-        pictures["references"] = tuple(load_image(path) for path in files["reference_files"])
-        files["reference_sha256"] = [digest(picture) for picture in pictures["references"]]
-    for file, sha256 in (("image_file", "image_sha256"), ("reference_files", "reference_sha256")):
-        if file in known and files.get(file) == known[file] and files[sha256] != known.get(sha256):
-            warnings.warn(f"{files[file]} has changed since: the result will differ", stacklevel=4)
-    return pictures
-
-
-def output_names(output: Path, numbered: bool) -> Iterator[Path]:
-    """Yield the name of each picture: `output`, or cat-0001.png, cat-0002.png, ..., skipping those that exist."""
-    number = 1
-    while True:
-        path = output
-        while numbered:
-            path = output.with_name(f"{output.stem}-{number:04}{output.suffix}")
-            number += 1
-            if not path.exists():
-                break
-        yield path

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+from fluxonnx.cli.messages import tell
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 
 def speaker(quiet: bool) -> Callable[[str], None]:
     """Return a function that prints a line, or nothing if `quiet`."""
-    return (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+    return (lambda text: None) if quiet else tell
 
 
 class Progress:
@@ -26,13 +29,19 @@ class Progress:
 
     def __init__(self, quiet: bool = False) -> None:
         """Draw nothing if `quiet` or if standard error is not a terminal."""
-        self._shown = not quiet and sys.stderr.isatty()
+        self._shown = not quiet and sys.stderr is not None and sys.stderr.isatty()
         self._bar: Any = None
         self._key: object = None
 
     def _draw(self, what: str, done: int, total: int, **format: Any) -> None:
         if not self._shown:
             return
+        try:
+            self._update(what, done, total, **format)
+        except (OSError, ValueError):  # the terminal is gone: that ends the bar, not the run
+            self._shown, self._bar = False, None
+
+    def _update(self, what: str, done: int, total: int, **format: Any) -> None:
         if self._bar is None or self._key != (what, total):
             from tqdm import tqdm
 
@@ -67,7 +76,8 @@ class Progress:
     def close(self) -> None:
         """Wipe the bar."""
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError, ValueError):
+                self._bar.close()
             self._bar = None
 
     def __enter__(self) -> Progress:

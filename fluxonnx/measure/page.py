@@ -12,9 +12,10 @@ from pathlib import Path
 from PIL import Image
 
 from fluxonnx.errors import FluxonnxError
-from fluxonnx.files import atomic_write, describe_os_error
+from fluxonnx.files import describe_os_error
 from fluxonnx.measure.quality import REFERENCE, Layer, Report, worst
 from fluxonnx.measure.tables import table
+from fluxonnx.runtime.outputs import write_output
 from fluxonnx.version import __version__
 
 COLOURS = ("#c1121f", "#0a6ebd", "#2a9d4a", "#8a4fbf", "#d98200")
@@ -75,8 +76,7 @@ def save(report: Report, path: Path) -> None:
         FluxonnxError: It can't be written.
     """
     try:
-        with atomic_write(path) as temporary:
-            temporary.write_text(page(report), "utf-8")
+        write_output(path, page(report).encode())
     except OSError as error:
         raise FluxonnxError(describe_os_error(error, path)) from None
 

@@ -13,9 +13,10 @@ from typing import Any
 from fluxonnx import api
 from fluxonnx.checkpoint.manifest import DEFAULT_PRECISION, build_name
 from fluxonnx.errors import FluxonnxError, UsageError
-from fluxonnx.files import atomic_write, describe_os_error, probe
+from fluxonnx.files import describe_os_error
 from fluxonnx.measure.picture import PROMPT, SEED, measure
 from fluxonnx.measure.tables import known_median, machine, number, table
+from fluxonnx.runtime.outputs import write_output
 from fluxonnx.runtime.providers import CPU, traits
 
 DEFAULT_SIZE = "256"
@@ -146,21 +147,6 @@ def combine(
     )
 
 
-def check_output(path: Path, flag: str = "--json") -> None:
-    """Check before a long run that the file that `flag` names can be written.
-
-    Raises:
-        UsageError: It is a folder, or in one that does not exist.
-        FluxonnxError: There is no permission.
-    """
-    if path.is_dir() or not path.parent.is_dir():
-        raise UsageError(f"{path} can't be written: {flag} takes the name of a file in a folder that exists")
-    try:
-        probe(path)
-    except OSError as error:
-        raise FluxonnxError(describe_os_error(error, path, f"choose another with {flag}")) from None
-
-
 def prepare(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
     """Validate the plan, and export the builds that are missing.
 
@@ -266,8 +252,7 @@ def save(report: Report, path: Path) -> None:
         FluxonnxError: It can't be written.
     """
     try:
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(as_json(report), indent=2) + "\n", "utf-8")
+        write_output(path, (json.dumps(as_json(report), indent=2) + "\n").encode())
     except OSError as error:
         raise FluxonnxError(describe_os_error(error, path, "choose another with --json")) from None
 

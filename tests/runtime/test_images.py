@@ -6,7 +6,6 @@ import errno
 import io
 import json
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,15 +14,14 @@ from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from fluxonnx.errors import FluxonnxError, ImageError, UsageError
 from fluxonnx.runtime.images import (
     as_rgb,
-    check_output_path,
     fill,
     fit_reference,
     image_to_sample,
     load_image,
     sample_to_image,
-    save_image,
 )
 from fluxonnx.runtime.metadata import read_parameters
+from fluxonnx.runtime.saving import check_output_path, save_image
 
 PARAMETERS = {
     "prompt": 'a "cat" ☂\nand a dog 🐕',
@@ -242,7 +240,7 @@ def test_failed_write_keeps_the_old_picture(tmp_path, monkeypatch, code, message
     before = path.read_bytes()
 
     def fail(self, target, **options):
-        Path(target).write_bytes(b"half")
+        target.write(b"half")
         raise OSError(code, "synthetic")
 
     monkeypatch.setattr(Image.Image, "save", fail)

@@ -1,0 +1,84 @@
+"""Writing pictures: the format that a name stands for, the check of a name before a run, and the file itself."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from fluxonnx.errors import FluxonnxError, ImageError, UsageError
+from fluxonnx.files import describe_os_error
+from fluxonnx.runtime import metadata
+from fluxonnx.runtime.outputs import check_output, write_numbered, write_output
+
+FORMATS: dict[str, dict[str, Any]] = {
+    ".png": {"format": "PNG"},
+    ".jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+    ".jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+    ".webp": {"format": "WEBP", "lossless": True},
+    ".ppm": {"format": "PPM"},
+}
+
+
+def check_output_path(path: str | Path, numbered: bool = False) -> None:
+    """Check before a long run that `path` can be written.
+
+    Args:
+        path: .png, .jpg, .jpeg, .webp or .ppm.
+        numbered: Whether a number will be added to the name.
+
+    Raises:
+        UsageError: Its suffix is unknown, its folder does not exist, it is a folder, or its name is too long.
+        ImageError: There is no permission.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise UsageError(f"{path} can't be written: the name must end in one of {', '.join(FORMATS)}")
+    try:
+        check_output(path, numbered=numbered)
+    except UsageError:
+        raise
+    except FluxonnxError as error:
+        raise ImageError(str(error)) from None
+
+
+def save_image(
+    image: Image.Image, path: str | Path, parameters: Mapping[Any, Any] | None = None, numbered: bool = False
+) -> Path:
+    """Write a picture, whole or not at all, in the format its suffix names.
+
+    JPEG is written at quality 95 without chroma subsampling, WebP losslessly.
+
+    Args:
+        image: RGB.
+        path: .png, .jpg, .jpeg, .webp or .ppm.
+        parameters: What made the picture; written into PNG text chunks, or into EXIF for JPEG and WebP.
+        numbered: Whether to add the first number to the name that is free, so that nothing is overwritten.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        UsageError: The suffix is unknown or the folder does not exist.
+        ImageError: The file can't be written.
+    """
+    path = Path(path)
+    check_output_path(path, numbered)
+    options = FORMATS[path.suffix.lower()]
+    extra = metadata.embed(options["format"], parameters) if parameters else {}
+    clean = image.copy()
+    clean.info = {}
+    buffer = io.BytesIO()
+    try:
+        clean.save(buffer, **options, **extra)
+        if numbered:
+            return write_numbered(path, buffer.getvalue())
+        write_output(path, buffer.getvalue())
+    except OSError as error:
+        raise ImageError(describe_os_error(error, path)) from None
+    except ValueError as error:  # a picture that is too large for the format, such as a WebP of 16384 pixels
+        raise ImageError(f"can't write {path}: {error}") from None
+    return path
