@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 
+from fluxonnx.checkpoint.config import from_json
 from fluxonnx.checkpoint.directory import Checkpoint
+from fluxonnx.checkpoint.reading import shown
 from fluxonnx.errors import CheckpointError
 
 PIPELINE_CLASSES = ("Flux2KleinPipeline",)
@@ -153,34 +155,11 @@ class Architecture:
             CheckpointError: A value is missing or of another type.
         """
         try:
-            return cls(
-                _parsed(TextEncoderConfig, values["text_encoder"]),
-                _parsed(TransformerConfig, values["transformer"]),
-                _parsed(VaeConfig, values["vae"]),
-            )
-        except (KeyError, TypeError) as error:
+            return from_json(cls, values)
+        except ValueError as error:
             raise CheckpointError(
                 f'{source} has no usable "architecture" ({error}): export again with --force'
             ) from None
-
-
-C = TypeVar("C", TextEncoderConfig, TransformerConfig, VaeConfig)
-
-
-def _parsed(kind: type[C], values: Mapping[str, Any]) -> C:
-    """Make a config of JSON values; raises KeyError or TypeError."""
-    hints = get_type_hints(kind)
-    parsed: dict[str, Any] = {}
-    for item in fields(kind):
-        value, hint = values[item.name], hints[item.name]
-        sizes = get_origin(hint) is tuple
-        expected = get_args(hint)[0] if sizes else hint
-        for number in value if sizes else [value]:
-            # JSON has one kind of numbers: 2000 may stand for 2000.0
-            if type(number) is not expected and (expected is not float or type(number) is not int):
-                raise TypeError(f"{item.name} is {value!r}")
-        parsed[item.name] = tuple(value) if sizes else value
-    return kind(**parsed)
 
 
 @dataclass(frozen=True)
@@ -313,8 +292,9 @@ def open_checkpoint(root: str | Path, transformer: str | Path | None = None) -> 
     checkpoint = Checkpoint(root, transformer)
     found = checkpoint.index.values.get("_class_name")
     if found not in PIPELINE_CLASSES:
+        name = json.dumps(found) if isinstance(found, str | None) else shown(found)
         raise CheckpointError(
-            f'{checkpoint.index.path}: "_class_name" is {json.dumps(found)}, but fluxonnx runs '
+            f'{checkpoint.index.path}: "_class_name" is {name[:100]}, but fluxonnx runs '
             f"{' and '.join(PIPELINE_CLASSES)} (the FLUX.2-klein models)"
         )
     return checkpoint

@@ -9,7 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fluxonnx.checkpoint.config import read_json
+from fluxonnx.checkpoint.config import from_json, read_json
+from fluxonnx.checkpoint.reading import exists, shown
 from fluxonnx.checkpoint.safetensors import fingerprint
 from fluxonnx.errors import CheckpointError
 from fluxonnx.files import atomic_write
@@ -141,22 +142,20 @@ def read_manifest(root: Path) -> Manifest | None:
         CheckpointError: The manifest is corrupt or of a newer format.
     """
     path = root / FILE_NAME
-    if not path.exists():
+    if not exists(path):
         return None
-    values = read_json(path)
+    values = read_json(path, "export again with --force")
     version = values.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format {version!r}, this fluxonnx knows {FORMAT_VERSION}: export again with --force"
+            f"{path} has format {shown(version)}, this fluxonnx knows {FORMAT_VERSION}: export again with --force"
         )
     try:
-        builds = values.pop("builds")
-        manifest = Manifest(**values)
-        for name, build in builds.items():
-            components = {key: Component(**value) for key, value in build.pop("components").items()}
-            manifest.builds[name] = Build(**build, components=components)
-    except (TypeError, KeyError, AttributeError):
-        raise CheckpointError(f"{path} is corrupt: export again with --force") from None
+        manifest = from_json(Manifest, values)
+        for build in manifest.builds.values():
+            _ = build.parsed_settings
+    except ValueError as error:
+        raise CheckpointError(f"{path} is corrupt ({error}): export again with --force") from None
     return manifest
 
 
