@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from fluxonnx.checkpoint.reading import foreign, parse_json, read_bounded, shown
+from fluxonnx.checkpoint.reading import foreign, is_name, parse_json, read_bounded, shown
 from fluxonnx.errors import CheckpointError
 
 # Sizes are 32-bit integers at most; no dimension of a model comes near.
@@ -100,16 +100,11 @@ def _typed(hint: Any, value: object, name: str) -> Any:
         # JSON has one kind of numbers: 2000 may stand for 2000.0
         if type(value) in (int, float) and math.isfinite(value):  # type: ignore[arg-type]
             return value
-    elif type(value) is hint and not (hint is str and _is_impossible(value)):
+    elif type(value) is hint and (not isinstance(value, str) or is_name(value)):
         return value
     expected = {list: "a list", tuple: "a list", dict: "an object", str: "text", bool: "true or false"}
     noun = expected.get(origin or hint, "an integer" if hint is int else "a number")
     raise ValueError(f"{name} is {shown(value)}, expected {noun}")
-
-
-def _is_impossible(value: object) -> bool:
-    """Whether a text holds what neither a file name nor UTF-8 can hold: NUL, or half of a surrogate pair."""
-    return "\0" in str(value) or any("\ud800" <= letter <= "\udfff" for letter in str(value))
 
 
 class Config:

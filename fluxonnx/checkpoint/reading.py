@@ -134,6 +134,19 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
+def is_text(value: str) -> bool:
+    """Whether a string can be a name or a text: it holds neither NUL nor half of a surrogate pair."""
+    return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def is_name(value: str) -> bool:
+    """Whether a string can be a file's name, which may hold any bytes but NUL; Python keeps some as surrogates."""
+    try:
+        return b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+
+
 def shown(value: object, most: int = 100) -> str:
     """Return a value for a message, on one line of bounded length."""
     text = repr(value)
