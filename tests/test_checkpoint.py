@@ -69,6 +69,8 @@ def test_header_equals_the_librarys_reading(checkpoints):
         ({"a": entry(offsets=[8, 0])}, bytes(8), None, "malformed"),
         ({"a" * 5000: entry()}, bytes(8), None, "malformed"),
         ({"a": 5}, bytes(8), None, "malformed"),
+        ({"__metadata__": {"a": 5}}, b"", None, "metadata that are not texts"),
+        ({"__metadata__": []}, b"", None, "metadata that are not texts"),
         (b"[" * 100_000, b"", None, "nested too deeply"),
         (b'{"a": ' * 100 + b"1" + b"}" * 100, b"", None, "nested too deeply"),
         (b'{"a": ' + b"1" * 5000 + b"}", b"", None, "integer of 5000 digits"),

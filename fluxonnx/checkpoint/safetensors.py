@@ -155,10 +155,9 @@ def read_header(path: Path) -> dict[str, Tensor]:
     return {tensor.name: tensor for tensor in tensors}
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> dict[str, str]:
     """Return the metadata in the header of a safetensors file; raises as `read_header` does."""
-    metadata = _header(path)[0].get("__metadata__")
-    return metadata if isinstance(metadata, dict) else {}
+    return _header(path)[0].get("__metadata__", {})
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int, int]:
@@ -186,6 +185,9 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
         raise CheckpointError(f"{path} has a header that is not JSON ({error}): download it again") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a header that is not a JSON object: download it again")
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise CheckpointError(f"{path} has metadata that are not texts: download it again")
     return header, 8 + length, size
 
 
