@@ -48,6 +48,9 @@ MAX_SEQUENCE_LENGTH = 512
 OUT_LAYERS = (9, 18, 27)
 # The text encoder's largest weight, of which a prompt needs one row per token.
 EMBEDDING_TABLE = "model.embed_tokens.weight"
+# Bounds of sizes that are read from files, far beyond any model. Each block of the VAE halves a picture.
+MAX_SIZE = 1 << 24
+MAX_BLOCKS = 8
 # Distance of the T coordinates of reference pictures (_prepare_image_ids).
 REFERENCE_T = 10
 
@@ -143,6 +146,21 @@ class Architecture:
         """Return the sizes that a graph depends on, as its metadata stores them."""
         return json.dumps(asdict(getattr(self, COMPONENTS[component])))
 
+    def _check(self) -> None:
+        """Check what the runtime computes with; a wrong size would end in an array of terabytes, or of nothing."""
+        for part in ("text_encoder", "transformer", "vae"):
+            for name, value in asdict(getattr(self, part)).items():
+                least = 0 if name == "out_layers" else 1
+                numbers = value if isinstance(value, tuple) else [value]
+                if not numbers or any(type(n) is int and not least <= n <= MAX_SIZE for n in numbers):
+                    raise ValueError(f"{part}.{name} is {shown(value)}")
+        if len(self.vae.encoder_channels) > MAX_BLOCKS:
+            raise ValueError(f"vae.encoder_channels has over {MAX_BLOCKS} items")
+        if self.transformer.text_dim != self.text_encoder.embedding_dim:
+            raise ValueError(f"transformer.text_dim is not {self.text_encoder.embedding_dim}")
+        if self.transformer.in_channels != self.vae.patch_channels:
+            raise ValueError(f"transformer.in_channels is not {self.vae.patch_channels}")
+
     @classmethod
     def from_json(cls, values: Mapping[str, Any], source: Path) -> Architecture:
         """Read what `to_json` returned.
@@ -155,7 +173,9 @@ class Architecture:
             CheckpointError: A value is missing or of another type.
         """
         try:
-            return from_json(cls, values)
+            sizes = from_json(cls, values)
+            sizes._check()
+            return sizes
         except ValueError as error:
             raise CheckpointError(
                 f'{source} has no usable "architecture" ({error}): export again with --force'

@@ -16,8 +16,9 @@ from fluxonnx.checkpoint.directory import read_tensors
 from fluxonnx.checkpoint.formats import resolve
 from fluxonnx.checkpoint.reading import MAX_TEXT_BYTES
 from fluxonnx.checkpoint.safetensors import Quantisation, fingerprint, read_header
-from fluxonnx.contract import COMPONENT_CLASSES, open_checkpoint
+from fluxonnx.contract import COMPONENT_CLASSES, Architecture, open_checkpoint
 from fluxonnx.errors import CheckpointError
+from fluxonnx.export.components import read_architecture
 from tests.support import Case
 
 CASE = Case("one-double-three-single", shards=3)
@@ -334,3 +335,26 @@ def test_older_forms_of_quantised_layers(tmp_path, scale, settings):
     found = resolve(read_header(tmp_path / "a.safetensors"))
     assert list(found) == ["transformer_blocks.0.attn.to_out.0.weight"]
     assert found["transformer_blocks.0.attn.to_out.0.weight"].quantisation.scale.array() == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("transformer", "in_channels", 0),
+        ("transformer", "in_channels", -1),
+        ("transformer", "in_channels", 10**30),
+        ("transformer", "in_channels", 7),
+        ("transformer", "text_dim", 7),
+        ("transformer", "axes_dims", []),
+        ("vae", "encoder_channels", [1] * 40),
+        ("text_encoder", "out_layers", [-1]),
+        ("text_encoder", "eps", float("nan")),
+    ],
+)
+def test_impossible_sizes_in_the_manifest(checkpoints, part, name, value):
+    """The runtime makes arrays of them."""
+    values = read_architecture(open_checkpoint(checkpoints.get(Case("odd-heads"))), None).to_json()
+    assert Architecture.from_json(values, Path("fluxonnx.json")).to_json() == values
+    values[part][name] = value
+    with pytest.raises(CheckpointError, match=rf"{part}\.{name}.*--force"):
+        Architecture.from_json(values, Path("fluxonnx.json"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from fluxonnx.checkpoint.config import Config
-from fluxonnx.contract import Ports, VaeConfig
+from fluxonnx.contract import MAX_BLOCKS, Ports, VaeConfig
 from fluxonnx.errors import CheckpointError
 from fluxonnx.export import ops
 from fluxonnx.export.ops import ModelBuilder
@@ -19,9 +19,6 @@ EPS = 1e-6
 
 UNUSED_BY_ENCODER = ("decoder.", "post_quant_conv.", "bn.num_batches_tracked")
 UNUSED_BY_DECODER = ("encoder.", "quant_conv.", "bn.num_batches_tracked")
-
-# Each block halves a picture.
-MAX_BLOCKS = 8
 
 
 def read_config(config: Config) -> VaeConfig:
