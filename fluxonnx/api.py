@@ -54,7 +54,13 @@ def find_model(path: str | Path | None = None) -> Path:
     bundled = next((p for p in (package / "models", package.parent / "models") if (p / DEMO_MODEL).is_dir()), None)
     if bundled is None:
         raise CheckpointError("no model: pass a directory with -d, or set FLUXONNX_MODEL (see models/README.md)")
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise CheckpointError(
+            "HOME is not set, so there is no place for the demo model: set HOME or XDG_CACHE_HOME, or pass a model "
+            "directory with -d"
+        ) from None
     bundled /= DEMO_MODEL
     # The digest tells models apart that were trained under the same version.
     copy = caches / "fluxonnx" / f"{__version__}-{_digest(bundled)}" / DEMO_MODEL

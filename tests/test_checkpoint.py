@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from fluxonnx.api import find_model
 from fluxonnx.checkpoint.config import read_json
 from fluxonnx.checkpoint.directory import read_tensors
 from fluxonnx.checkpoint.formats import resolve
@@ -358,3 +359,23 @@ def test_impossible_sizes_in_the_manifest(checkpoints, part, name, value):
     values[part][name] = value
     with pytest.raises(CheckpointError, match=rf"{part}\.{name}.*--force"):
         Architecture.from_json(values, Path("fluxonnx.json"))
+
+
+def test_no_home(monkeypatch, tmp_path):
+    """As in containers, for a user whom the system does not know."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("FLUXONNX_MODEL", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.raises(CheckpointError, match="set HOME or XDG_CACHE_HOME"):
+        find_model()
+
+
+@pytest.mark.parametrize("name", ["\0", "a" * 300, "\ud800", "nowhere/a.safetensors", "."])
+def test_impossible_transformers(checkpoints, name):
+    with pytest.raises(CheckpointError, match="is not a file"):
+        open_checkpoint(checkpoints.get(Case("odd-heads")), name)

@@ -59,8 +59,10 @@ def _other_weights(folder: Path) -> str | None:
     """Return the name of a weight file that is there in another form: a variant (fp16), another format."""
     try:
         names = sorted(path.name for path in folder.iterdir())
-    except OSError:
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        raise CheckpointError(f"{folder} can't be read: {error.strerror or error}") from None
     variants = [name for name in names if name.startswith(STEMS) and name.endswith(".safetensors")]
     others = [name for name in names if name.endswith((".bin", ".gguf", ".pt", ".pth", ".ckpt"))]
     return next(iter(variants + others), None)
@@ -129,9 +131,9 @@ class Checkpoint:
         """
         self.root = Path(root)
         _check_folder(self.root)
+        if transformer and not is_file(Path(transformer)):
+            raise CheckpointError(f"--transformer {transformer} is not a file: pass a .safetensors file")
         self.transformer = _placed(Path(transformer), self.root) if transformer else None
-        if self.transformer and not is_file(self.transformer):
-            raise CheckpointError(f"--transformer {self.transformer} is not a file: pass a .safetensors file")
         self.index = Config(self.root / "model_index.json")
 
     @property

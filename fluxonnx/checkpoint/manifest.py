@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxonnx.checkpoint.config import from_json, read_json
-from fluxonnx.checkpoint.reading import exists, shown
+from fluxonnx.checkpoint.reading import exists, is_file, shown
 from fluxonnx.checkpoint.safetensors import fingerprint
 from fluxonnx.errors import CheckpointError
 from fluxonnx.files import atomic_write
@@ -177,7 +177,7 @@ def is_source_checkout() -> bool:
 def is_usable(root: Path, component: Component) -> bool:
     """Whether a graph can be run as it is: it is there with its weights, unchanged where they are the checkpoint's."""
     files = (root / name for name in (component.graph, *component.weights))
-    return all(file.is_file() for file in files) and _are_unchanged(root, _depended_on(component))
+    return all(is_file(file) for file in files) and _are_unchanged(root, _depended_on(component))
 
 
 def is_current(root: Path, component: Component, graph_format: int) -> bool:
@@ -190,7 +190,7 @@ def is_current(root: Path, component: Component, graph_format: int) -> bool:
         component.graph_format == graph_format
         and (not is_source_checkout() or component.exporter_digest == exporter_digest())
         and is_usable(root, component)
-        and _are_unchanged(root, {name: d for name, d in component.sources.items() if (root / name).exists()})
+        and _are_unchanged(root, {name: d for name, d in component.sources.items() if exists(root / name)})
     )
 
 
@@ -202,4 +202,4 @@ def _depended_on(component: Component) -> dict[str, str]:
 
 
 def _are_unchanged(root: Path, sources: dict[str, str]) -> bool:
-    return all((root / name).is_file() and fingerprint(root / name) == digest for name, digest in sources.items())
+    return all(is_file(root / name) and fingerprint(root / name) == digest for name, digest in sources.items())
