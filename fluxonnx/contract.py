@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 
+from fluxonnx.checkpoint.config import from_json
 from fluxonnx.checkpoint.directory import Checkpoint
+from fluxonnx.checkpoint.reading import shown
 from fluxonnx.errors import CheckpointError
 
 PIPELINE_CLASSES = ("Flux2KleinPipeline",)
@@ -46,6 +48,9 @@ MAX_SEQUENCE_LENGTH = 512
 OUT_LAYERS = (9, 18, 27)
 # The text encoder's largest weight, of which a prompt needs one row per token.
 EMBEDDING_TABLE = "model.embed_tokens.weight"
+# Bounds of sizes that are read from files, far beyond any model. Each block of the VAE halves a picture.
+MAX_SIZE = 1 << 24
+MAX_BLOCKS = 8
 # Distance of the T coordinates of reference pictures (_prepare_image_ids).
 REFERENCE_T = 10
 
@@ -141,6 +146,21 @@ class Architecture:
         """Return the sizes that a graph depends on, as its metadata stores them."""
         return json.dumps(asdict(getattr(self, COMPONENTS[component])))
 
+    def _check(self) -> None:
+        """Check what the runtime computes with; a wrong size would end in an array of terabytes, or of nothing."""
+        for part in ("text_encoder", "transformer", "vae"):
+            for name, value in asdict(getattr(self, part)).items():
+                least = 0 if name == "out_layers" else 1
+                numbers = value if isinstance(value, tuple) else [value]
+                if not numbers or any(type(n) is int and not least <= n <= MAX_SIZE for n in numbers):
+                    raise ValueError(f"{part}.{name} is {shown(value)}")
+        if len(self.vae.encoder_channels) > MAX_BLOCKS:
+            raise ValueError(f"vae.encoder_channels has over {MAX_BLOCKS} items")
+        if self.transformer.text_dim != self.text_encoder.embedding_dim:
+            raise ValueError(f"transformer.text_dim is not {self.text_encoder.embedding_dim}")
+        if self.transformer.in_channels != self.vae.patch_channels:
+            raise ValueError(f"transformer.in_channels is not {self.vae.patch_channels}")
+
     @classmethod
     def from_json(cls, values: Mapping[str, Any], source: Path) -> Architecture:
         """Read what `to_json` returned.
@@ -153,34 +173,13 @@ class Architecture:
             CheckpointError: A value is missing or of another type.
         """
         try:
-            return cls(
-                _parsed(TextEncoderConfig, values["text_encoder"]),
-                _parsed(TransformerConfig, values["transformer"]),
-                _parsed(VaeConfig, values["vae"]),
-            )
-        except (KeyError, TypeError) as error:
+            sizes = from_json(cls, values)
+            sizes._check()
+            return sizes
+        except ValueError as error:
             raise CheckpointError(
                 f'{source} has no usable "architecture" ({error}): export again with --force'
             ) from None
-
-
-C = TypeVar("C", TextEncoderConfig, TransformerConfig, VaeConfig)
-
-
-def _parsed(kind: type[C], values: Mapping[str, Any]) -> C:
-    """Make a config of JSON values; raises KeyError or TypeError."""
-    hints = get_type_hints(kind)
-    parsed: dict[str, Any] = {}
-    for item in fields(kind):
-        value, hint = values[item.name], hints[item.name]
-        sizes = get_origin(hint) is tuple
-        expected = get_args(hint)[0] if sizes else hint
-        for number in value if sizes else [value]:
-            # JSON has one kind of numbers: 2000 may stand for 2000.0
-            if type(number) is not expected and (expected is not float or type(number) is not int):
-                raise TypeError(f"{item.name} is {value!r}")
-        parsed[item.name] = tuple(value) if sizes else value
-    return kind(**parsed)
 
 
 @dataclass(frozen=True)
@@ -313,8 +312,9 @@ def open_checkpoint(root: str | Path, transformer: str | Path | None = None) -> 
     checkpoint = Checkpoint(root, transformer)
     found = checkpoint.index.values.get("_class_name")
     if found not in PIPELINE_CLASSES:
+        name = json.dumps(found) if isinstance(found, str | None) else shown(found)
         raise CheckpointError(
-            f'{checkpoint.index.path}: "_class_name" is {json.dumps(found)}, but fluxonnx runs '
+            f'{checkpoint.index.path}: "_class_name" is {name[:100]}, but fluxonnx runs '
             f"{' and '.join(PIPELINE_CLASSES)} (the FLUX.2-klein models)"
         )
     return checkpoint

@@ -85,7 +85,7 @@ def test_architecture_is_read_as_it_was_written(exported):
 def test_damaged_architecture_is_named(exported, value):
     manifest = read_manifest(exported)
     manifest.architecture["transformer"]["heads"] = value
-    with pytest.raises(CheckpointError, match=r'fluxonnx\.json has no usable "architecture" \(heads.*--force'):
+    with pytest.raises(CheckpointError, match=r"no usable .architecture. \(transformer\.heads.*--force"):
         Architecture.from_json(manifest.architecture, exported / FILE_NAME)
 
 

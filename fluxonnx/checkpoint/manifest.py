@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import types
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
-from fluxonnx.checkpoint.config import read_json
+from fluxonnx.checkpoint.config import from_json, read_json, typed
 from fluxonnx.checkpoint.digests import config_digest, content_digest
+from fluxonnx.checkpoint.reading import exists, is_file, shown
 from fluxonnx.checkpoint.safetensors import fingerprint
 from fluxonnx.errors import CheckpointError
 from fluxonnx.files import atomic_write
@@ -156,55 +155,22 @@ def read_manifest(root: Path) -> Manifest | None:
         CheckpointError: The manifest is corrupt or of a newer format.
     """
     path = root / FILE_NAME
-    if not path.exists():
+    if not exists(path):
         return None
-    try:
-        values = read_json(path)
-    except CheckpointError as error:
-        # what it says of a checkpoint's own files, which can't be made again
-        reason = str(error).removesuffix(": download it again")
-        raise CheckpointError(f"{reason}: export again with --force") from None
+    values = read_json(path, "export again with --force")
     version = values.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format {version!r}, this fluxonnx knows {FORMAT_VERSION}: export again with --force"
+            f"{path} has format {shown(version)}, this fluxonnx knows {FORMAT_VERSION}: export again with --force"
         )
     try:
-        builds = values.pop("builds")
-        manifest = _typed(Manifest, values)
-        for name, build in builds.items():
-            components = {key: _typed(Component, value) for key, value in build.pop("components").items()}
-            manifest.builds[name] = found = _typed(Build, build, components=components)
-            if build_name(found.precision, found.flavour) != name or found.parsed_settings is None:
-                raise ValueError(name)
-    except (TypeError, KeyError, AttributeError, ValueError):
-        raise CheckpointError(f"{path} is corrupt: export again with --force") from None
+        manifest = from_json(Manifest, values, skip_unknown=True)
+        for name, build in manifest.builds.items():
+            if build_name(build.precision, build.flavour) != name or build.parsed_settings is None:
+                raise ValueError(f"the build {shown(name)} has another name")
+    except ValueError as error:
+        raise CheckpointError(f"{path} is corrupt ({error}): export again with --force") from None
     return manifest
-
-
-T = TypeVar("T", Manifest, Build, Component)
-
-
-def _typed(kind: type[T], values: Mapping[str, Any], **others: Any) -> T:
-    """Make a dataclass of JSON values; raises TypeError. What a later version added is left out."""
-    hints = get_type_hints(kind)
-    known = {item.name for item in fields(kind)} - set(others)
-    found = {name: value for name, value in values.items() if name in known}
-    for name, value in found.items():
-        if not _fits(value, hints[name]):
-            raise TypeError(name)
-    return kind(**found, **others)
-
-
-def _fits(value: object, hint: Any) -> bool:
-    origin, inside = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, part) for part in inside)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, inside[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(item, inside[1]) for item in value.values())
-    return hint is Any or type(value) is hint
 
 
 def salvaged_manifest(root: Path) -> tuple[Manifest, bool]:
@@ -216,14 +182,11 @@ def salvaged_manifest(root: Path) -> tuple[Manifest, bool]:
         return manifest, False
     hints, whole = get_type_hints(Manifest), True
     for name in ("text_encoder_out_layers", "defaults"):
-        _, key, rest = text.partition(f'"{name}":')
+        _, _, rest = text.partition(f'"{name}":')
         try:
             value, _ = json.JSONDecoder().raw_decode(rest.lstrip())
+            setattr(manifest, name, typed(hints[name], value, name))
         except (ValueError, RecursionError):
-            value, key = None, ""
-        if key and _fits(value, hints[name]):
-            setattr(manifest, name, value)
-        else:
             whole = False
     return manifest, whole
 
@@ -257,7 +220,7 @@ def fault(root: Path, component: Component) -> str | None:
     if component.unfinished:
         return f"{component.graph} was not finished"
     for name in (component.graph, *component.weights):
-        if not (root / name).is_file():
+        if not is_file(root / name):
             return f"{name} is missing"
     for name, digest in component.files.items():
         if content_digest(root / name) != digest:
@@ -278,7 +241,7 @@ def changed_config(root: Path, component: Component, out_layers: list[int] | Non
         return FILE_NAME
     for name, digest in component.configs.items():
         # a self-contained build does not need the file
-        if (root / name).exists() and config_digest(root / name) != digest:
+        if exists(root / name) and config_digest(root / name) != digest:
             return name
     return None
 
@@ -300,7 +263,7 @@ def is_current(root: Path, component: Component, graph_format: int, out_layers: 
 
 def are_as_recorded(checkpoint: Path, component: Component) -> bool:
     """Whether those of a checkpoint's weight files that are there are the ones that a graph was made from."""
-    return _changed(checkpoint, {n: d for n, d in component.sources.items() if (checkpoint / n).exists()}) is None
+    return _changed(checkpoint, {n: d for n, d in component.sources.items() if exists(checkpoint / n)}) is None
 
 
 def _depended_on(component: Component) -> dict[str, str]:
@@ -314,6 +277,6 @@ def _changed(root: Path, sources: dict[str, str]) -> str | None:
     for name, digest in sources.items():
         # the last versions recorded fingerprints, which have no prefix
         now = content_digest if ":" in digest else fingerprint
-        if not (root / name).is_file() or now(root / name) != digest:
+        if not is_file(root / name) or now(root / name) != digest:
             return name
     return None

@@ -59,6 +59,19 @@ BLOCKS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
 }
 
 
+# The module of Qwen3ForCausalLM that holds the layers; files of the bare model lack it.
+ENCODER_PREFIX = "model."
+ENCODER_PARTS = ("layers.", "embed_tokens.", "norm.")
+
+
+def with_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a text encoder's tensors by the names of Qwen3ForCausalLM."""
+    if any(name.startswith(ENCODER_PREFIX) for name in tensors):
+        return tensors
+    names = {name: ENCODER_PREFIX + name if name.startswith(ENCODER_PARTS) else name for name in tensors}
+    return {names[name]: replace(tensor, name=names[name]) for name, tensor in tensors.items()}
+
+
 def renamed(name: str, tensor: Tensor) -> Iterator[Tensor]:
     """Yield the tensors that a tensor of the original is in diffusers; tensors with diffusers' names are kept."""
     layer, _, parameter = name.rpartition(".")
@@ -78,6 +91,7 @@ def renamed(name: str, tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _with_halves_swapped(tensor: Tensor) -> Tensor:
+    _part(tensor, 0, 2)  # raises if there are no halves
     quantisation = tensor.quantisation
     if quantisation and math.prod(quantisation.scale.shape) > 1:
         quantisation = replace(quantisation, scale=replace(quantisation.scale, swapped=True))

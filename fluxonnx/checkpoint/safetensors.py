@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from fluxonnx.checkpoint.reading import foreign, open_regular, parse_json, shown
 from fluxonnx.errors import CheckpointError
 
 # The one table of dtypes: safetensors names -> numpy. ONNX types follow from the numpy ones.
@@ -37,6 +38,9 @@ DTYPES: dict[str, np.dtype] = {
 
 # The safetensors library refuses longer headers; so do we, before reading one into memory.
 MAX_HEADER_BYTES = 100_000_000
+# Far beyond any model's tensors; numpy has at most 64 dimensions.
+MAX_NAME = 1000
+MAX_DIMENSIONS = 16
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Tensor:
 
     Attributes:
         name: Its name in the checkpoint.
-        dtype: The safetensors dtype name, a key of `DTYPES`.
+        dtype: The safetensors dtype name; what is not a key of `DTYPES` can't be read.
         shape: Its shape.
         file: The file that holds it.
         offset: First byte, counted from the start of the file.
@@ -69,6 +73,10 @@ class Tensor:
 
     def array(self) -> np.ndarray:
         """Map the tensor's bytes, read-only and, unless `swapped`, without copying, as an array of `shape`."""
+        if self.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{self.file}: {self.name} has dtype {shown(self.dtype)}, expected one of {', '.join(DTYPES)}"
+            )
         raw = np.memmap(self.file, np.uint8, "r", self.offset, (self.nbytes,)) if self.nbytes else np.empty(0, np.uint8)
         array = raw.view(DTYPES[self.dtype]).reshape(self.shape)
         return np.concatenate(np.split(array, 2)[::-1]) if self.swapped else array
@@ -132,62 +140,88 @@ def read_header(path: Path) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     tensors = [_header_entry(path, name, entry, start, size) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
-    for before, after in itertools.pairwise(tensors):
-        if before.offset + before.nbytes > after.offset:
-            raise CheckpointError(f"{path}: the bytes of {before.name} and {after.name} overlap: download it again")
+    # Without this check, a header that lost a byte would shift all weights.
+    end = start
+    for before, tensor in zip([None, *tensors], tensors, strict=False):
+        if tensor.offset < end and before:
+            raise CheckpointError(f"{path}: the bytes of {before.name} and {tensor.name} overlap: download it again")
+        if tensor.offset != end:
+            raise CheckpointError(
+                f"{path}: {tensor.offset - end} bytes before {tensor.name} belong to no tensor: download it again"
+            )
+        end = tensor.offset + tensor.nbytes
+    if end != size:
+        raise CheckpointError(f"{path} has {size} bytes, but its tensors end at {end}: download it again")
     return {tensor.name: tensor for tensor in tensors}
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> dict[str, str]:
     """Return the metadata in the header of a safetensors file; raises as `read_header` does."""
-    metadata = _header(path)[0].get("__metadata__")
-    return metadata if isinstance(metadata, dict) else {}
+    return _header(path)[0].get("__metadata__", {})
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int, int]:
     """Return a file's header, where its data starts, and its size."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header_bytes = file.read(length) if size >= 8 and length <= MAX_HEADER_BYTES else b""
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            whole = size >= 8 + length and length <= MAX_HEADER_BYTES
+            header_bytes = file.read(length if whole else 64)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the model directory is not complete, download it again") from None
     except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error.strerror}") from None
-    if size < 8 or length > MAX_HEADER_BYTES or len(header_bytes) < length:
+        raise CheckpointError(f"{path} can't be read: {error.strerror or error}") from None
+    if what := foreign(prefix + header_bytes[:64]):
+        raise CheckpointError(f"{path} {what}")
+    if size < 8 or not whole:
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({size} bytes, header of {length} bytes): download it again"
         )
     try:
-        header = json.loads(header_bytes)
-    except ValueError:
-        raise CheckpointError(f"{path} has a header that is not JSON: download it again") from None
+        header = parse_json(header_bytes)
+    except ValueError as error:
+        raise CheckpointError(f"{path} has a header that is not JSON ({error}): download it again") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a header that is not a JSON object: download it again")
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise CheckpointError(f"{path} has metadata that are not texts: download it again")
     return header, 8 + length, size
 
 
 def _header_entry(path: Path, name: str, entry: Any, data_start: int, file_size: int) -> Tensor:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        numbers = (*shape, begin, end)
-    except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{path}: the header entry of {name} is malformed: download it again") from None
-    if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in numbers):
-        raise CheckpointError(f"{path}: the header entry of {name} is malformed: download it again")
-    if dtype not in DTYPES:
-        raise CheckpointError(f"{path}: {name} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
-    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    malformed = CheckpointError(f"{path}: the header entry of {shown(name)} is malformed: download it again")
+    if not isinstance(entry, dict) or len(name) > MAX_NAME:
+        raise malformed
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if (
+        not isinstance(dtype, str)
+        or len(dtype) > MAX_NAME
+        or not isinstance(shape, list)
+        or not isinstance(offsets, list)
+    ):
+        raise malformed
+    numbers = (*shape, *offsets)
+    if len(dtype) > MAX_NAME or len(shape) > MAX_DIMENSIONS or len(offsets) != 2:
+        raise malformed
+    if any(not isinstance(n, int) or isinstance(n, bool) or not 0 <= n < 2**63 for n in numbers):
+        raise malformed
+    begin, end = offsets
+    if begin > end:
+        raise malformed
+    # A tensor of a dtype that numpy lacks does no harm unless it is used, where its dtype is checked.
+    expected = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else end - begin
     if end - begin != expected:
         raise CheckpointError(
-            f"{path}: {name} takes {end - begin} bytes, but {dtype} {list(shape)} needs {expected}: download it again"
+            f"{path}: {name} takes {end - begin} bytes, but {dtype} {shape} needs {expected}: download it again"
         )
     if data_start + end > file_size:
         raise CheckpointError(
             f"{path} is truncated: {file_size} bytes, but {name} ends at {data_start + end}: download it again"
         )
-    return Tensor(name, dtype, shape, path, data_start + begin, end - begin)
+    return Tensor(name, dtype, tuple(shape), path, data_start + begin, end - begin)
 
 
 def fingerprint(path: Path, samples: int = 64, block: int = 4096) -> str:
@@ -200,8 +234,8 @@ def fingerprint(path: Path, samples: int = 64, block: int = 4096) -> str:
     """
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             digest.update(size.to_bytes(8, "little"))
             prefix = file.read(8)
             header_end = 8 + min(int.from_bytes(prefix, "little"), MAX_HEADER_BYTES)
@@ -210,5 +244,5 @@ def fingerprint(path: Path, samples: int = 64, block: int = 4096) -> str:
                 file.seek(header_end + (size - header_end) * i // samples)
                 digest.update(file.read(block))
     except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error.strerror}") from None
+        raise CheckpointError(f"{path} can't be read: {error.strerror or error}") from None
     return digest.hexdigest()

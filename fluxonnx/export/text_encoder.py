@@ -17,6 +17,9 @@ from fluxonnx.export.ops import ModelBuilder
 # cos and sin, f32 [positions, head_dim / 2]
 RopeTable = tuple[np.ndarray, np.ndarray]
 
+# Far beyond any model.
+MAX_HEAD_DIM = 4096
+
 
 def read_config(config: Config, out_layers: tuple[int, ...] | None = None) -> TextEncoderConfig:
     """Read and check text_encoder/config.json.
@@ -32,7 +35,7 @@ def read_config(config: Config, out_layers: tuple[int, ...] | None = None) -> Te
     config.expect("hidden_act", "silu")
     config.expect("use_sliding_window", False)
     config.expect("rope_scaling", None)
-    rope = Config(config.path, config.values.get("rope_parameters") or {})
+    rope = config.section("rope_parameters")
     rope.expect("rope_type", "default")
     heads, kv_heads = config.integer("num_attention_heads"), config.integer("num_key_value_heads")
     if heads % kv_heads:
@@ -40,6 +43,9 @@ def read_config(config: Config, out_layers: tuple[int, ...] | None = None) -> Te
             f'{config.path}: "num_attention_heads" {heads} is not a multiple of "num_key_value_heads" {kv_heads}'
         )
     layers, hidden = config.integer("num_hidden_layers"), config.integer("hidden_size")
+    head_dim = config.integer("head_dim", hidden // heads, MAX_HEAD_DIM)
+    if head_dim % 2:
+        raise CheckpointError(f'{config.path}: "head_dim" is {head_dim}, but rotary embeddings need an even size')
     if out_layers is None:
         out_layers = OUT_LAYERS if layers >= max(OUT_LAYERS) else tuple(layers * i // 4 for i in (1, 2, 3))
     if not all(0 <= layer <= layers for layer in out_layers):
@@ -52,10 +58,10 @@ def read_config(config: Config, out_layers: tuple[int, ...] | None = None) -> Te
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=config.integer("head_dim", hidden // heads),
+        head_dim=head_dim,
         intermediate=config.integer("intermediate_size"),
-        rope_theta=rope.number("rope_theta", config.number("rope_theta", 1_000_000)),
-        eps=config.number("rms_norm_eps", 1e-6),
+        rope_theta=rope.number("rope_theta", config.number("rope_theta", 1_000_000, 1, 1e12), 1, 1e12),
+        eps=config.number("rms_norm_eps", 1e-6, 0, 1),
         bias=config.flag("attention_bias", False),
         out_layers=out_layers,
     )

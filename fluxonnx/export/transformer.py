@@ -10,10 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from fluxonnx.checkpoint.config import Config
+from fluxonnx.checkpoint.reading import shown
 from fluxonnx.contract import Ports, TransformerConfig
 from fluxonnx.errors import CheckpointError
 from fluxonnx.export import ops
 from fluxonnx.export.ops import ModelBuilder
+
+# Far beyond any model.
+MAX_HEAD_DIM = 4096
+MAX_TIMESTEP_CHANNELS = 1 << 16
 
 
 def read_config(config: Config) -> TransformerConfig:
@@ -24,13 +29,19 @@ def read_config(config: Config) -> TransformerConfig:
     """
     config.expect("guidance_embeds", False, missing_ok=False)  # true is FLUX.2-dev: another graph contract
     config.expect("patch_size", 1)
-    heads, head_dim = config.integer("num_attention_heads"), config.integer("attention_head_dim")
+    heads, head_dim = config.integer("num_attention_heads"), config.integer("attention_head_dim", None, MAX_HEAD_DIM)
     in_channels = config.integer("in_channels")
     axes = config.integers("axes_dims_rope", (32, 32, 32, 32))
     if len(axes) != 4 or sum(axes) != head_dim or any(axis % 2 for axis in axes):
         raise CheckpointError(
-            f'{config.path}: "axes_dims_rope" is {list(axes)}, expected four even sizes that add up to '
+            f'{config.path}: "axes_dims_rope" is {shown(list(axes))}, expected four even sizes that add up to '
             f'"attention_head_dim" {head_dim}'
+        )
+    # The conditioning graph has no weights whose shapes would bound these sizes.
+    timestep_channels = config.integer("timestep_guidance_channels", 256, MAX_TIMESTEP_CHANNELS)
+    if timestep_channels % 2:
+        raise CheckpointError(
+            f'{config.path}: "timestep_guidance_channels" is {timestep_channels}, expected an even size'
         )
     return TransformerConfig(
         in_channels=in_channels,
@@ -40,11 +51,11 @@ def read_config(config: Config) -> TransformerConfig:
         heads=heads,
         head_dim=head_dim,
         text_dim=config.integer("joint_attention_dim"),
-        timestep_channels=config.integer("timestep_guidance_channels", 256),
-        mlp_dim=int(heads * head_dim * config.number("mlp_ratio", 3.0)),
+        timestep_channels=timestep_channels,
+        mlp_dim=int(heads * head_dim * config.number("mlp_ratio", 3.0, 0.01, 1000)),
         axes_dims=axes,
-        rope_theta=config.number("rope_theta", 2000),
-        eps=config.number("eps", 1e-6),
+        rope_theta=config.number("rope_theta", 2000, 1, 1e12),
+        eps=config.number("eps", 1e-6, 0, 1),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from fluxonnx.checkpoint.config import Config
-from fluxonnx.contract import Ports, VaeConfig
+from fluxonnx.contract import MAX_BLOCKS, Ports, VaeConfig
 from fluxonnx.errors import CheckpointError
 from fluxonnx.export import ops
 from fluxonnx.export.ops import ModelBuilder
@@ -31,6 +31,8 @@ def read_config(config: Config) -> VaeConfig:
     config.expect("patch_size", [2, 2])
     encoder_channels = config.integers("block_out_channels")
     decoder_channels = config.integers("decoder_block_out_channels", encoder_channels)
+    if max(len(encoder_channels), len(decoder_channels)) > MAX_BLOCKS:
+        raise CheckpointError(f"{config.path} describes over {MAX_BLOCKS} blocks, which no picture is large enough for")
     groups = config.integer("norm_num_groups", 32)
     for channels in (*encoder_channels, *decoder_channels):
         if channels % groups:
@@ -48,7 +50,7 @@ def read_config(config: Config) -> VaeConfig:
         quant_conv=config.flag("use_quant_conv", True),
         post_quant_conv=config.flag("use_post_quant_conv", True),
         mid_attention=config.flag("mid_block_add_attention", True),
-        batch_norm_eps=config.number("batch_norm_eps", 1e-4),
+        batch_norm_eps=config.number("batch_norm_eps", 1e-4, 0, 1),
     )
 
 

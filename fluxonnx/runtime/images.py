@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from fluxonnx.errors import FluxonnxError, UsageError
 from fluxonnx.runtime import metadata
@@ -28,6 +28,10 @@ SEVERAL_FRAMES = {
     "AVIF": "is animated: only its first frame is used",
     "TIFF": "has several pages: only the first is used",
 }
+
+
+# Where Pillow looks for the orientation of a picture.
+ORIENTED_BY = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -52,7 +56,7 @@ def load_image(path: str | Path) -> Image.Image:
 def as_rgb(image: Image.Image) -> Image.Image:
     """Convert any picture to RGB as a viewer shows it; see `load_image`."""
     profile = image.info.get("icc_profile")
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image)
     if image.has_transparency_data:
@@ -65,6 +69,23 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if profile and image.mode in ("L", "RGB", "CMYK"):
         image = _to_srgb(image, profile)
     return image.convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turn a picture as its EXIF or XMP says; where these are damaged, the picture stays as it is."""
+    image.load()  # outside the block: a picture with damaged pixels is an error
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow raises almost anything for damaged EXIF: SyntaxError, struct.error, KeyError, ...
+        return image.copy()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # of a damaged tag beside the orientation
+        plain, exif = image.copy(), Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        plain.info = {key: value for key, value in image.info.items() if key not in ORIENTED_BY}
+        plain.info["exif"] = exif.tobytes()
+        return ImageOps.exif_transpose(plain)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -87,7 +108,7 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ImportError):
+    except (ImageCms.PyCMSError, OSError, ImportError, TypeError, ValueError):
         # A damaged profile, or one for another mode, which viewers ignore, too; or a Pillow without LittleCMS.
         return image
     return converted if converted is not None else image

@@ -11,7 +11,9 @@ from typing import Any
 
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
+from fluxonnx.checkpoint.reading import open_regular, parse_json
 from fluxonnx.errors import ImageError
+from fluxonnx.runtime import png
 from fluxonnx.runtime.fields import FIELDS
 
 KEY = "fluxonnx"
@@ -33,8 +35,14 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         # Pillow warns above 89 million pixels, which real cameras reach, and rejects twice that.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                yield image
+            with open_regular(path) as file:
+                source, profile = png.readable(file)
+                with Image.open(source) as image:
+                    if profile:
+                        image.info["icc_profile"] = profile
+                    yield image
+    except MemoryError:
+        raise
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist") from None
     except IsADirectoryError:
@@ -107,8 +115,8 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     with opened(path) as image:
         text = _from_png(image) if image.format == "PNG" else _from_exif(image)
     try:
-        parameters = json.loads(text) if text else None
-    except (ValueError, RecursionError):
+        parameters = parse_json(text) if text else None
+    except ValueError:
         raise ImageError(f"{path} holds damaged fluxonnx parameters: use an untouched copy of the picture") from None
     if not isinstance(parameters, dict) or "prompt" not in parameters:
         raise ImageError(f"{path} holds no fluxonnx parameters: another program made it or removed them")
@@ -137,7 +145,10 @@ def _from_png(image: Image.Image) -> str:
 
 
 def _from_exif(image: Image.Image) -> str:
-    comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+    try:
+        comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+    except Exception:  # as in `images.upright`
+        return ""
     if not isinstance(comment, bytes):
         return ""
     prefix, data = comment[:8], comment[8:]

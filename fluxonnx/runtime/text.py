@@ -10,6 +10,7 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as HubTokenizer
 
 from fluxonnx.checkpoint.config import read_json
+from fluxonnx.checkpoint.reading import exists, foreign, is_text, read_bounded, shown
 from fluxonnx.contract import CHAT_TEMPLATE, DEFAULT_PAD_TOKEN, MAX_SEQUENCE_LENGTH
 from fluxonnx.errors import CheckpointError, UsageError
 
@@ -41,19 +42,26 @@ class Tokenizer:
             CheckpointError: It is missing, corrupt, or lacks a token of the chat template.
         """
         path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: the model directory is not complete, download it again")
         try:
-            self._tokenizer = HubTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exceptions
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{path} is not a tokenizer ({reason}): download it again") from None
+            content = read_bounded(path)
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{path} is missing: the model directory is not complete, download it again"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(f"{path} can't be read: {error.strerror or error}") from None
+        self._path = path
+        try:
+            self._tokenizer = HubTokenizer.from_buffer(content)
+        except BaseException as error:
+            reason = foreign(content) or f"is not a tokenizer ({_reason(error)}): download it again"
+            raise CheckpointError(f"{path} {reason}") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         pad_token = _pad_token(folder)
         for token in ("<|im_start|>", "<|im_end|>", pad_token):
             if self._tokenizer.token_to_id(token) is None:
-                raise CheckpointError(f"{path} has no token {token}: it is not the tokenizer of this model")
+                raise CheckpointError(f"{path} has no token {token[:100]}: it is not the tokenizer of this model")
         self._pad_id = self._tokenizer.token_to_id(pad_token)
 
     def encode(self, prompt: str, max_length: int = MAX_SEQUENCE_LENGTH) -> Tokens:
@@ -86,13 +94,27 @@ class Tokenizer:
                 "the prompt is not valid text: it holds a NUL character; check the encoding it was read with"
             )
         text = TEMPLATE_HEAD + prompt + TEMPLATE_TAIL
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except BaseException as error:
+            raise CheckpointError(f"{self._path} can't encode text ({_reason(error)}): download it again") from None
         ids = encoding.ids[:max_length]
         input_ids = np.full((1, max_length), self._pad_id, np.int64)
         input_ids[0, : len(ids)] = ids
         attention_mask = np.zeros((1, max_length), np.int64)
         attention_mask[0, : len(ids)] = 1
         return Tokens(input_ids, attention_mask, _cut(prompt, encoding, max_length))
+
+
+def _reason(error: BaseException) -> str:
+    """Return what the tokenizers library says, which raises bare Exceptions, and panics that are not even those.
+
+    Raises:
+        BaseException: The error is neither; Ctrl-C, for example.
+    """
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+    return " ".join(str(error).split())[:200]
 
 
 def _cut(prompt: str, encoding: Encoding, max_length: int) -> str:
@@ -107,9 +129,9 @@ def _cut(prompt: str, encoding: Encoding, max_length: int) -> str:
 
 def _pad_token(folder: Path) -> str:
     config = folder / "tokenizer_config.json"
-    token = read_json(config).get("pad_token") if config.is_file() else None
+    token = read_json(config).get("pad_token") if exists(config) else None
     if isinstance(token, dict):  # an AddedToken, as older versions of transformers save it
         token = token.get("content")
-    if token is not None and not isinstance(token, str):
-        raise CheckpointError(f"{config}: pad_token is {token!r}, expected a string: download it again")
+    if token is not None and not (isinstance(token, str) and is_text(token)):
+        raise CheckpointError(f"{config}: pad_token is {shown(token)}, expected a string: download it again")
     return token or DEFAULT_PAD_TOKEN

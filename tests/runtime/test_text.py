@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -107,3 +108,41 @@ def test_equals_transformers(folder, length):
         found = tokenizer.encode(prompt, length)
         assert np.array_equal(found.input_ids, expected["input_ids"]), prompt
         assert np.array_equal(found.attention_mask, expected["attention_mask"]), prompt
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{}",
+        b"[" * 100_000,
+        b'{"a": ' * 100_000,
+        b"\xff\xfe",
+        b"1" * 5000,
+        b"<!DOCTYPE html>",
+        b"version https://git-lfs.github.com/spec/v1",
+    ],
+)
+def test_damaged_tokenizer(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"not a tokenizer|web page|git-LFS pointer") as error:
+        Tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_for_a_tokenizer(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("token", [5, ["a"], {"content": 5}, "\0", "\ud800", {"content": {}}, True])
+def test_damaged_pad_token(tmp_path, token):
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": token}))
+    if token == {"content": {}}:
+        token = None  # like none at all
+    with pytest.raises(CheckpointError, match=r"pad_token is .*expected a string"):
+        Tokenizer(tmp_path)
