@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
+import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -23,7 +23,7 @@ from fluxonnx.checkpoint.manifest import FILE_NAME, Build, Manifest
 from fluxonnx.contract import Architecture, unpack
 from fluxonnx.errors import Cancelled, UsageError
 from fluxonnx.runtime.denoise import Prepared, Step, denoise, first_latents, sigmas_of
-from fluxonnx.runtime.engine import SessionOptions
+from fluxonnx.runtime.engine import Engine, SessionOptions
 from fluxonnx.runtime.events import Event, PhaseBegan
 from fluxonnx.runtime.images import fit_start, image_to_sample, sample_to_image
 from fluxonnx.runtime.memory import batch_size
@@ -31,7 +31,7 @@ from fluxonnx.runtime.models import Models
 from fluxonnx.runtime.noise import check_seed
 from fluxonnx.runtime.phases import Phases
 from fluxonnx.runtime.preview import draw_preview
-from fluxonnx.runtime.prompts import PromptCache, Prompts
+from fluxonnx.runtime.prompts import PromptCache, Prompts, encoder_identity
 from fluxonnx.runtime.request import DEFAULTS, Request, ResolvedRequest, resolve
 from fluxonnx.runtime.text import Tokenizer
 from fluxonnx.runtime.tiles import Tiling, choose_tile
@@ -89,7 +89,14 @@ class Flux:
         self._sizes = Architecture.from_json(manifest.architecture, checkpoint.root / FILE_NAME)
         self._unit = self._sizes.vae.scale_factor
         self._models = Models(checkpoint.root, build, replace(options, watch=self._emit))
-        cache = PromptCache(cache_dir, _encoder_identity(manifest, build, options)) if cache_dir else None
+        # A run changes what is loaded. A thread waits for that of another, but not for itself: it may make a picture
+        # inside a callback or between two steps of another picture.
+        self._lock = threading.RLock()
+        cache = None
+        if cache_dir:
+            engine = _name_of(options.engine) if options.engine else "onnxruntime"
+            identify = partial(encoder_identity, checkpoint.root, manifest, build, engine, options.provider)
+            cache = PromptCache(cache_dir, identify, self._sizes.text_encoder.embedding_dim)
         self._prompts = Prompts(Tokenizer(checkpoint.root / "tokenizer"), self._models, cache)
         self._defaults = {**DEFAULTS, **manifest.defaults}
         self._resolve = partial(resolve, is_distilled=self.is_distilled, multiple=self._unit, defaults=self._defaults)
@@ -363,12 +370,10 @@ class Flux:
         self.close()
 
 
-def _encoder_identity(manifest: Manifest, build: Build, options: SessionOptions) -> str:
-    """Return everything that prompt embeddings depend on, except the tokens."""
-    encoder = build.components["text_encoder"]
-    sources = sorted(encoder.sources.items())
-    made = [encoder.graph, encoder.exporter_version, sources, manifest.text_encoder_out_layers, options.provider]
-    return json.dumps(made)
+def _name_of(engine: Engine) -> str:
+    """Name an engine in a way that stays the same in another process."""
+    named = engine if hasattr(engine, "__qualname__") else type(engine)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _groups(seeds: Sequence[int], size: int) -> Iterator[Sequence[int]]:
