@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 
 from fluxonnx.checkpoint.manifest import Build
 from fluxonnx.errors import FluxonnxError
-from fluxonnx.machine import has_exact_int8_dot
+from fluxonnx.machine import has_exact_int8_dot, thread_limit
 from fluxonnx.runtime.engine import Runner, SessionOptions
 from fluxonnx.runtime.events import OperatorsTimed
 from fluxonnx.runtime.profile import Profile
@@ -40,7 +40,7 @@ class Settings:
 
     Attributes:
         provider: The short name of the execution provider.
-        threads: Threads per operator; None for one per core.
+        threads: Threads per operator; None for one per core that this process may use.
         arena: Whether freed buffers are kept for later ones.
         memory_pattern: Whether all temporaries of a run are laid out in one block.
         memory_reuse: Whether a buffer waits for the next value of its shape.
@@ -141,6 +141,8 @@ class Session:
         import onnxruntime
 
         chosen = override or settings(component, build, options, has_exact_int8_dot())
+        if chosen.threads is None:
+            chosen = replace(chosen, threads=thread_limit())
         told = native(chosen)
         self._path, self._component, self._watch = path, component, options.watch
         self._profile = Profile(told) if options.profile else None
