@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -32,6 +33,10 @@ STREAMED = ("text_encoder", "transformer")
 # memory that takes seconds to make. Weights stored in panels are multiplied about as fast without it. Each product
 # would get a copy of its own, although all bands of rows in the decoder share the same weights.
 NOT_PACKED = (*STREAMED, "vae_decoder")
+
+# Only what ends the process is logged. Errors are raised, and onnxruntime's own lines about them would be a second
+# report of each, in C++.
+SILENT = 4
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def native(chosen: Settings) -> Any:
     import onnxruntime  # slow to import, and needed only to run
 
     found = onnxruntime.SessionOptions()
-    found.log_severity_level = 3
+    found.log_severity_level = SILENT
     found.enable_mem_pattern = chosen.memory_pattern
     found.enable_mem_reuse = chosen.memory_reuse
     found.enable_cpu_mem_arena = chosen.arena
@@ -171,6 +176,7 @@ class Session:
         import onnxruntime
 
         options = onnxruntime.RunOptions()
+        options.log_severity_level = SILENT
         try:
             # A run can take minutes, and Python handles Ctrl-C only between bytecodes. So this thread waits, and
             # onnxruntime works in another one that can be told to stop.
@@ -221,4 +227,6 @@ def give_back_free_memory() -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the innermost message of an error, without the C++ functions that passed it on."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r".*\[ONNXRuntimeError\] : \d+ : ", "", line)
