@@ -8,7 +8,12 @@ with fluxonnx.load("model") as flux:
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# onnxruntime 1.32 and later collect telemetry and write its queue into the user's cache. Only this variable keeps the
+# files away, and only if it is set before the import, which nothing inside the package can do without passing here.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from fluxonnx.errors import Cancelled, CheckpointError, ExportError, FluxonnxError, ImageError, UsageError
 from fluxonnx.version import __version__

@@ -31,7 +31,7 @@ class SessionOptions:
     """How graphs are run.
 
     Attributes:
-        threads: Threads per operator; None for one per core.
+        threads: Threads per operator; None for one per core that this process may use.
         low_memory: One picture is made at a time, and large ones are encoded and decoded in tiles.
         provider: The execution provider, see `providers`.
         profile: Whether sessions run under onnxruntime's profiler; each emits `OperatorsTimed` when it is closed.

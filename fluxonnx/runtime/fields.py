@@ -20,6 +20,10 @@ MAX_REFERENCES = 10
 # The longest prompt of the reference pipeline (tokenizer_max_length, diffusers pipeline_flux2_klein.py).
 MAX_TOKENS = 512
 STRENGTH = 0.75
+# Longer integers are not printed.
+MOST_BITS = 128
+# Longer values are cut in messages.
+MOST_CHARACTERS = 200
 
 # What a value may be, and its name in messages. The abstract classes include numpy's numbers.
 KINDS: dict[type, tuple[type, str]] = {
@@ -104,7 +108,7 @@ class Field:
         else:
             expected = f"an {noun}" if noun == "integer" else f"a {noun}"
             fits = self._is_one(value)
-        return None if fits else f'"{self.name}" is {value!r}, expected {expected}'
+        return None if fits else f'"{self.name}" is {_short(value)}, expected {expected}'
 
     def _is_one(self, value: object) -> bool:
         # To Python, a bool is an int.
@@ -119,7 +123,7 @@ class Field:
         if error := self.type_error(value):
             raise UsageError(error)
         if self.choices and value not in self.choices:
-            raise UsageError(f"{self.name} {value!r} is unknown: choose one of {', '.join(self.choices)}")
+            raise UsageError(f"{self.name} {_short(value)} is unknown: choose one of {', '.join(self.choices)}")
         multiple = pixels_per_token if self.whole_tokens else self.multiple
         # Comparisons with NaN are false, so that NaN is out of every range.
         fits = (
@@ -130,7 +134,7 @@ class Field:
         )
         if not fits:
             bounds, nearest = self._range(multiple), self._nearest(value, multiple)
-            raise UsageError(self.complaint.format(name=self.name, value=value, range=bounds, nearest=nearest))
+            raise UsageError(self.complaint.format(name=self.name, value=_text(value), range=bounds, nearest=nearest))
 
     def _range(self, multiple: int | None) -> str:
         low = f"{self.low} {self.low_note}".rstrip()
@@ -148,6 +152,22 @@ class Field:
         if multiple is None or self.low is None or self.high is None:
             return None
         return round(min(max(value, self.low), self.high) / multiple) * multiple
+
+
+def _text(value: object) -> str:
+    """Return a value for a message: Python refuses to print integers of thousands of digits."""
+    if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        return f"{'-' if value < 0 else ''}2**{value.bit_length() - 1} or so"
+    return str(value)
+
+
+def _short(value: object) -> str:
+    """Return the representation of any value for a message of one line."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a list of such integers, or an object of the caller's
+        return f"of type {type(value).__name__}"
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
 
 
 CANNOT_DRAW = "{name} {value} can't be drawn: it must be {range}, the nearest is {nearest}"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import secrets
-import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,19 +19,23 @@ from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.checkpoint.manifest import FILE_NAME, Build, Manifest
 from fluxonnx.contract import Architecture, unpack
 from fluxonnx.errors import Cancelled, UsageError
+from fluxonnx.machine import usable_cores
 from fluxonnx.runtime.denoise import Prepared, Step, denoise, first_latents, sigmas_of
-from fluxonnx.runtime.engine import SessionOptions
+from fluxonnx.runtime.engine import Engine, SessionOptions
 from fluxonnx.runtime.events import Event, PhaseBegan
+from fluxonnx.runtime.fields import FIELD
 from fluxonnx.runtime.images import fit_start, image_to_sample, sample_to_image
+from fluxonnx.runtime.inputs import Picture, plain, several
 from fluxonnx.runtime.memory import batch_size
 from fluxonnx.runtime.models import Models
 from fluxonnx.runtime.noise import check_seed
 from fluxonnx.runtime.phases import Phases
 from fluxonnx.runtime.preview import draw_preview
-from fluxonnx.runtime.prompts import PromptCache, Prompts
+from fluxonnx.runtime.prompts import PromptCache, Prompts, encoder_identity
 from fluxonnx.runtime.request import DEFAULTS, Request, ResolvedRequest, resolve
 from fluxonnx.runtime.text import Tokenizer
 from fluxonnx.runtime.tiles import Tiling, choose_tile
+from fluxonnx.runtime.turns import in_turns
 from fluxonnx.version import __version__
 
 # callback(step, steps, sigma, latents f32 [batch, image_seq, channels]); returning False stops the run
@@ -53,6 +54,9 @@ def random_seed() -> int:
 
 class Flux:
     """A model ready to make pictures; a context manager. Get one from `fluxonnx.load`.
+
+    Threads may share it: their calls run one after the other, and loops over `steps` or `pictures` take turns item by
+    item. A callback must not wait for another thread that uses the same model.
 
     Attributes:
         name: The model's name.
@@ -89,7 +93,14 @@ class Flux:
         self._sizes = Architecture.from_json(manifest.architecture, checkpoint.root / FILE_NAME)
         self._unit = self._sizes.vae.scale_factor
         self._models = Models(checkpoint.root, build, replace(options, watch=self._emit))
-        cache = PromptCache(cache_dir, _encoder_identity(manifest, build, options)) if cache_dir else None
+        # A run changes what is loaded. A thread waits for that of another, but not for itself: it may make a picture
+        # inside a callback or between two steps of another picture.
+        self._lock = threading.RLock()
+        cache = None
+        if cache_dir:
+            engine = _name_of(options.engine) if options.engine else "onnxruntime"
+            identify = partial(encoder_identity, checkpoint.root, manifest, build, engine, options.provider)
+            cache = PromptCache(cache_dir, identify, self._sizes.text_encoder.embedding_dim)
         self._prompts = Prompts(Tokenizer(checkpoint.root / "tokenizer"), self._models, cache)
         self._defaults = {**DEFAULTS, **manifest.defaults}
         self._resolve = partial(resolve, is_distilled=self.is_distilled, multiple=self._unit, defaults=self._defaults)
@@ -131,7 +142,7 @@ class Flux:
         return self.run(request, [random_seed() if seed is None else seed], callback)[0]
 
     def img2img(
-        self, prompt: str, image: Image.Image, strength: float = 0.75, seed: int | None = None, **options: Any
+        self, prompt: str, image: Picture, strength: float = 0.75, seed: int | None = None, **options: Any
     ) -> Image.Image:
         """Paint `prompt` over `image`: add noise to it up to a point of the schedule, then denoise it.
 
@@ -140,31 +151,40 @@ class Flux:
 
         Args:
             prompt: What to draw.
-            image: The picture to start from; the output has its size, floored to multiples of 16.
+            image: The picture to start from: a PIL image, a path, or uint8 [height, width] or [height, width, 3 or 4].
+                The output has its size, floored to multiples of 16; it is scaled if it is larger than can be drawn.
             strength: From 0 to 1.
             seed: As for `generate`.
             **options: `callback`, and any other field of `Request`.
 
         Raises:
-            UsageError: As `generate`, and for a strength out of range.
+            UsageError: As `generate`, and for a strength out of range or something that is no picture.
+            ImageError: The picture can't be read.
         """
+        if image is None:
+            raise UsageError("there is no image to paint over: pass one")
         return self.generate(prompt, seed=seed, image=image, strength=strength, **options)
 
-    def edit(self, prompt: str, images: Sequence[Image.Image], seed: int | None = None, **options: Any) -> Image.Image:
+    def edit(
+        self, prompt: str, images: Picture | Iterable[Picture], seed: int | None = None, **options: Any
+    ) -> Image.Image:
         """Draw `prompt` while looking at `images`: in-context conditioning, as in diffusers' klein pipeline.
 
         Args:
             prompt: What to draw, or what to change.
-            images: Up to 10 pictures; the output has the first one's size unless `width` and `height` say otherwise.
+            images: A picture or up to 10, as for `img2img`. The output has the first one's size as the model looks at
+                it, at most 1 megapixel, unless `width` and `height` say otherwise.
             seed: As for `generate`.
             **options: `callback`, and any other field of `Request`.
 
         Raises:
             UsageError: As `generate`, and for a picture too small or too narrow, none, or more than 10.
+            ImageError: A picture can't be read.
         """
-        if not images:
+        references = several(images)
+        if not references:
             raise UsageError("there is no image to edit: pass at least one")
-        return self.generate(prompt, seed=seed, references=tuple(images), **options)
+        return self.generate(prompt, seed=seed, references=references, **options)
 
     def run(self, request: Request, seeds: Sequence[int], callback: Callback | None = None) -> list[Image.Image]:
         """Make one picture per seed, as many at once as memory allows.
@@ -174,8 +194,9 @@ class Flux:
             Cancelled: The callback returned False.
             FluxonnxError: A graph could not be loaded or run.
         """
-        # no comprehension, which is a stack frame of its own before Python 3.12: warnings name the caller of `generate`
-        return list(map(itemgetter(1), self.pictures(request, seeds, callback)))
+        pictures = self.pictures(request, seeds, callback)
+        with self._lock:
+            return [image for _, image in pictures]
 
     def pictures(
         self, request: Request, seeds: Sequence[int], callback: Callback | None = None
@@ -189,9 +210,12 @@ class Flux:
             Cancelled: The callback returned False.
             FluxonnxError: A graph could not be loaded or run.
         """
-        for seed in seeds:
-            check_seed(seed)
-        return self._pictures(self._resolve(request), seeds, callback)
+        if not isinstance(seeds, Iterable) or isinstance(seeds, (str, bytes)):
+            raise UsageError(f"the seeds are of type {type(seeds).__name__}: pass a list of integers")
+        if callback is not None and not callable(callback):
+            raise UsageError(f"the callback is of type {type(callback).__name__}: pass a function, or None")
+        checked = [_checked_seed(seed) for seed in seeds]
+        return in_turns(self._lock, self._pictures(self._resolve(request), checked, callback))
 
     def steps(self, request: Request, seed: int) -> Generator[Step, None, None]:
         """Make a picture step by step: a generator of the state after each denoising step.
@@ -207,8 +231,7 @@ class Flux:
             UsageError: At once, if a value of the request or the seed is out of its range.
             FluxonnxError: A graph could not be loaded or run.
         """
-        check_seed(seed)
-        return self._steps(self._resolve(request), seed)
+        return in_turns(self._lock, self._steps(self._resolve(request), _checked_seed(seed)))
 
     def check(self, request: Request) -> None:
         """Check a request as `run` does, without running anything.
@@ -216,14 +239,21 @@ class Flux:
         Raises:
             UsageError: A value of the request is out of its range.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `run` will warn
-            self._resolve(request)
+        self._resolve(request, warn=lambda message: None)  # `run` will warn
 
     def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int | None = None) -> None:
-        """Encode prompts ahead, so that a run of many pictures loads the text encoder once."""
-        with self.phases("encode prompt"):
-            self._prompts.encode(prompts, max_sequence_length or self._defaults["max_sequence_length"])
+        """Encode prompts ahead, so that a run of many pictures loads the text encoder once.
+
+        Raises:
+            UsageError: A prompt is not valid text, or the length is out of range.
+            FluxonnxError: The text encoder could not be loaded or run.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        length = self._defaults["max_sequence_length"] if max_sequence_length is None else max_sequence_length
+        for name, value in (*(("prompt", prompt) for prompt in prompts), ("max_sequence_length", length)):
+            FIELD[name].check(value)
+        with self._lock, self.phases("encode prompt"):
+            self._prompts.encode(prompts, length)
 
     def _pictures(
         self, request: ResolvedRequest, seeds: Sequence[int], callback: Callback | None
@@ -261,11 +291,12 @@ class Flux:
         loop_ended = False
 
         def look(draw: Callable[[Prepared, np.ndarray, int, Phases], Image.Image], tokens: np.ndarray) -> Image.Image:
-            try:
-                return draw(prepared, tokens, seed, phases)
-            finally:
-                if loop_ended:
-                    self._models.release("vae_decoder")
+            with self._lock:
+                try:
+                    return draw(prepared, tokens, seed, phases)
+                finally:
+                    if loop_ended:
+                        self._models.release("vae_decoder")
 
         sigmas = sigmas_of(prepared)
         latents = first_latents(prepared, [seed], sigmas[0])
@@ -315,7 +346,7 @@ class Flux:
 
     def _at_once(self, prepared: Prepared) -> int:
         """Return how many pictures to make in one pass: as many as fit into memory and stay reproducible."""
-        width, threads = self._sizes.transformer.dim, self._options.threads or os.cpu_count() or 1
+        width, threads = self._sizes.transformer.dim, self._options.threads or usable_cores()
         if self._options.low_memory or width // threads <= BITWISE_COLUMNS:
             return 1
         return batch_size(prepared.tokens, width, self._options.free_memory())
@@ -346,13 +377,15 @@ class Flux:
 
         This happens by itself once the prompts of a run are encoded.
         """
-        self._models.release("text_encoder")
+        with self._lock:
+            self._models.release("text_encoder")
 
     def close(self) -> None:
         """Free all memory; a new run loads what it needs again."""
-        self._models.release("text_encoder")
-        self._models.release("vae_decoder")
-        self._prompts.forget()
+        with self._lock:
+            self._models.release("text_encoder")
+            self._models.release("vae_decoder")
+            self._prompts.forget()
 
     def __enter__(self) -> Flux:
         return self
@@ -363,12 +396,21 @@ class Flux:
         self.close()
 
 
-def _encoder_identity(manifest: Manifest, build: Build, options: SessionOptions) -> str:
-    """Return everything that prompt embeddings depend on, except the tokens."""
-    encoder = build.components["text_encoder"]
-    sources = sorted(encoder.sources.items())
-    made = [encoder.graph, encoder.exporter_version, sources, manifest.text_encoder_out_layers, options.provider]
-    return json.dumps(made)
+def _checked_seed(seed: Any) -> int:
+    """Return a seed as an integer of Python; raises UsageError if it can't be one."""
+    seed = plain(FIELD["seed"], seed)
+    if error := FIELD["seed"].type_error(seed):
+        raise UsageError(error)
+    if seed.bit_length() > 64:
+        FIELD["seed"].check(seed)  # whose message can name integers of any length
+    check_seed(seed)
+    return seed
+
+
+def _name_of(engine: Engine) -> str:
+    """Name an engine in a way that stays the same in another process."""
+    named = engine if hasattr(engine, "__qualname__") else type(engine)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _groups(seeds: Sequence[int], size: int) -> Iterator[Sequence[int]]:

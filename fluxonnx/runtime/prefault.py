@@ -16,6 +16,7 @@ from types import TracebackType
 
 from fluxonnx.checkpoint.safetensors import read_header
 from fluxonnx.errors import CheckpointError
+from fluxonnx.machine import usable_cores
 from fluxonnx.runtime.memory import fits
 
 # The most that Linux reads ahead at a time: a disk's read_ahead_kb, which is 128 unless someone changed it.
@@ -159,7 +160,7 @@ class Prefault:
         self._read, self._pause = read, pause
         self._left, self._done, self._lock = iter(pieces), 0, threading.Lock()
         self._over = threading.Event()
-        count = min(os.cpu_count() or 1, len(pieces))
+        count = min(usable_cores(), len(pieces))
         self._threads = [threading.Thread(target=self._run, name="prefault", daemon=True) for _ in range(count)]
         for thread in self._threads:
             thread.start()

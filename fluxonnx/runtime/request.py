@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from PIL import Image
 
 from fluxonnx.errors import UsageError
 from fluxonnx.runtime.fields import FIELD, FIELDS, MAX_REFERENCES
-from fluxonnx.runtime.images import as_rgb, fit_reference
+from fluxonnx.runtime.images import fit_reference
+from fluxonnx.runtime.inputs import Picture, plain, rgb_picture, several
+from fluxonnx.runtime.notices import warn
 from fluxonnx.runtime.schedule import custom_sigmas
+from fluxonnx.runtime.sizes import asked_size, edited_size, painted_size, size_by_ratio
 
 # The defaults of models whose manifest has none.
 DEFAULTS: dict[str, int] = {item.name: item.default for item in FIELDS if item.model_default}
@@ -25,12 +27,14 @@ PICTURES = ("image", "references")
 class Request:
     """Everything that decides what a picture looks like, except the seed and the model.
 
-    None means "not said": `resolve` fills in a default.
+    None means "not said": `resolve` fills in a default. Pictures are PIL images, paths, or numpy arrays of uint8
+    [height, width], [height, width, 3] or [height, width, 4].
 
     Attributes:
         prompt: What to draw.
-        width: In pixels, a multiple of 16 from 64 to 1792; None for the size of `image`, else of the first reference,
-            else the model's own, which is 256 unless its manifest says otherwise.
+        width: In pixels, a multiple of 16 from 64 to 1792; None for the size of `image`, else of the first reference
+            as it is looked at, else the model's own, which is 256 unless its manifest says otherwise. If only one side
+            is given, the other one keeps the ratio of the picture.
         height: Likewise.
         steps: Denoising steps; None for 4, or 50 with a base model.
         guidance_scale: How much more the prompt counts than the negative prompt, at least 1, which turns guidance off;
@@ -56,9 +60,9 @@ class Request:
     steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str = FIELD["negative_prompt"].default
-    image: Image.Image | None = None
+    image: Picture | None = None
     strength: float = FIELD["strength"].default
-    references: tuple[Image.Image, ...] = ()
+    references: Picture | Iterable[Picture] = ()
     schedule: str = FIELD["schedule"].default
     sigmas: tuple[float, ...] | None = None
     power_alpha: float = FIELD["power_alpha"].default
@@ -105,7 +109,11 @@ class ResolvedRequest:
 
 
 def resolve(
-    request: Request, is_distilled: bool, multiple: int, defaults: Mapping[str, int] = DEFAULTS
+    request: Request,
+    is_distilled: bool,
+    multiple: int,
+    defaults: Mapping[str, int] = DEFAULTS,
+    warn: Callable[[str], None] = warn,
 ) -> ResolvedRequest:
     """Check a request, fill in defaults and prepare the pictures.
 
@@ -114,34 +122,41 @@ def resolve(
         is_distilled: Whether the model needs no guidance.
         multiple: The pixels along a side of a latent token, of which sides have to be multiples.
         defaults: The model's width, height and max_sequence_length.
+        warn: Told about values that have no effect, and about pictures that are scaled.
 
     Raises:
         UsageError: A value is out of its range, or two values contradict each other.
+        ImageError: An input picture can't be read.
     """
+    if not isinstance(request, Request):
+        raise UsageError(f"the request is of type {type(request).__name__}: pass a fluxonnx.Request")
+    request = _plain(request)
+    references = tuple(rgb_picture(picture) for picture in _references(request))
+    image = rgb_picture(request.image) if request.image is not None else None
+    untouched = image is not None and request.strength == 0 and (request.width, request.height) == image.size
     for item in fields(Request):
         value = getattr(request, item.name)
-        if item.name not in PICTURES and not (value is None and item.default is None):
+        if item.name in PICTURES or (value is None and item.default is None):
+            continue
+        if not (untouched and item.name in ("width", "height")):
             FIELD[item.name].check(value, multiple)
     if not request.prompt.strip():
         raise UsageError("the prompt is empty: say what to draw")
-    if len(request.references) > MAX_REFERENCES:
-        raise UsageError(f"{len(request.references)} reference images are too many: {MAX_REFERENCES} at most")
-    image = as_rgb(request.image) if request.image is not None else None
-    references = tuple(fit_reference(as_rgb(reference), multiple) for reference in request.references)
-    width, height = _size(request, image, references, multiple, defaults)
+    fitted = tuple(fit_reference(reference, multiple) for reference in references)
+    width, height = _size(request, image, references, fitted, multiple, defaults, warn)
     tokens = request.max_sequence_length
     return ResolvedRequest(
         prompt=request.prompt,
         width=width,
         height=height,
         steps=_steps(request, is_distilled),
-        guidance_scale=_guidance(request, is_distilled),
+        guidance_scale=_guidance(request, is_distilled, warn),
         negative_prompt=request.negative_prompt,
         image=image,
         strength=request.strength,
-        references=references,
+        references=fitted,
         schedule=request.schedule,
-        sigmas=None if request.sigmas is None else tuple(request.sigmas),
+        sigmas=request.sigmas,
         power_alpha=request.power_alpha,
         sampler=request.sampler,
         noise=request.noise,
@@ -150,22 +165,39 @@ def resolve(
     )
 
 
+def _plain(request: Request) -> Request:
+    """Give values Python's own types, see `inputs.plain`."""
+    names = [item.name for item in fields(Request) if item.name not in PICTURES]
+    return replace(request, **{name: plain(FIELD[name], getattr(request, name)) for name in names})
+
+
+def _references(request: Request) -> tuple[Any, ...]:
+    references = several(request.references)
+    if len(references) > MAX_REFERENCES:
+        raise UsageError(f"{len(references)} reference images are too many: {MAX_REFERENCES} at most")
+    return references
+
+
 def _size(
     request: Request,
     image: Image.Image | None,
     references: tuple[Image.Image, ...],
+    fitted: tuple[Image.Image, ...],
     multiple: int,
     defaults: Mapping[str, int],
+    warn: Callable[[str], None],
 ) -> tuple[int, int]:
-    if image is not None and request.strength == 0 and request.width is None and request.height is None:
+    width, height = request.width, request.height
+    if image is not None and request.strength == 0 and (width, height) in ((None, None), image.size):
         return image.size  # nothing is drawn, so any size will do: the input comes back as it is
     model = image or (references[0] if references else None)
-    width, height = model.size if model else (defaults["width"], defaults["height"])
-    width = width // multiple * multiple if request.width is None else request.width
-    height = height // multiple * multiple if request.height is None else request.height
-    FIELD["width"].check(width, multiple)
-    FIELD["height"].check(height, multiple)
-    return width, height
+    if model is None or (width is not None and height is not None):
+        return asked_size(width, height, multiple, defaults)
+    if width is not None or height is not None:
+        return size_by_ratio(width, height, model.size, multiple)
+    if image is not None:
+        return painted_size(image.size, multiple, warn)
+    return edited_size(model.size, fitted[0].size, multiple, warn)
 
 
 def _steps(request: Request, is_distilled: bool) -> int:
@@ -179,12 +211,12 @@ def _steps(request: Request, is_distilled: bool) -> int:
     return FIELD["steps"].default_for(is_distilled) if request.steps is None else request.steps
 
 
-def _guidance(request: Request, is_distilled: bool) -> float:
+def _guidance(request: Request, is_distilled: bool, warn: Callable[[str], None]) -> float:
     scale = request.guidance_scale
     if not is_distilled:
         return FIELD["guidance_scale"].default_for(is_distilled) if scale is None else scale
     if scale not in (None, 1):
-        warnings.warn(f"guidance scale {scale:g} is ignored: this model was distilled to need none", stacklevel=6)
+        warn(f"guidance scale {scale:g} is ignored: this model was distilled to need none")
     elif request.negative_prompt:
-        warnings.warn("the negative prompt is ignored: this model was distilled to need no guidance", stacklevel=6)
+        warn("the negative prompt is ignored: this model was distilled to need no guidance")
     return FIELD["guidance_scale"].default_for(is_distilled)

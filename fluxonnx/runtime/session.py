@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from fluxonnx.checkpoint.manifest import Build
 from fluxonnx.errors import FluxonnxError
-from fluxonnx.machine import has_exact_int8_dot
+from fluxonnx.machine import has_exact_int8_dot, thread_limit
 from fluxonnx.runtime.engine import Runner, SessionOptions
 from fluxonnx.runtime.events import OperatorsTimed
 from fluxonnx.runtime.profile import Profile
@@ -33,6 +34,10 @@ STREAMED = ("text_encoder", "transformer")
 # would get a copy of its own, although all bands of rows in the decoder share the same weights.
 NOT_PACKED = (*STREAMED, "vae_decoder")
 
+# Only what ends the process is logged. Errors are raised, and onnxruntime's own lines about them would be a second
+# report of each, in C++.
+SILENT = 4
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -40,7 +45,7 @@ class Settings:
 
     Attributes:
         provider: The short name of the execution provider.
-        threads: Threads per operator; None for one per core.
+        threads: Threads per operator; None for one per core that this process may use.
         arena: Whether freed buffers are kept for later ones.
         memory_pattern: Whether all temporaries of a run are laid out in one block.
         memory_reuse: Whether a buffer waits for the next value of its shape.
@@ -102,7 +107,7 @@ def native(chosen: Settings) -> Any:
     import onnxruntime  # slow to import, and needed only to run
 
     found = onnxruntime.SessionOptions()
-    found.log_severity_level = 3
+    found.log_severity_level = SILENT
     found.enable_mem_pattern = chosen.memory_pattern
     found.enable_mem_reuse = chosen.memory_reuse
     found.enable_cpu_mem_arena = chosen.arena
@@ -141,6 +146,8 @@ class Session:
         import onnxruntime
 
         chosen = override or settings(component, build, options, has_exact_int8_dot())
+        if chosen.threads is None:
+            chosen = replace(chosen, threads=thread_limit())
         told = native(chosen)
         self._path, self._component, self._watch = path, component, options.watch
         self._profile = Profile(told) if options.profile else None
@@ -169,6 +176,7 @@ class Session:
         import onnxruntime
 
         options = onnxruntime.RunOptions()
+        options.log_severity_level = SILENT
         try:
             # A run can take minutes, and Python handles Ctrl-C only between bytecodes. So this thread waits, and
             # onnxruntime works in another one that can be told to stop.
@@ -219,4 +227,6 @@ def give_back_free_memory() -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the innermost message of an error, without the C++ functions that passed it on."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r".*\[ONNXRuntimeError\] : \d+ : ", "", line)

@@ -8,13 +8,13 @@ have the same size, because a narrow last tile would have different statistics.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fluxonnx.runtime.memory import whole_bytes
+from fluxonnx.runtime.notices import warn
 
 # The largest tile in pixels: two of them side by side cover 1024. In smaller ones, the norms average over less
 # (measured with a small trained autoencoder at 1024x1024: 37 dB from the whole picture, 32 dB with tiles of 432).
@@ -60,7 +60,7 @@ def choose_tile(
     if needed <= free:
         return None
     short = f"memory is short ({needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free)"
-    warnings.warn(f"{short}: the picture is decoded in tiles, with small differences", stacklevel=6)
+    warn(f"{short}: the picture is decoded in tiles, with small differences")
     return tile
 
 

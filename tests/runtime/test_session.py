@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -168,3 +170,20 @@ def test_failures_are_one_line(decoder, tmp_path):
     ):
         session.run(latents=latents(31))
     assert "\n" not in str(found.value)
+
+
+def test_onnxruntime_prints_nothing_of_its_own(checkpoints, tmp_path, capfd):
+    """Neither about a graph that can't be loaded nor about a node that fails: one line is for the command to print."""
+    root = Path(shutil.copytree(checkpoints.exported(Case("odd-heads")), tmp_path / "model"))
+    weights = root / "vae/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:10_000])
+    with pytest.raises(FluxonnxError, match="out of bounds") as found:
+        Session(root / "vae_decoder.onnx", "vae_decoder", SessionOptions())
+    assert "onnxruntime_src" not in str(found.value)
+    ids = np.full((1, 8), 10**9)
+    with (
+        Session(root / "text_encoder.onnx", "text_encoder", SessionOptions()) as session,
+        pytest.raises(FluxonnxError, match="out of data bounds"),
+    ):
+        session.run(input_ids=ids, attention_mask=np.ones_like(ids))
+    assert capfd.readouterr() == ("", "")
