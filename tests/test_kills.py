@@ -25,15 +25,15 @@ from tests.support import Case
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="processes are killed otherwise there")]
 
 CASE = Case("odd-heads")
-KILLS = int(os.environ.get("FLUXONNX_KILLS", "3"))
+KILLS = int(os.environ.get("FLUXONNX_KILLS", "2"))
 
 RUN = """
-import os, signal, sys
+import json, os, signal, sys
 import onnx
 from fluxonnx.api import find_model
 from fluxonnx.export import export
 
-moment, folder, seen = int(sys.argv[1]), sys.argv[2], 0
+moment, folder, seen, renamed = int(sys.argv[1]), sys.argv[2], 0, {}
 
 def tick(*_):
     global seen
@@ -45,31 +45,37 @@ def watch(event, args):
     if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"):
         if isinstance(args[0], (str, os.PathLike)) and os.fspath(args[0]).startswith(folder):
             tick()
+            if event == "os.rename":
+                renamed[os.path.basename(args[1])] = seen
 
 sys.addaudithook(watch)
 exec(sys.argv[3])
-print(seen)
+print(json.dumps([seen, renamed]))
 """
 
 
-def run(moment: int, folder: Path, call: str) -> int | None:
-    """Run a call in a process that is killed at a moment; returns the moments it had, or None if it was killed."""
+def run(moment: int, folder: Path, call: str) -> tuple[int, dict[str, int]] | None:
+    """Run a call in a process that is killed at a moment.
+
+    Returns:
+        How many moments it had, and at which a file got each name; None if it was killed.
+    """
     command = [sys.executable, "-c", RUN, str(moment), str(folder), call]
     result = subprocess.run(command, env=environment(folder), capture_output=True, text=True, check=False)
     assert result.returncode in (0, -signal.SIGKILL), result.stderr
-    return int(result.stdout) if result.returncode == 0 else None
+    return tuple(json.loads(result.stdout)) if result.returncode == 0 else None
 
 
 def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "FLUXONNX_MODEL": ""}
 
 
-def moments(folder: Path, call: str) -> list[int]:
-    """Moments of a call, from the first to the last."""
-    count = run(0, folder, call)
-    assert count is not None
-    assert count > KILLS
-    return [1 + (count - 1) * i // max(1, KILLS - 1) for i in range(KILLS)]
+def moments(folder: Path, call: str, *names: str) -> list[int]:
+    """Moments of a call, spread over it, and those before a file gets one of these names."""
+    whole = run(0, folder, call)
+    assert whole is not None
+    count, renamed = whole
+    return sorted({count * (2 * i + 1) // (2 * KILLS) for i in range(KILLS)} | {renamed[name] for name in names})
 
 
 def picture(root: Path, precision: str) -> bytes:
@@ -101,7 +107,7 @@ def test_export_with_other_settings(checkpoints, tmp_path, precision, change):
     call = f"export(folder, precision={precision!r}, {change}, force=True, progress=tick)"
     after = Path(shutil.copytree(before, tmp_path / "after"))
     expected = {}
-    tried = moments(after, call)
+    tried = moments(after, call, f"transformer.{precision}.onnx")
     for root in (before, after):
         expected[json.dumps(read_manifest(root).builds[precision].settings)] = picture(root, precision)
     assert len(set(expected.values())) == 2
@@ -127,7 +133,7 @@ def test_export_of_a_copy(checkpoints, tmp_path):
 
 def test_first_run(tmp_path):
     call = "find_model()"
-    for moment in moments(tmp_path / "whole", call):
+    for moment in moments(tmp_path / "whole", call, "tiny-klein"):
         folder = tmp_path / f"killed-{moment}"
         assert run(moment, folder, call) is None
         assert run(0, folder, f"{call}; {call}") is not None
