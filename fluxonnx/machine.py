@@ -19,6 +19,9 @@ from pathlib import Path
 
 ROOT = Path("/")
 
+# Threads per operator, at most: far more than there are make a run fail late, in words of onnxruntime.
+MOST_THREADS = 1024
+
 
 @lru_cache
 def cpu_flags() -> frozenset[str]:

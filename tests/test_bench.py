@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from fluxonnx.checkpoint.manifest import read_manifest
 from fluxonnx.cli import main
 from fluxonnx.errors import FluxonnxError
 from fluxonnx.measure import picture, process, speed
@@ -126,6 +127,9 @@ def test_a_configuration_that_fails_does_not_end_the_others(copy_of, tmp_path, c
     for precision in ("bf16", "fp32"):
         assert main(["export", "-q", "-d", str(root), "--precision", precision]) == 0
     (root / "transformer.onnx").write_bytes(b"not a graph")
+    manifest = read_manifest(root)
+    manifest.builds["bf16"].components["transformer"].files = {}  # so that the damage is noticed only when it is opened
+    manifest.save(root)
     path = tmp_path / "bench.json"
     varied = ["--size", "64", "--precision", "bf16", "fp32", "--repeat", "2", "--json", str(path)]
     assert main(["bench", "-d", str(root), "--steps", "2", *varied]) == 1
@@ -159,8 +163,8 @@ def test_a_configuration_that_fails_does_not_end_the_others(copy_of, tmp_path, c
         (["--repeat", "0"], "repeat is 0"),
         (["--steps", "0"], "steps is 0"),
         (["--prompt", " "], "the prompt is empty"),
-        (["--json", "no/such/folder/a.json"], "can't be written: --json takes"),
-        (["--json", "."], "can't be written: --json takes"),
+        (["--json", "no/such/folder/a.json"], "does not exist: create it, or choose another with --json"),
+        (["--json", "."], "is a folder: choose a file name for --json"),
     ],
 )
 def test_usage_errors_exit_with_2(model, fails, arguments, pattern):

@@ -209,7 +209,7 @@ def test_graph_deleted_or_damaged_after_export(copy_of, fails, tmp_path):
     (root / "transformer.onnx").unlink()
     assert main([str(argument) for argument in arguments]) == 0
     (root / "transformer.onnx").write_bytes(b"not a graph")
-    fails(1, r"transformer\.onnx can't be loaded.*--force", *arguments)
+    assert main([str(argument) for argument in arguments]) == 0  # exported again
     (root / "fluxonnx.json").write_text("[")
     fails(1, r"fluxonnx\.json is not valid JSON", *arguments)
 

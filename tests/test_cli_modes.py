@@ -340,7 +340,7 @@ def test_impossible_flags(folder, fails, code, pattern, arguments):
 @pytest.mark.parametrize(
     ("line", "pattern"),
     [
-        ("{", "line 1 is not valid JSON"),
+        ('{"', "line 1 is not valid JSON"),
         ('{"seed": 1}', 'line 1 has no "prompt"'),
         ('{"prompt": ["a"]}', r"line 1: \"prompt\" is \['a'\], expected a string"),
         (f'{{"prompt": "a", "seed": {"9" * 5000}}}', "line 1 is not valid JSON"),

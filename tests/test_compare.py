@@ -113,7 +113,7 @@ def test_command(model, tmp_path, capsys):
         (["--precision", "int3"], "precision 'int3' is unknown"),
         (["-W", "65"], "width 65 can't be drawn"),
         (["-p", " "], "the prompt is empty"),
-        (["-o", "missing/report.html"], "-o takes the name of a file in a folder that exists"),
+        (["-o", "missing/report.html"], "does not exist: create it, or choose another with -o"),
     ],
 )
 def test_usage_errors(model, fails, tmp_path, monkeypatch, arguments, pattern):

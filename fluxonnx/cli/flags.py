@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fluxonnx.cli.messages import shortened
+from fluxonnx.machine import MOST_THREADS
 from fluxonnx.runtime.fields import FIELD
 
 Options = TypeVar("Options")
 # What flags are added to: a parser, or a group of its flags.
 Flags = argparse._ActionsContainer
-MOST_THREADS = 1024
 
 
 def add_parser(

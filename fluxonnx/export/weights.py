@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,9 +19,10 @@ from fluxonnx.errors import CheckpointError, ExportError
 from fluxonnx.export.graph import Graph
 from fluxonnx.export.initializers import StoredWeight
 from fluxonnx.files import resumable_write
+from fluxonnx.machine import usable_cores
 
 # Tensors that are encoded at a time, each by a thread.
-WORKERS = min(os.cpu_count() or 1, 4)
+WORKERS = min(usable_cores(), 4)
 
 # Values that are converted at a time, so that memory does not grow with the tensor.
 CHUNK = 1 << 24

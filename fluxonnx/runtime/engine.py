@@ -11,7 +11,7 @@ import numpy as np
 
 from fluxonnx.checkpoint.manifest import Build
 from fluxonnx.errors import UsageError
-from fluxonnx.machine import available_memory
+from fluxonnx.machine import MOST_THREADS, available_memory
 from fluxonnx.runtime.events import Watch
 from fluxonnx.runtime.providers import CPU, check_provider
 
@@ -50,8 +50,8 @@ class SessionOptions:
 
     def __post_init__(self) -> None:
         """Validate the options; raises UsageError."""
-        if self.threads is not None and self.threads < 1:
-            raise UsageError(f"threads is {self.threads}, but must be at least 1")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise UsageError(f"threads is {self.threads}, but must be from 1 to {MOST_THREADS}")
         check_provider(self.provider)
 
 
