@@ -11,8 +11,10 @@ import shutil
 import stat
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,8 +22,12 @@ from fluxonnx.errors import CheckpointError
 
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:  # Windows, where what is open can neither be renamed nor removed
     fcntl = None  # type: ignore[assignment]
+try:
+    import msvcrt
+except ImportError:
+    msvcrt = None  # type: ignore[assignment]
 
 # Names of at most this many bytes are part of the temporary name; others are replaced by a digest. File systems allow
 # 255 bytes, encrypted ones 143.
@@ -31,6 +37,9 @@ LONGEST_PART = 100
 ABANDONED_AFTER = 24 * 60 * 60
 
 LOCK_NAME = ".fluxonnx.lock"
+# Windows locks bytes of a file: one beyond the end of the lock file, which is empty. And it waits for 10 s at most.
+LOCKED_BYTE = 2**30
+LOOK_AGAIN_AFTER = 0.1
 
 _BINARY = getattr(os, "O_BINARY", 0)
 _held = threading.local()
@@ -44,10 +53,23 @@ def atomic_write(path: Path) -> Iterator[Path]:
     in use. Temporary files of killed processes are removed, too: they can be gigabytes.
     """
     sweep(path)
-    temporary, descriptor = _claim(path, _make_file)
-    try:
+    with temporary_file(path, _prefix(path)) as temporary:
         yield temporary
         os.replace(temporary, path)
+
+
+@contextmanager
+def temporary_file(path: Path, prefix: str) -> Iterator[Path]:
+    """Yield a new file in the folder of `path`, which is gone after the block unless the block renamed it.
+
+    It is locked for as long as the block lasts: `remove_leftovers(folder, prefix + "*.tmp")` leaves it alone.
+
+    Raises:
+        OSError: It can't be made; the error names `path`.
+    """
+    temporary, descriptor = _claim(path, prefix, _make_file)
+    try:
+        yield temporary
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -59,7 +81,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; it becomes `path`, unless another process has made that meanwhile."""
     sweep(path)
-    temporary, descriptor = _claim(path, _make_folder)
+    temporary, descriptor = _claim(path, _prefix(path), _make_folder)
     try:
         yield temporary
         try:
@@ -81,11 +103,13 @@ def resumable_write(path: Path, header: bytes, resume: bool = True) -> Iterator[
     end. Another process that writes the same file is waited for. `path` itself is never written to: who has opened it
     keeps what was in it.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    unfinished = path.with_name(f".{path.name}.partial")
     while True:
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | _BINARY, 0o666)
-        _lock(descriptor, wait=True)
-        if _is_at(descriptor, partial):
+        with _named(path):
+            descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | _BINARY, 0o666)
+        if fcntl is not None:  # where an open file can't be renamed, `exclusive` has to do
+            _lock(descriptor, wait=True)
+        if _is_at(descriptor, unfinished):
             break
         os.close(descriptor)  # the other process has finished it
     with os.fdopen(descriptor, "r+b") as file:
@@ -98,9 +122,9 @@ def resumable_write(path: Path, header: bytes, resume: bool = True) -> Iterator[
         file.truncate()
         if fcntl is not None:  # before others get the lock
             file.flush()
-            os.replace(partial, path)
+            os.replace(unfinished, path)
     if fcntl is None:
-        os.replace(partial, path)
+        os.replace(unfinished, path)
 
 
 @contextmanager
@@ -111,7 +135,7 @@ def exclusive(folder: Path, on_wait: Callable[[], None] | None = None) -> Iterat
 
     Args:
         folder: The folder that is to be changed.
-        on_wait: Called if another one has to be waited for.
+        on_wait: Called if another one has to be waited for; by default, a warning says so.
     """
     folders: set[Path] = _held.__dict__.setdefault("folders", set())
     key = folder.resolve()
@@ -119,20 +143,31 @@ def exclusive(folder: Path, on_wait: Callable[[], None] | None = None) -> Iterat
         yield
         return
     lock = folder / LOCK_NAME
-    descriptor = _acquire(lock, on_wait)
+    descriptor = _acquire(lock, on_wait or partial(_tell_of_waiting, folder))
     folders.add(key)
     try:
         yield
     finally:
         folders.discard(key)
         if descriptor is not None:
-            # Removed while it is locked: whoever waits for it finds that it is gone, and makes another.
-            with suppress(OSError):
-                lock.unlink()
-            os.close(descriptor)
+            _release(descriptor, lock)
 
 
-def _acquire(lock: Path, on_wait: Callable[[], None] | None) -> int | None:
+def _tell_of_waiting(folder: Path) -> None:
+    warnings.warn(f"another process is writing to {folder}: waiting until it has finished", stacklevel=5)
+
+
+def _release(descriptor: int, lock: Path) -> None:
+    if fcntl is None:  # fails if another one has opened it meanwhile, who will remove it
+        os.close(descriptor)
+    # Elsewhere it is removed while it is locked: whoever waits for it finds that it is gone, and makes another.
+    with suppress(OSError):
+        lock.unlink()
+    if fcntl is not None:
+        os.close(descriptor)
+
+
+def _acquire(lock: Path, on_wait: Callable[[], None]) -> int | None:
     while True:
         try:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
@@ -141,19 +176,27 @@ def _acquire(lock: Path, on_wait: Callable[[], None] | None) -> int | None:
                 descriptor = os.open(lock, os.O_RDONLY)  # of another user
             except OSError:
                 return None
-        if _lock(descriptor) is False:
-            if on_wait:
+        try:
+            if _lock(descriptor) is False:
                 on_wait()
-            _lock(descriptor, wait=True)
-        if _is_at(descriptor, lock):
-            return descriptor
+                on_wait = _nothing  # once is enough, also if a third one comes first
+                _lock(descriptor, wait=True)
+            if _is_at(descriptor, lock):
+                return descriptor
+        except BaseException:  # Ctrl-C, or a warning that is an error
+            os.close(descriptor)
+            raise
         os.close(descriptor)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _lock(descriptor: int, wait: bool = False) -> bool | None:
     """Lock a file or folder for its descriptor: False if another one holds the lock, None if there are no locks."""
     if fcntl is None:
-        return None
+        return None if msvcrt is None else _lock_byte(descriptor, wait)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -161,6 +204,21 @@ def _lock(descriptor: int, wait: bool = False) -> bool | None:
     except OSError:  # ENOTSUP, ENOLCK, ENOSYS, EBADF: network and user-space file systems
         return None
     return True
+
+
+def _lock_byte(descriptor: int, wait: bool) -> bool | None:
+    while True:
+        try:
+            os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
+        except PermissionError:  # EACCES: another one has locked it
+            if not wait:
+                return False
+            time.sleep(LOOK_AGAIN_AFTER)
+        except OSError:
+            return None
+        else:
+            return True
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -173,20 +231,31 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _claim(path: Path, make: Callable[[Path], int]) -> tuple[Path, int | None]:
+def _claim(path: Path, prefix: str, make: Callable[[Path], int]) -> tuple[Path, int | None]:
     """Make a temporary file or folder that is locked before anyone takes it for a leftover."""
     while True:
-        temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(6)}.tmp")
-        if fcntl is None and make is _make_folder:  # folders have no descriptors there
-            temporary.mkdir()
-            return temporary, None
-        descriptor = make(temporary)
+        temporary = path.with_name(f"{prefix}{secrets.token_hex(6)}.tmp")
+        with _named(path):
+            if fcntl is None and make is _make_folder:  # folders have no descriptors there
+                temporary.mkdir()
+                return temporary, None
+            descriptor = make(temporary)
         if fcntl is None:  # where a file that is open can't be renamed
             os.close(descriptor)
             return temporary, None
         if _lock(descriptor) is not False and _is_at(descriptor, temporary):
             return temporary, descriptor
         os.close(descriptor)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Let a system's error be about the file that a person knows, not about a temporary one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
 
 
 def _make_file(path: Path) -> int:
@@ -259,9 +328,8 @@ def probe(path: Path) -> None:
     Raises:
         OSError: It could not.
     """
-    with suppress(InterruptedError), atomic_write(path.with_name(f"{path.name}.probe")) as temporary:
+    with temporary_file(path, _prefix(path)) as temporary:
         temporary.touch()
-        raise InterruptedError  # so that nothing is renamed
 
 
 def describe_os_error(error: OSError, what: object, otherwise: str = "choose another with -o") -> str:

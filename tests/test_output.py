@@ -19,9 +19,9 @@ from PIL import Image
 from fluxonnx.cli import main
 from fluxonnx.cli.messages import LONGEST, complain, escaped
 from fluxonnx.cli.progress import Progress
-from fluxonnx.errors import FluxonnxError, ImageError, UsageError
+from fluxonnx.errors import ImageError, UsageError
 from fluxonnx.runtime.metadata import read_parameters
-from fluxonnx.runtime.outputs import check_output, write_output
+from fluxonnx.runtime.outputs import check_output
 from fluxonnx.runtime.saving import check_output_path, save_image
 from tests.support import Case
 
@@ -323,19 +323,6 @@ def test_sockets_are_refused(tmp_path, monkeypatch):
             check_output(Path("a.png"), "--json")
     with pytest.raises(UsageError, match="is a folder: choose a file name for -o"):
         check_output(tmp_path)
-
-
-@posix_only
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everything")
-def test_a_file_that_may_not_be_written_is_not_replaced(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text("mine")
-    path.chmod(0o444)
-    with pytest.raises(FluxonnxError, match="no permission"):
-        check_output(path)
-    with pytest.raises(PermissionError):
-        write_output(path, b"x")
-    assert path.read_text() == "mine"
 
 
 @posix_only

@@ -57,15 +57,20 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _other_weights(folder: Path) -> str | None:
     """Return the name of a weight file that is there in another form: a variant (fp16), another format."""
-    try:
-        names = sorted(path.name for path in folder.iterdir())
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CheckpointError(f"{folder} can't be read: {error.strerror or error}") from None
+    names = sorted(path.name for path in _listed(folder))
     variants = [name for name in names if name.startswith(STEMS) and name.endswith(".safetensors")]
     others = [name for name in names if name.endswith((".bin", ".gguf", ".pt", ".pth", ".ckpt"))]
     return next(iter(variants + others), None)
+
+
+def _listed(folder: Path) -> list[Path]:
+    """Return what is in a folder; unlike `glob`, not silently less where it can't be read."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder} can't be read: {error.strerror or error}") from None
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -190,7 +195,7 @@ class Checkpoint:
         yield self.index.path
         for folder in ("scheduler", "tokenizer"):
             if is_folder(self.root / folder):
-                yield from sorted(path for path in (self.root / folder).glob("*") if is_file(path))
+                yield from sorted(path for path in _listed(self.root / folder) if is_file(path))
         for component in components:
             yield self.root / component / "config.json"
             if component == "transformer" and self.transformer:

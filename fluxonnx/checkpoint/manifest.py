@@ -225,7 +225,7 @@ def fault(root: Path, component: Component) -> str | None:
     for name, digest in component.files.items():
         if content_digest(root / name) != digest:
             return f"{name} is not the file that was exported"
-    changed = _changed(root, _depended_on(component))
+    changed = _changed(root, depended_on(component))
     return f"{changed} has changed" if changed else None
 
 
@@ -266,7 +266,7 @@ def are_as_recorded(checkpoint: Path, component: Component) -> bool:
     return _changed(checkpoint, {n: d for n, d in component.sources.items() if exists(checkpoint / n)}) is None
 
 
-def _depended_on(component: Component) -> dict[str, str]:
+def depended_on(component: Component) -> dict[str, str]:
     """Return the sources that a graph points into; weights from a file outside the directory are always copied."""
     if component.self_contained:
         return {}

@@ -6,8 +6,11 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from fluxonnx.errors import CheckpointError
 
 # No JSON file of a model is as deep as this, and `repr` and `json.dumps` can still show it.
 MAX_DEPTH = 64
@@ -70,26 +73,50 @@ def read_bounded(path: str | Path, limit: int = MAX_TEXT_BYTES) -> bytes:
     return content
 
 
-def is_file(path: Path) -> bool:
-    """Whether there is a regular file; False also where the system refuses to tell or the name is impossible."""
+def check_readable(path: Path) -> None:
+    """Check that a file of a model can be opened.
+
+    Raises:
+        CheckpointError: It can't be.
+    """
     try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
+        open_regular(path).close()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the model directory is not complete, download it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror or error}") from None
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file, or there may be one: who lacks the permission to look can't open it either.
+
+    So what is behind a locked door is never taken for missing, and opening it says what is wrong. False also where the
+    name is impossible.
+    """
+    return _is(stat.S_ISREG, path)
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is a folder; False also where the system refuses to tell or the name is impossible."""
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
+    """Whether there is a folder, or there may be one; see `is_file`."""
+    return _is(stat.S_ISDIR, path)
 
 
 def exists(path: Path) -> bool:
-    """Whether there is anything, if only a dangling link; False also where the system refuses to tell."""
+    """Whether there is anything, if only a dangling link, or there may be; see `is_file`."""
     try:
-        return path.is_symlink() or path.exists()
+        path.lstat()
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _is(kind: Callable[[int], bool], path: Path) -> bool:
+    try:
+        return kind(path.stat().st_mode)
+    except PermissionError:
+        return True
     except (OSError, ValueError):
         return False
 

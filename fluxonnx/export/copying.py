@@ -10,6 +10,7 @@ import numpy as np
 
 from fluxonnx.checkpoint.digests import content_digest
 from fluxonnx.checkpoint.directory import Checkpoint
+from fluxonnx.checkpoint.reading import check_readable
 from fluxonnx.checkpoint.safetensors import read_header
 from fluxonnx.contract import COMPONENT_CLASSES, open_checkpoint
 from fluxonnx.errors import ExportError
@@ -31,9 +32,11 @@ def prepare_copy(checkpoint: Checkpoint, output: Path, with_weights: bool) -> li
     files = [
         file for file in checkpoint.files(COMPONENT_CLASSES) if with_weights or ".safetensors" not in file.suffixes
     ]
-    for file in files:
+    for file in files:  # what can't be copied is refused before 16 GB are
         if file.suffix == ".safetensors":
-            read_header(file)  # a corrupt file is refused before 16 GB are copied
+            read_header(file)
+        else:
+            check_readable(file)
     if output.exists() and not output.is_dir():
         raise ExportError(f"{output} is not a folder: choose another -o")
     output.mkdir(exist_ok=True)

@@ -34,7 +34,7 @@ from fluxonnx.export.components import Target, build_graph, make_target, read_ar
 from fluxonnx.export.copying import copy_model, prepare_copy
 from fluxonnx.export.graph import Graph
 from fluxonnx.export.precisions import Precision
-from fluxonnx.files import atomic_write, describe_os_error, exclusive, remove_leftovers, require_text
+from fluxonnx.files import atomic_write, describe_os_error, exclusive, probe, remove_leftovers, require_text
 from fluxonnx.version import __version__
 
 # progress(what, bytes done, total bytes)
@@ -114,7 +114,7 @@ def export(
             root = checkpoint.root
         else:
             copied = prepare_copy(checkpoint, root, not target.precision.self_contained)
-        with exclusive(root, lambda: say(f"wait for another export of {root}", 0, 0)):
+        with exclusive(root):
             origin = checkpoint.root
             if copied is not None:
                 copy = copy_model(checkpoint, copied, root, say)
@@ -172,6 +172,8 @@ def _export_components(
         if not force and not (renew and recorded and component in recorded.components):
             metadata = _metadata(checkpoint, component, target, sizes)
             _refuse_foreign(root / graph_file(component, precision, flavour), metadata, renew)
+    if pending:
+        probe(root / FILE_NAME)
     known = set() if force else _known_files(root, checkpoint, manifest)
     reports = []
     for component in names:

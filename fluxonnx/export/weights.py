@@ -18,7 +18,7 @@ from fluxonnx.checkpoint.safetensors import DTYPES
 from fluxonnx.errors import CheckpointError, ExportError
 from fluxonnx.export.graph import Graph
 from fluxonnx.export.initializers import StoredWeight
-from fluxonnx.files import resumable_write
+from fluxonnx.files import probe, resumable_write
 from fluxonnx.machine import usable_cores
 
 # Tensors that are encoded at a time, each by a thread.
@@ -52,16 +52,21 @@ def check_places(graph: Graph, root: Path, name: str) -> None:
 
     Raises:
         CheckpointError: A weight file or its folder is a link.
+        OSError: The file can't be written.
     """
     for weight in graph.weights:
         if not _is_made(weight, root):
             _refuse_link(root, weight.source.file)
     folder = (root / name).parent
-    if folder.is_symlink() and any(_is_made(weight, root) for weight in graph.weights):
+    if not any(_is_made(weight, root) for weight in graph.weights):
+        return
+    if folder.is_symlink():
         raise CheckpointError(
             f"{folder} is a symbolic link, behind which ONNX can't use weights: make a self-contained copy with "
             "-o DIR, or move the whole model directory and link that"
         )
+    if folder.is_dir() and not (root / name).exists():
+        probe(root / name)
 
 
 def place(

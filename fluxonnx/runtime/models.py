@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from fluxonnx.checkpoint.digests import unchanged
-from fluxonnx.checkpoint.manifest import Build
+from fluxonnx.checkpoint.manifest import Build, depended_on
+from fluxonnx.checkpoint.reading import check_readable
 from fluxonnx.contract import COMPONENTS, EMBEDDING_TABLE, text_ids
 from fluxonnx.errors import CheckpointError
 from fluxonnx.runtime.engine import Runner, SessionOptions
@@ -65,6 +66,9 @@ class Models:
 
     def _load(self, component: str) -> Runner:
         found = self._build.components[component]
+        # onnxruntime would only say "system error number 13"
+        for name in (found.graph, *found.weights, *depended_on(found)):
+            check_readable(self._root / name)
         # Another process may export the build again while this one uses it.
         with unchanged({self._root / name: digest for name, digest in found.files.items()}):
             return self._engine(self._root / found.graph, component, self._build, self._options)

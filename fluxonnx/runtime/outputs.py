@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from itertools import count
 from pathlib import Path
 
 from fluxonnx.errors import FluxonnxError, UsageError
-from fluxonnx.files import describe_os_error
+from fluxonnx.files import describe_os_error, remove_leftovers, temporary_file
 
 # What os.link fails with on file systems that have no hard links.
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 # It does not hold the name of the file, which may be as long as the system allows.
-TEMPORARY = ".fluxonnx-{}.tmp"
+TEMPORARY = ".fluxonnx-"
 
 
 def check_output(path: Path, flag: str = "-o", numbered: bool = False) -> None:
@@ -49,8 +49,8 @@ def check_output(path: Path, flag: str = "-o", numbered: bool = False) -> None:
         if folder is None or not stat.S_ISDIR(folder.st_mode):
             raise UsageError(f"folder {real.parent} does not exist: create it, or {otherwise}")
         _check_length(real, flag)
-        if found is not None and not os.access(real, os.W_OK):
-            raise PermissionError(errno.EACCES, "no permission")
+        if found is not None:
+            _check_writable(real)
         with _temporary(real, b""):
             pass
     except OSError as error:
@@ -73,8 +73,8 @@ def write_output(path: Path, data: bytes) -> None:
         _write_through(path, found, data)
         return
     real = _followed(path)
-    if found is not None and not os.access(real, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    if found is not None:
+        _check_writable(real)
     with _temporary(real, data) as temporary:
         if found is not None:
             temporary.chmod(stat.S_IMODE(found.st_mode))
@@ -120,14 +120,16 @@ def _claimed(name: Path, temporary: Path) -> bool:
 @contextmanager
 def _temporary(path: Path, data: bytes) -> Iterator[Path]:
     """A file beside `path` that holds `data`, and is gone after the block unless the block renamed it."""
-    temporary = path.parent / TEMPORARY.format(secrets.token_hex(8))
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
+    _sweep_once(path.parent.absolute())
+    with temporary_file(path, TEMPORARY) as temporary:
+        temporary.write_bytes(data)
         yield temporary
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+
+
+@cache
+def _sweep_once(folder: Path) -> None:
+    """Remove what killed processes left in a folder; once per process, because it can hold very many pictures."""
+    remove_leftovers(folder, f"{TEMPORARY}*.tmp")
 
 
 def _status(path: Path) -> os.stat_result | None:
@@ -136,6 +138,11 @@ def _status(path: Path) -> os.stat_result | None:
         return path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def _check_writable(path: Path) -> None:
+    """Raise the system's error if a file that is there may not be written, although it would only be replaced."""
+    os.close(os.open(path, os.O_WRONLY | getattr(os, "O_BINARY", 0)))
 
 
 def _followed(path: Path) -> Path:
