@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -128,6 +129,92 @@ def test_others_are_waited_for(tmp_path):
         with exclusive(tmp_path, on_wait=other.stdin.close):
             assert (tmp_path / "done").exists()
     assert [item.name for item in tmp_path.iterdir()] == ["done"]
+
+
+@posix
+def test_waiting_is_told_in_one_line(tmp_path):
+    """A user may see nothing for minutes while another process exports 8 GB."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"in\n"
+        messages = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+
+            def show(message, *_):
+                messages.append(str(message))
+                other.stdin.close()
+
+            warnings.showwarning = show
+            with exclusive(tmp_path):
+                assert (tmp_path / "done").exists()
+    assert messages == [f"another process is writing to {tmp_path}: waiting until it has finished"]
+
+
+@posix
+def test_a_warning_that_is_an_error_leaves_the_lock_alone(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []  # noqa: PTH112, PTH208
+        with warnings.catch_warnings(), pytest.raises(UserWarning, match="another process"):
+            warnings.simplefilter("error")
+            with exclusive(tmp_path):
+                pass
+        after = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []  # noqa: PTH112, PTH208
+        assert len(after) == len(before)
+        other.stdin.close()
+    with exclusive(tmp_path):
+        assert (tmp_path / "done").exists()
+
+
+# Locks as Windows has them: of bytes, by a function that fails at once, of files that can't be removed while they are
+# open. The bytes are locked by POSIX's own means, so that processes do see each other.
+WINDOWS = """
+import sys, types
+import fcntl as posix
+def locking(descriptor, mode, count):
+    assert mode == 2 and count == 1
+    try:
+        posix.lockf(descriptor, posix.LOCK_EX | posix.LOCK_NB, count, 0, 1)  # from the current position on
+    except BlockingIOError as error:
+        raise PermissionError(13, "Permission denied") from error
+sys.modules["msvcrt"] = types.SimpleNamespace(locking=locking, LK_NBLCK=2)
+sys.modules["fcntl"] = None
+"""
+WAIT = """
+import sys
+from pathlib import Path
+from fluxonnx.files import atomic_folder, atomic_write, exclusive, remove_leftovers, resumable_write
+root = Path(sys.argv[1])
+with exclusive(root, on_wait=lambda: print("waits", flush=True)), exclusive(root):
+    print("done" if (root / "done").exists() else "too early", flush=True)
+    with resumable_write(root / "weights", b"header") as file:
+        file.write(b"data")
+    with atomic_write(root / "graph") as temporary:
+        temporary.write_text("x")
+    with atomic_folder(root / "folder") as temporary:
+        remove_leftovers(root, ".*.tmp")
+        (temporary / "x").touch()
+"""
+
+
+@posix
+def test_locks_of_windows(tmp_path):
+    """As far as they can be tried elsewhere: exports wait for each other, and files get their names."""
+    start = [sys.executable, "-c"]
+    with subprocess.Popen(
+        [*start, WINDOWS + HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as first:
+        assert first.stdout.readline() == b"in\n"
+        with subprocess.Popen([*start, WINDOWS + WAIT, str(tmp_path)], stdout=subprocess.PIPE) as second:
+            assert second.stdout.readline() == b"waits\n"
+            first.stdin.close()
+            assert second.stdout.readline() == b"done\n"
+            assert second.stdout.read() == b""
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert (tmp_path / "weights").read_bytes() == b"headerdata"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["done", "folder", "graph", "weights"]
 
 
 @posix
