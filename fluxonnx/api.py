@@ -68,17 +68,20 @@ def find_model(path: str | Path | None = None) -> Path:
             with exclusive(copy.parent):
                 if not copy.is_dir():
                     _copy_demo(bundled, copy)
-    except (OSError, shutil.Error) as error:
+    except OSError as error:
         cure = "set XDG_CACHE_HOME, or pass a model directory with -d"
-        reason = error if isinstance(error, OSError) and error.errno else OSError("a file can't be copied")
-        raise CheckpointError(describe_os_error(reason, copy, cure)) from None
+        raise CheckpointError(describe_os_error(error, copy, cure)) from None
     return copy
 
 
 def _copy_demo(bundled: Path, copy: Path) -> None:
-    left_out = shutil.ignore_patterns("training", "*.png", "*.onnx")
+    # Not `copytree`, which hides why a file can't be copied, and makes the copy of a read-only package read-only, too.
     with atomic_folder(copy) as temporary:
-        shutil.copytree(bundled, temporary, ignore=left_out, dirs_exist_ok=True)
+        for file in bundled.rglob("*"):
+            target = temporary / file.relative_to(bundled)
+            if file.is_file() and file.suffix not in (".png", ".onnx") and bundled / "training" not in file.parents:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
 
 
 def _caches() -> Path:

@@ -15,11 +15,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import fluxonnx
 from fluxonnx.checkpoint.manifest import read_manifest
+from fluxonnx.cli import main
 from fluxonnx.errors import ExportError
 from fluxonnx.export import export
+from fluxonnx.runtime.metadata import read_parameters
+from fluxonnx.runtime.saving import save_image
 from tests.support import Case
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="processes are killed otherwise there")]
@@ -29,9 +33,6 @@ KILLS = int(os.environ.get("FLUXONNX_KILLS", "2"))
 
 RUN = """
 import json, os, signal, sys
-import onnx
-from fluxonnx.api import find_model
-from fluxonnx.export import export
 
 moment, folder, seen, renamed = int(sys.argv[1]), sys.argv[2], 0, {}
 
@@ -48,10 +49,17 @@ def watch(event, args):
             if event == "os.rename":
                 renamed[os.path.basename(args[1])] = seen
 
+before, _, call = sys.argv[3].rpartition("\\n")
+exec(before)  # imports, which don't touch the folder
 sys.addaudithook(watch)
-exec(sys.argv[3])
+exec(call)
 print(json.dumps([seen, renamed]))
 """
+
+
+EXPORT = "import onnx; from fluxonnx.export import export\n"
+FIND = "from fluxonnx.api import find_model\n"
+SAVE = "from PIL import Image; from fluxonnx.runtime.saving import save_image\n"
 
 
 def run(moment: int, folder: Path, call: str) -> tuple[int, dict[str, int]] | None:
@@ -89,7 +97,7 @@ def leftovers(root: Path) -> list[str]:
 
 def test_export_in_place(checkpoints, tmp_path):
     source = checkpoints.get(CASE)
-    call = "export(folder, progress=tick)"
+    call = EXPORT + "export(folder, progress=tick)"
     expected = picture(checkpoints.exported(CASE), "bf16")
     for moment in moments(Path(shutil.copytree(source, tmp_path / "whole")), call):
         root = Path(shutil.copytree(source, tmp_path / f"killed-{moment}"))
@@ -104,7 +112,7 @@ def test_export_with_other_settings(checkpoints, tmp_path, precision, change):
     """The picture is that of the settings in the manifest, never of one's graph and the other's weights."""
     before = Path(shutil.copytree(checkpoints.get(CASE), tmp_path / "before"))
     export(before, precision=precision, block=32 if precision == "int4" else None)
-    call = f"export(folder, precision={precision!r}, {change}, force=True, progress=tick)"
+    call = f"{EXPORT}export(folder, precision={precision!r}, {change}, force=True, progress=tick)"
     after = Path(shutil.copytree(before, tmp_path / "after"))
     expected = {}
     tried = moments(after, call, f"transformer.{precision}.onnx")
@@ -120,7 +128,7 @@ def test_export_with_other_settings(checkpoints, tmp_path, precision, change):
 
 def test_export_of_a_copy(checkpoints, tmp_path):
     source = checkpoints.get(CASE)
-    call = f"export({str(source)!r}, folder, precision='int8', progress=tick)"
+    call = f"{EXPORT}export({str(source)!r}, folder, precision='int8', progress=tick)"
     tried = moments(tmp_path / "whole", call)
     expected = picture(tmp_path / "whole", "int8")
     for moment in tried:
@@ -132,14 +140,37 @@ def test_export_of_a_copy(checkpoints, tmp_path):
 
 
 def test_first_run(tmp_path):
-    call = "find_model()"
+    call = f"{FIND}find_model()"
     for moment in moments(tmp_path / "whole", call, "tiny-klein"):
         folder = tmp_path / f"killed-{moment}"
         assert run(moment, folder, call) is None
-        assert run(0, folder, f"{call}; {call}") is not None
+        assert run(0, folder, f"{call}; find_model()") is not None
         (version,) = (folder / "cache/fluxonnx").iterdir()
         assert (version / "tiny-klein/model_index.json").is_file()
         assert leftovers(folder) == []
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+def test_saving_of_a_picture(tmp_path, numbered):
+    """The old picture or the new one is there, whole; what was being written is removed by the next save."""
+    picture = Image.new("RGB", (8, 8))
+    old = save_image(picture, tmp_path / "old.png", {"prompt": "old"})
+    call = f"{SAVE}save_image(Image.new('RGB', (8, 8), 'red'), folder + '/a.png', {{'prompt': 'new'}}, {numbered})"
+    (tmp_path / "whole").mkdir()
+    count, _ = run(0, tmp_path / "whole", call) or (0, {})
+    left = 0
+    for moment in range(1, count + 1):
+        folder = tmp_path / f"killed-{moment}"
+        folder.mkdir()
+        shutil.copy(old, folder / "a.png")
+        assert run(moment, folder, call) is None
+        left += len(leftovers(folder))
+        assert {read_parameters(path)["prompt"] for path in folder.glob("*.png")} <= {"old", "new"}
+        taken = len(list(folder.glob("*.png")))
+        save_image(picture, folder / "a.png", {"prompt": "next"}, numbered)
+        assert leftovers(folder) == []
+        assert len(list(folder.iterdir())) == taken + numbered
+    assert left >= 2
 
 
 def at_once(folder: Path, *calls: str) -> None:
@@ -154,7 +185,7 @@ def at_once(folder: Path, *calls: str) -> None:
 
 
 def test_four_first_runs_at_once(tmp_path):
-    at_once(tmp_path, *["find_model()"] * 4)
+    at_once(tmp_path, *[f"{FIND}find_model()"] * 4)
     (version,) = (tmp_path / "cache/fluxonnx").iterdir()
     assert [path.name for path in version.iterdir()] == ["tiny-klein"]
 
@@ -162,8 +193,8 @@ def test_four_first_runs_at_once(tmp_path):
 def test_exports_at_once(copy_of):
     """Each build is in the manifest, and runs of one that is being made wait for it."""
     root = copy_of(CASE)
-    load = "import fluxonnx; fluxonnx.load(folder).close()"
-    at_once(root, load, load, *(f"export(folder, precision={name!r})" for name in ("int8", "fp16")))
+    load = "import fluxonnx\nfluxonnx.load(folder).close()"
+    at_once(root, load, load, *(f"{EXPORT}export(folder, precision={name!r})" for name in ("int8", "fp16")))
     assert set(read_manifest(root).builds) == {"bf16", "int8", "fp16"}
     assert not list(root.glob(".*"))
 
@@ -180,15 +211,76 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
+def fill(disk: Path, space: int) -> Path:
+    """Leave only so many bytes of a disk; returns the file that takes the others."""
+    filler = disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(disk).free - space))
+    return filler
+
+
 @pytest.mark.parametrize("space", [0, 4096, 80_000, 300_000])
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_full_disk(checkpoints, small_disk, precision, space):
     root = Path(shutil.copytree(checkpoints.get(CASE), small_disk / "model"))
-    filler = small_disk / "filler"
-    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - space))
+    filler = fill(small_disk, space)
     with pytest.raises(ExportError, match="space"):
         export(root, precision=precision)
     filler.unlink()
     export(root, precision=precision)
     assert leftovers(root) == []
     assert picture(root, precision)
+
+
+DRAW = ["generate", "-q", "-p", "x", "-W", "64", "-H", "64", "-s", "1"]
+
+
+def test_full_disk_of_pictures(checkpoints, small_disk, fails):
+    """What was finished is kept, and no picture is half there."""
+    root, out = checkpoints.exported(CASE), small_disk / "out"
+    out.mkdir()
+    command = [*DRAW, "-d", root, "-S", "1", "-o", out / "a.png"]
+    assert main([*map(str, command)]) == 0
+    size = -(-(out / "a.png").stat().st_size // 4096) * 4096
+    before = (out / "a.png").read_bytes()
+    filler = fill(small_disk, 2 * size)
+    fails(1, rf"no space left to write {out}/a.png: free some and run the same command again", *command, "-n", "3")
+    saved = ["a-0001.png", "a-0002.png", "a.png"]
+    assert sorted(path.name for path in out.iterdir()) == saved
+    assert [read_parameters(out / name)["seed"] for name in saved] == [1, 2, 1]
+    fails(1, "no space left", *command)
+    assert (out / "a.png").read_bytes() == before
+    filler.unlink()
+    assert main([*map(str, command), "-n", "1"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == saved
+
+
+def test_full_disk_of_a_cache(checkpoints, small_disk, tmp_path, capsys):
+    """The picture is made all the same, once a warning has said that its prompt is not kept."""
+    root, cache = checkpoints.exported(CASE), small_disk / "cache"
+    cache.mkdir()
+    command = [*DRAW[:1], *DRAW[2:], "-d", str(root), "--cache-dir", str(cache), "-o", str(tmp_path / "a.png")]
+    filler = fill(small_disk, 4096)
+    assert main(command) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fluxonnx:")]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"fluxonnx: warning: the prompt was not cached: no space left to write {cache}")
+    assert read_parameters(tmp_path / "a.png")["prompt"] == "x"
+    assert list(cache.iterdir()) == []
+    filler.unlink()
+    assert main(command) == 0
+    assert [path.suffix for path in cache.iterdir()] == [".npy"]
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_full_disk_of_a_first_run(small_disk, monkeypatch, fails, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(small_disk / "caches"))
+    monkeypatch.delenv("FLUXONNX_MODEL", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for space in (4096, 1_000_000):
+        filler = fill(small_disk, space)
+        fails(1, rf"no space left to write {small_disk}/caches/.*tiny-klein: free some", *DRAW, "-o", "a.png")
+        assert leftovers(small_disk) == []
+        filler.unlink()
+    assert list(tmp_path.glob("*.png")) == []
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    assert main([*DRAW, "-o", "a.png"]) == 0

@@ -20,8 +20,9 @@ from fluxonnx.cli import main
 from fluxonnx.cli.messages import LONGEST, complain, escaped
 from fluxonnx.cli.progress import Progress
 from fluxonnx.errors import ImageError, UsageError
+from fluxonnx.files import temporary_file
 from fluxonnx.runtime.metadata import read_parameters
-from fluxonnx.runtime.outputs import check_output
+from fluxonnx.runtime.outputs import TEMPORARY, check_output
 from fluxonnx.runtime.saving import check_output_path, save_image
 from tests.support import Case
 
@@ -194,6 +195,20 @@ def test_a_signal_that_is_ignored_stays_so(environment, tmp_path, model):
         process.stderr.read()
     assert process.returncode == 0
     assert len(whole(tmp_path)) == 3
+
+
+# Leftovers
+
+
+@posix_only
+def test_what_is_being_written_stays_and_what_nobody_writes_goes(tmp_path):
+    """Also if the writer is a process in another container, of which only its lock is known."""
+    dead, other = tmp_path / ".fluxonnx-0123.tmp", tmp_path / ".fluxonnx-notes.txt"
+    dead.touch()
+    other.touch()
+    with temporary_file(tmp_path / "cat.png", TEMPORARY) as alive:
+        save_image(RED, tmp_path / "a.png")
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, other.name, "a.png"])
 
 
 # Names
