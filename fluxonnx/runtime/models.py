@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from fluxonnx.checkpoint.digests import unchanged
-from fluxonnx.checkpoint.manifest import Build, depended_on
-from fluxonnx.checkpoint.reading import check_readable
-from fluxonnx.contract import COMPONENTS, EMBEDDING_TABLE, text_ids
+from fluxonnx.checkpoint.graphs import graph_architecture
+from fluxonnx.checkpoint.manifest import DEFAULT_FLAVOUR, FILE_NAME, Build, depended_on
+from fluxonnx.checkpoint.reading import check_readable, shown
+from fluxonnx.contract import COMPONENTS, EMBEDDING_TABLE, Architecture, text_ids
 from fluxonnx.errors import CheckpointError
 from fluxonnx.runtime.engine import Runner, SessionOptions
 from fluxonnx.runtime.events import GraphRan
@@ -34,6 +36,7 @@ class Models:
         root: Path,
         build: Build,
         options: SessionOptions,
+        sizes: Architecture | None = None,
         *,
         resident: Callable[[Sequence[Span]], bool] = resident,
         read_ahead: Callable[[Sequence[Span], int], object] = read_ahead,
@@ -45,12 +48,13 @@ class Models:
             root: The model directory.
             build: One of its builds.
             options: How graphs are run.
+            sizes: What the manifest says about the model, which has to be what its graphs say; None for no check.
             resident: Tells whether weights are in memory; this and the others are parameters for tests.
             read_ahead: Has weights read in the background.
             prefault: Touches weights in the background.
 
         Raises:
-            CheckpointError: A graph of the build was never exported.
+            CheckpointError: A graph of the build was never exported, or is of a model of other sizes.
         """
         missing = [name for name in COMPONENTS if name not in build.components]
         if missing:
@@ -58,6 +62,8 @@ class Models:
                 f"{root} lacks the {missing[0]} graph: run fluxonnx export -d {root} --precision {build.precision} "
                 f"--flavour {build.flavour}"
             )
+        if sizes is not None:
+            _check_sizes(root, build, sizes)
         self._root, self._build, self._options = root, build, options
         self._engine = options.engine or onnxruntime_engine
         self._resident, self._read_ahead, self._prefault = resident, read_ahead, prefault
@@ -155,6 +161,21 @@ class Models:
             else:
                 spans += rows_and_rest(self._root / name, EMBEDDING_TABLE, np.unique(input_ids))
         return spans
+
+
+def _check_sizes(root: Path, build: Build, sizes: Architecture) -> None:
+    """Compare the manifest, from which the shapes of inputs are computed, with the graphs: of what both know."""
+    for name in COMPONENTS:
+        graph = build.components[name].graph
+        expected = json.loads(sizes.component_json(name))
+        for key, value in graph_architecture(root / graph).items():
+            if key in expected and expected[key] != value:
+                flavour = "" if build.flavour == DEFAULT_FLAVOUR else f" --flavour {build.flavour}"
+                raise CheckpointError(
+                    f"{root / FILE_NAME} says that {COMPONENTS[name]}.{key} is {shown(expected[key])}, but {graph} was "
+                    f"made for {shown(value)}: run fluxonnx export -d {root} --precision {build.precision}{flavour} "
+                    "--force"
+                )
 
 
 class Transformer:

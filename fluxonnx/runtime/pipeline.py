@@ -92,7 +92,7 @@ class Flux:
         self._build, self._options = build, options
         self._sizes = Architecture.from_json(manifest.architecture, checkpoint.root / FILE_NAME)
         self._unit = self._sizes.vae.scale_factor
-        self._models = Models(checkpoint.root, build, replace(options, watch=self._emit))
+        self._models = Models(checkpoint.root, build, replace(options, watch=self._emit), self._sizes)
         # A run changes what is loaded. A thread waits for that of another, but not for itself: it may make a picture
         # inside a callback or between two steps of another picture.
         self._lock = threading.RLock()
