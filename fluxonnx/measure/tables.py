@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from fluxonnx.runtime.library import library
 from fluxonnx.version import __version__
 
 
@@ -38,14 +39,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def machine() -> dict[str, Any]:
     """Describe the hardware and the software that measurements depend on."""
-    import onnxruntime  # slow to import
-
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime": library().__version__,
         "fluxonnx": __version__,
     }
 

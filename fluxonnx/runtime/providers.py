@@ -5,11 +5,15 @@ Their short names are onnxruntime's without the suffix: "cpu", "cuda", "coreml",
 
 from __future__ import annotations
 
+import io
 import json
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
 from fluxonnx.errors import FluxonnxError, UsageError
+from fluxonnx.runtime.library import SILENT, VARIABLE, library, log_severity
 
 CPU = "cpu"
 SUFFIX = "ExecutionProvider"
@@ -54,9 +58,7 @@ def traits(provider: str) -> Traits:
 
 def available() -> list[str]:
     """Return the providers of the installed onnxruntime, in its order; whether they work here is for `works` to say."""
-    import onnxruntime  # slow to import, and needed only to run
-
-    return [name for name in _full_names(onnxruntime.get_available_providers()) if name != REMOTE]
+    return [name for name in _full_names(library().get_available_providers()) if name != REMOTE]
 
 
 def _full_names(providers: list[str]) -> dict[str, str]:
@@ -86,14 +88,15 @@ def session_providers(provider: str, threads: int | None) -> list[Any]:
         provider: The short name of the chosen one.
         threads: Threads per operator, for providers that ignore the session's own setting.
     """
-    import onnxruntime
-
     if provider == CPU:
         return [f"CPU{SUFFIX}"]
+    onnxruntime = library()
     full = _full_names(onnxruntime.get_available_providers())[provider]
     settings = dict(traits(provider).settings)
     if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
+        # It finds the CUDA libraries that pip installed, and prints on standard output which ones it does not find.
+        with redirect_stdout(io.StringIO() if log_severity() == SILENT else sys.stderr):
+            onnxruntime.preload_dlls()
     if provider == "openvino" and threads is not None:
         settings["load_config"] = json.dumps({"CPU": {"INFERENCE_NUM_THREADS": str(threads)}})
     return [(full, settings), f"CPU{SUFFIX}"]
@@ -108,20 +111,20 @@ def check_started(session: Any, provider: str) -> None:
     if provider not in _full_names(session.get_providers()):
         raise FluxonnxError(
             f"onnxruntime can't start its {provider} provider, most often for lack of a driver or library: "
-            f"install what {traits(provider).package} needs, or use --provider cpu"
+            f"install what {traits(provider).package} needs ({VARIABLE}=3 shows what it lacks), or use --provider cpu"
         )
 
 
 def works(provider: str) -> bool:
     """Whether one of the `available` providers can be started on this machine; it is tried with a tiny graph."""
-    import onnxruntime
     from onnx import TensorProto, helper
 
+    onnxruntime = library()
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
     graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "probe", value[:1], value[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 4
+    settings.log_severity_level = log_severity()
     try:
         session = onnxruntime.InferenceSession(
             model.SerializeToString(), settings, providers=session_providers(provider, None), enable_fallback=0

@@ -19,6 +19,7 @@ from fluxonnx.errors import FluxonnxError
 from fluxonnx.machine import has_exact_int8_dot, thread_limit
 from fluxonnx.runtime.engine import Runner, SessionOptions
 from fluxonnx.runtime.events import OperatorsTimed
+from fluxonnx.runtime.library import library, log_severity
 from fluxonnx.runtime.profile import Profile
 from fluxonnx.runtime.providers import CPU, check_started, session_providers
 
@@ -33,10 +34,6 @@ STREAMED = ("text_encoder", "transformer")
 # memory that takes seconds to make. Weights stored in panels are multiplied about as fast without it. Each product
 # would get a copy of its own, although all bands of rows in the decoder share the same weights.
 NOT_PACKED = (*STREAMED, "vae_decoder")
-
-# Only what ends the process is logged. Errors are raised, and onnxruntime's own lines about them would be a second
-# report of each, in C++.
-SILENT = 4
 
 
 @dataclass(frozen=True)
@@ -104,10 +101,9 @@ def settings(component: str, build: Build | None, options: SessionOptions, exact
 
 def native(chosen: Settings) -> Any:
     """Return settings as an `onnxruntime.SessionOptions`."""
-    import onnxruntime  # slow to import, and needed only to run
-
+    onnxruntime = library()
     found = onnxruntime.SessionOptions()
-    found.log_severity_level = SILENT
+    found.log_severity_level = log_severity()
     found.enable_mem_pattern = chosen.memory_pattern
     found.enable_mem_reuse = chosen.memory_reuse
     found.enable_cpu_mem_arena = chosen.arena
@@ -143,8 +139,7 @@ class Session:
         Raises:
             FluxonnxError: onnxruntime can't load it, or can't start the provider.
         """
-        import onnxruntime
-
+        onnxruntime = library()
         chosen = override or settings(component, build, options, has_exact_int8_dot())
         if chosen.threads is None:
             chosen = replace(chosen, threads=thread_limit())
@@ -173,10 +168,8 @@ class Session:
         Raises:
             FluxonnxError: It failed, most often for lack of memory.
         """
-        import onnxruntime
-
-        options = onnxruntime.RunOptions()
-        options.log_severity_level = SILENT
+        options = library().RunOptions()
+        options.log_severity_level = log_severity()
         try:
             # A run can take minutes, and Python handles Ctrl-C only between bytecodes. So this thread waits, and
             # onnxruntime works in another one that can be told to stop.
