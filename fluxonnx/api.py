@@ -136,7 +136,7 @@ def load(
         provider: The execution provider, by onnxruntime's names without their ending, such as "cuda" or "coreml"; by
             default "cpu", or what "auto" chooses.
         flavour: "ort" or "portable"; by default the one that suits the provider.
-        threads: Threads per operator; None for one per core.
+        threads: Threads per operator; None for one per core that this process may use.
         low_memory: Use less memory, and more time: pictures above 576x576 are encoded and decoded in tiles.
         cache_dir: A folder for prompt embeddings, so that a known prompt never loads the text encoder.
         on_export: Called with the directory if graphs have to be exported.

@@ -152,6 +152,15 @@ def test_a_warning_about_a_long_prompt_is_short(model, tmp_path, capsys):
     assert len(capsys.readouterr().err) < 2 * LONGEST
 
 
+@pytest.mark.slow
+def test_seconds_of_an_export_are_printed_on_request(model, capsys):
+    assert main(["export", "-v", "-d", model]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[0] for line in lines[:2]] == ["open checkpoint", "export"]
+    assert main(["export", "-d", model]) == 0
+    assert capsys.readouterr().err.splitlines() == lines[2:]
+
+
 # Signals
 
 

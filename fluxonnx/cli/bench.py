@@ -65,7 +65,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         action="extend",
         default=[],
         metavar="N",
-        help="default: one per core",
+        help="default: one per core that this process may use",
     )
     varied.add_argument(
         "--provider", nargs="+", action="extend", default=[], metavar="NAME", help="cpu (default), cuda, coreml, ..."

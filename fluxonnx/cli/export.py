@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from fluxonnx.cli.flags import add_parser, add_verbosity, typed
-from fluxonnx.cli.progress import Progress, speaker
+from fluxonnx.cli.progress import Progress, phase_line, speaker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Options:
     component: list[str] | None
     opset: int | None
     force: bool
+    verbose: bool
     quiet: bool
 
 
@@ -102,12 +104,16 @@ def export(options: Options) -> None:
     from fluxonnx.contract import open_checkpoint
 
     say = speaker(options.quiet)
+    say_seconds = speaker(quiet=not options.verbose)
+    start = time.perf_counter()
     checkpoint = open_checkpoint(options.dir, options.transformer)
     precision = options.precision or default_precision(checkpoint)
     if precision == AUTO:
         choice = choose(checkpoint)
         precision = choice.precision
         say(str(choice))
+    say_seconds(phase_line("open checkpoint", time.perf_counter() - start))
+    start = time.perf_counter()
     with Progress(options.quiet) as bar:
         reports = exporter.export(
             options.dir,
@@ -123,6 +129,7 @@ def export(options: Options) -> None:
             force=options.force,
             progress=bar.bytes,
         )
+    say_seconds(phase_line("export", time.perf_counter() - start))
     say(f"{'graph':<32}{'nodes':>7}{'parameters':>16}{'bytes written':>16}{'seconds':>9}")
     for report in reports:
         seconds = f"{report.seconds:9.2f}" if report.seconds is not None else " up to date"

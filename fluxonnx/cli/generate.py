@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxonnx.cli.flags import Flags, add_field, add_model, add_parser, add_verbosity, find_model, thread_count
-from fluxonnx.cli.progress import Progress, speaker
+from fluxonnx.cli.progress import Progress, phase_line, speaker
 from fluxonnx.runtime.fields import FIELDS
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Options:
         dir: The model directory; None for the default.
         precision: None for that of the picture that is made again, else the default.
         provider: Likewise.
-        threads: Threads per operator; None for one per core.
+        threads: Threads per operator; None for one per core that this process may use.
         low_memory: Whether to need less memory and more time.
         cache_dir: The folder of encoded prompts.
         verbose: Whether to print the seconds that phases take.
@@ -98,7 +98,9 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help="execution provider: cpu (default), or another that the installed onnxruntime has, such as cuda or coreml",
     )
-    model.add_argument("--threads", type=thread_count, metavar="N", help="default: one per core")
+    model.add_argument(
+        "--threads", type=thread_count, metavar="N", help="default: one per core that this process may use"
+    )
     model.add_argument(
         "--low-memory",
         action="store_true",
@@ -188,7 +190,7 @@ def generate(options: Options) -> None:
             on_choice=lambda choice: say(str(choice)),
             watch=bar.event,
         )
-        say_seconds(_seconds("open model", time.perf_counter() - start))
+        say_seconds(phase_line("open model", time.perf_counter() - start))
         with flux:
             for i, job in enumerate(jobs):
                 if len(jobs) > 1 and i % PROMPTS_AHEAD == 0:
@@ -208,12 +210,8 @@ def _make(flux: Flux, job: Job, bar: Progress, say: Callable[[str], None], say_s
         bar.close()
         saving = time.perf_counter()
         path = save_image(image, job.output, {**image.info, **job.inputs}, job.numbered)
-        say_seconds(_seconds("save", time.perf_counter() - saving))
+        say_seconds(phase_line("save", time.perf_counter() - saving))
         say(f"{path} {image.width}x{image.height} ({time.perf_counter() - start:.1f} s)")
     bar.close()
     for name, seconds in flux.phases.seconds.items():
-        say_seconds(_seconds(name, seconds))
-
-
-def _seconds(name: str, seconds: float) -> str:
-    return f"{name:<18}{seconds:8.2f} s"
+        say_seconds(phase_line(name, seconds))

@@ -21,6 +21,11 @@ def speaker(quiet: bool) -> Callable[[str], None]:
     return (lambda text: None) if quiet else tell
 
 
+def phase_line(name: str, seconds: float) -> str:
+    """Return the line about a phase that --verbose prints."""
+    return f"{name:<18}{seconds:8.2f} s"
+
+
 class Progress:
     """Bars for the phases of a command, one at a time; silent where standard error is no terminal.
 

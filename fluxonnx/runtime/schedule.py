@@ -10,8 +10,6 @@ import numpy as np
 
 from fluxonnx.errors import UsageError
 
-SCHEDULES = ("flow", "linear", "power", "custom")
-
 
 def empirical_mu(image_seq: int, steps: int) -> float:
     """Return the shift that FLUX.2 was tuned with, for a number of image tokens and of steps.
@@ -72,7 +70,7 @@ def custom_sigmas(sigmas: Sequence[float]) -> np.ndarray:
 def make_sigmas(
     schedule: str, image_seq: int, steps: int, power_alpha: float, sigmas: Sequence[float] | None
 ) -> np.ndarray:
-    """Return a schedule by its name, one of `SCHEDULES`: float32 [steps + 1]."""
+    """Return a schedule by its name, "flow", "linear", "power" or "custom": float32 [steps + 1]."""
     if schedule == "custom":
         return custom_sigmas(sigmas or ())
     if schedule == "flow":

@@ -13,6 +13,7 @@ from fluxonnx.checkpoint.config import read_json
 from fluxonnx.checkpoint.reading import exists, foreign, is_text, read_bounded, shown
 from fluxonnx.contract import CHAT_TEMPLATE, DEFAULT_PAD_TOKEN, MAX_SEQUENCE_LENGTH
 from fluxonnx.errors import CheckpointError, UsageError
+from fluxonnx.runtime.fields import FIELD
 
 TEMPLATE_HEAD, TEMPLATE_TAIL = CHAT_TEMPLATE.split("{prompt}")
 
@@ -79,10 +80,7 @@ class Tokenizer:
         Raises:
             UsageError: `max_length` is not a multiple of 8 from 8 to 512, or the prompt is not valid text.
         """
-        if not 8 <= max_length <= MAX_SEQUENCE_LENGTH or max_length % 8:
-            raise UsageError(
-                f"max_sequence_length is {max_length}, but must be a multiple of 8 from 8 to {MAX_SEQUENCE_LENGTH}"
-            )
+        FIELD["max_sequence_length"].check(max_length)
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError:
