@@ -83,7 +83,9 @@ def moments(folder: Path, call: str, *names: str) -> list[int]:
     whole = run(0, folder, call)
     assert whole is not None
     count, renamed = whole
-    return sorted({count * (2 * i + 1) // (2 * KILLS) for i in range(KILLS)} | {renamed[name] for name in names})
+    # the first moment is 1
+    spread = {max(1, count * (2 * i + 1) // (2 * KILLS)) for i in range(KILLS)}
+    return sorted(spread | {renamed[name] for name in names})
 
 
 def picture(root: Path, precision: str) -> bytes:
