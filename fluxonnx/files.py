@@ -42,6 +42,8 @@ LOCKED_BYTE = 2**30
 LOOK_AGAIN_AFTER = 0.1
 
 _BINARY = getattr(os, "O_BINARY", 0)
+# A link in a stranger's model directory must not choose what is written or waited for.
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _held = threading.local()
 
 
@@ -106,7 +108,7 @@ def resumable_write(path: Path, header: bytes, resume: bool = True) -> Iterator[
     unfinished = path.with_name(f".{path.name}.partial")
     while True:
         with _named(path):
-            descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | _BINARY, 0o666)
+            descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | _BINARY | _NO_LINK, 0o666)
         if fcntl is not None:  # where an open file can't be renamed, `exclusive` has to do
             _lock(descriptor, wait=True)
         if _is_at(descriptor, unfinished):
@@ -170,10 +172,10 @@ def _release(descriptor: int, lock: Path) -> None:
 def _acquire(lock: Path, on_wait: Callable[[], None]) -> int | None:
     while True:
         try:
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
         except OSError:
             try:
-                descriptor = os.open(lock, os.O_RDONLY)  # of another user
+                descriptor = os.open(lock, os.O_RDONLY | _NO_LINK)  # of another user
             except OSError:
                 return None
         try:

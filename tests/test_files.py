@@ -248,3 +248,23 @@ def test_folder_that_another_process_made(tmp_path):
         (path / "theirs").touch()
     assert [file.name for file in path.iterdir()] == ["theirs"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+@posix
+def test_links_are_not_followed_to_what_is_written(tmp_path):
+    """A stranger's model directory may hold any link under the names that are known to be used."""
+    folder, target = tmp_path / "model", tmp_path / "mine"
+    folder.mkdir()
+    for existing in (False, True):
+        if existing:
+            target.write_text("mine")
+        for name in (".fluxonnx.lock", ".weights.partial"):
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to(target)
+        with exclusive(folder), exclusive(folder):
+            pass
+        with pytest.raises(OSError, match="symbolic link") as caught, resumable_write(folder / "weights", b"header"):
+            pass
+        assert caught.value.filename == str(folder / "weights")
+        assert target.exists() == existing
+    assert target.read_text() == "mine"

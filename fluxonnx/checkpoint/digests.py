@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from fluxonnx.checkpoint.config import read_json
+from fluxonnx.checkpoint.reading import read_bounded
 from fluxonnx.checkpoint.safetensors import fingerprint
 from fluxonnx.errors import CheckpointError
 
@@ -57,7 +58,7 @@ def _digest(path: Path, size: int) -> str:
     if size > WHOLE:
         return f"samples:{fingerprint(path, SAMPLES)}"
     try:
-        return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+        return f"sha256:{hashlib.sha256(read_bounded(path)).hexdigest()}"
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from None
 

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from fluxonnx.checkpoint.config import from_json, read_json, typed
 from fluxonnx.checkpoint.digests import config_digest, content_digest
-from fluxonnx.checkpoint.reading import exists, is_file, shown
+from fluxonnx.checkpoint.reading import exists, is_file, read_bounded, shown
 from fluxonnx.checkpoint.safetensors import fingerprint
 from fluxonnx.errors import CheckpointError
 from fluxonnx.files import atomic_write
@@ -177,7 +177,7 @@ def salvaged_manifest(root: Path) -> tuple[Manifest, bool]:
     """Return what a model's maker wrote into a manifest that is damaged, and whether all of it was found."""
     manifest = Manifest()
     try:
-        text = (root / FILE_NAME).read_bytes().decode("utf-8", "replace")
+        text = read_bounded(root / FILE_NAME).decode("utf-8", "replace")
     except OSError:
         return manifest, False
     hints, whole = get_type_hints(Manifest), True

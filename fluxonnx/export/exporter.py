@@ -26,6 +26,7 @@ from fluxonnx.checkpoint.manifest import (
     read_manifest,
     salvaged_manifest,
 )
+from fluxonnx.checkpoint.reading import check_readable, exists
 from fluxonnx.checkpoint.safetensors import Tensor, fingerprint
 from fluxonnx.contract import COMPONENTS, GRAPH_FORMAT, Architecture, open_checkpoint
 from fluxonnx.errors import CheckpointError, ExportError, UsageError
@@ -271,9 +272,10 @@ def _read_manifest(root: Path, force: bool) -> Manifest:
 
 def _refuse_foreign(path: Path, metadata: dict[str, str], renew: bool) -> None:
     """Refuse to overwrite a graph, unless it is ours with the same settings (of a killed export, say) or to renew."""
-    if not path.exists():
+    if not exists(path):
         return
     try:
+        check_readable(path)  # a pipe would never end
         model = onnx.load(path, load_external_data=False)
     except Exception:  # whatever it is, it is not ours
         raise ExportError(f"{path} exists and is not a graph: move it away, or overwrite it with --force") from None
