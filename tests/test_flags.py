@@ -95,3 +95,22 @@ def test_no_value_of_a_flag_is_a_traceback(base, capsys, command, flag):
         assert len(printed.strip().splitlines()[-1]) < 3000 if printed.strip() else code == 0, what
         assert not set(printed) & {"\x1b", "\x9b", "\r", "\0"}, what
         assert not list(Path().rglob(".fluxonnx-*")), what
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        *((command, "-d") for command in ("generate", "export", "bench", "compare")),
+        *(("export", flag) for flag in ("-o", "--transformer")),
+        *(("generate", flag) for flag in ("--cache-dir", "--prompt-file", "--from")),
+        *[("bench", "--json"), ("compare", "-o")],
+    ],
+)
+def test_an_empty_name_is_not_this_folder(tmp_path, monkeypatch, capsys, command, flag):
+    """The value of a variable that is not set: a copy of a model would be strewn over the folder."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main([command, "-d", "model", flag, ""])
+    assert caught.value.code == 2
+    assert "the name is empty" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

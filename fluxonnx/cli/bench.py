@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fluxonnx.cli.flags import add_field, add_model, add_parser, add_quiet, find_model, thread_count, typed
+from fluxonnx.cli.flags import add_field, add_model, add_parser, add_quiet, find_model, path_name, thread_count, typed
 from fluxonnx.cli.messages import show
 from fluxonnx.cli.progress import speaker
 from fluxonnx.errors import FluxonnxError
@@ -82,7 +82,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         action="store_true",
         help="also show which operators take the time, from one more picture under the profiler of onnxruntime",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
+    parser.add_argument("--json", type=path_name, metavar="FILE", help="write all figures to this file")
     add_quiet(parser)
 
 

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from fluxonnx.cli.flags import add_field, add_model, add_parser, add_quiet, find_model, typed
+from fluxonnx.cli.flags import add_field, add_model, add_parser, add_quiet, find_model, path_name, typed
 from fluxonnx.cli.messages import show
 from fluxonnx.cli.progress import speaker
 
@@ -48,7 +48,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=path_name,
         default=Path("compare.html"),
         metavar="FILE",
         help="a page with pictures and plots (default: %(default)s)",

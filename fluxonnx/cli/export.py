@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fluxonnx.cli.flags import add_parser, add_verbosity, typed
+from fluxonnx.cli.flags import add_parser, add_verbosity, not_empty, path_name, typed
 from fluxonnx.cli.progress import Progress, phase_line, speaker
 
 
@@ -41,16 +41,19 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         "fluxonnx export -d model --flavour portable -o graphs",
         "fluxonnx export -d model --transformer flux-2-klein-4b-int8.safetensors",
     )
-    parser.add_argument("-d", "--dir", required=True, metavar="DIR", help="model directory, Hugging Face layout")
+    parser.add_argument(
+        "-d", "--dir", type=not_empty, required=True, metavar="DIR", help="model directory, Hugging Face layout"
+    )
     parser.add_argument(
         "-o",
         "--output",
+        type=not_empty,
         metavar="DIR",
         help="write a self-contained copy here instead of writing into the model directory",
     )
     parser.add_argument(
         "--transformer",
-        type=Path,
+        type=path_name,
         metavar="FILE",
         help="read the weights of the transformer from this safetensors file, with the tensor names of diffusers or "
         "of the original; integers of ComfyUI's int8_tensorwise format are kept as they are and make an int8 build",

@@ -55,7 +55,19 @@ def typed(kind: type[Options], arguments: argparse.Namespace) -> Options:
 
 def add_model(flags: Flags, default: str = "as for generate") -> None:
     """Add -d, which `find_model` takes."""
-    flags.add_argument("-d", "--dir", metavar="DIR", help=f"model directory (default: {default})")
+    flags.add_argument("-d", "--dir", type=not_empty, metavar="DIR", help=f"model directory (default: {default})")
+
+
+def not_empty(text: str) -> str:
+    """Parse the name of a file or a folder: an empty one, of a variable that is not set, would be this folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
+
+
+def path_name(text: str) -> Path:
+    """Parse a path; see `not_empty`."""
+    return Path(not_empty(text))
 
 
 def thread_count(text: str) -> int:

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fluxonnx.cli.flags import Flags, add_field, add_model, add_parser, add_verbosity, find_model, thread_count
+from fluxonnx.cli.flags import (
+    Flags,
+    add_field,
+    add_model,
+    add_parser,
+    add_verbosity,
+    find_model,
+    path_name,
+    thread_count,
+)
 from fluxonnx.cli.progress import Progress, phase_line, speaker
 from fluxonnx.runtime.fields import FIELDS
 
@@ -86,7 +95,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     )
     groups["prompt"].add_argument(
         "--cache-dir",
-        type=Path,
+        type=path_name,
         metavar="DIR",
         help="keep encoded prompts here, so that a known prompt skips the text encoder",
     )
@@ -113,14 +122,14 @@ def _add_prompt_sources(flags: Flags) -> None:
     """Add the alternatives to -p."""
     flags.add_argument(
         "--prompt-file",
-        type=Path,
+        type=path_name,
         metavar="FILE",
         help='one prompt per line, or JSON objects such as {"prompt": "a cat", "seed": 7, "width": 512}',
     )
     flags.add_argument(
         "--from",
         dest="source",
-        type=Path,
+        type=path_name,
         metavar="PICTURE",
         help="make a fluxonnx picture again, from the parameters in it; other flags override them",
     )

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from fluxonnx.cli.flags import add_parser
+from fluxonnx.cli.flags import add_parser, path_name
 from fluxonnx.cli.messages import UNSAFE, show
 
 
@@ -16,7 +16,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     parser = add_parser(
         subparsers, "info", run, "print the parameters that made a picture", "PICTURE", "fluxonnx info cat.png"
     )
-    parser.add_argument("picture", type=Path, metavar="PICTURE", help="a picture that fluxonnx made")
+    parser.add_argument("picture", type=path_name, metavar="PICTURE", help="a picture that fluxonnx made")
 
 
 def run(arguments: argparse.Namespace) -> None:
