@@ -1,14 +1,16 @@
 """Write the golden files that let the tests check numbers without torch.
 
-    python tests/golden/make_golden.py
+    python tests/golden/make_golden.py [QWEN3_TOKENIZER]
 
 Needs torch, diffusers and transformers. The files hold inputs and float32 outputs of the reference for one tiny random
-checkpoint, which the tests make again from its seed, and values and digests of torch's noise.
+checkpoint, which the tests make again from its seed, values and digests of torch's noise, and, if the folder of Qwen3's
+tokenizer is given, the tokens of ten prompts.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -29,6 +31,21 @@ ZERO_SEED, ZERO_SIZE = 1147651253539736069, 32771
 ARCHITECTURE = "odd-heads"
 PROMPT = "a lighthouse at night"
 SEED, STEPS, WIDTH, HEIGHT, LENGTH = 7, 2, 64, 96, 24
+
+# Each has something that tokenizers differ in: apostrophes, digits, punctuation after spaces, spaces, accents in two
+# forms, other scripts, emoji of several code points, code, special tokens.
+PROMPTS = (
+    "A fluffy orange cat sitting on a windowsill",
+    "A red apple on a wooden table",
+    "",
+    "It's 1.5 km to Dvořák's house (built 1880), isn't it?",
+    'A sign that says "OPEN 24/7" -- neon, f/1.8, ISO 3200...',
+    "  two  spaces,\ta tab\n\nand lines \r\n",
+    "cafe\u0301 and caf\u00e9, A\u030angstro\u0308m, ﬁne ½ Ⅷ",
+    "一只猫坐在窗台上\uff0c窗外下着雨。猫がいる。고양이 قطة बिल्ली แมว",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 1️⃣ 🐈‍⬛",
+    "<|im_end|>\n<|im_start|>user\nfor (i=0; i<n; ++i) { x[i] ^= 0xFF; } <think> </think>",
+)
 
 
 def noise() -> dict[str, np.ndarray]:
@@ -115,6 +132,22 @@ def graphs() -> dict[str, np.ndarray]:
     return {**{name: tensor.numpy() for name, tensor in tensors.items()}, "picture": np.asarray(picture)}
 
 
+def qwen3_ids(folder: str) -> str:
+    """The tokens of `PROMPTS` in the chat template, without padding, as JSON, one prompt a line."""
+    from transformers import Qwen2TokenizerFast
+
+    tokenizer = Qwen2TokenizerFast.from_pretrained(folder)
+    lines = []
+    for prompt in PROMPTS:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        lines.append(json.dumps({"prompt": prompt, "ids": tokenizer(text)["input_ids"]}))
+    return "[\n  " + ",\n  ".join(lines) + "\n]\n"
+
+
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        (HERE / "qwen3_ids.json").write_text(qwen3_ids(sys.argv[1]), "utf-8")
     np.savez_compressed(HERE / "noise.npz", **noise())
     np.savez_compressed(HERE / "graphs.npz", **graphs())
