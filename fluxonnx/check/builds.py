@@ -13,6 +13,7 @@ from fluxonnx.checkpoint.manifest import (
     Build,
     Component,
     Manifest,
+    are_as_recorded,
     changed_config,
     fault,
     is_current,
@@ -103,8 +104,10 @@ def _state(root: Path, component: Component, out_layers: list[int] | None) -> tu
         return str(error), True
     if component.graph_format != GRAPH_FORMAT:
         return f"{component.graph} is of format {component.graph_format}, this fluxonnx writes {GRAPH_FORMAT}", False
+    if not are_as_recorded(root, component):
+        return f"{component.graph} was made from other weights than those that are here now", False
     if not is_current(root, component, GRAPH_FORMAT, out_layers):
-        return f"{component.graph} is of another exporter or of other weights", False
+        return f"{component.graph} is of another exporter", False
     return None, False
 
 

@@ -103,7 +103,7 @@ def fit(checkpoint: Checkpoint, sizes: Architecture) -> Iterator[Finding]:
             built = build_graph(graph, sizes, target, parts[part], {"model": checkpoint.name})
         except CheckpointError as error:
             if part not in wrong:
-                yield Finding(FAILED, SUBJECT, f"{part}: {error}")
+                yield Finding(FAILED, SUBJECT, str(error))
             wrong.add(part)
             continue
         try:
