@@ -131,6 +131,7 @@ def test_base_model_with_guidance(generate, checkpoints, capsys):
         (["--sampler", "heun"], {"sampler": "heun"}),
         (["--sampler", "dpmpp-2m"], {"sampler": "dpmpp-2m"}),
         (["--noise", "size-independent"], {"noise": "size-independent"}),
+        (["--noise", "flux2c"], {"noise": "flux2c"}),
     ],
 )
 def test_sampling_flags(generate, flags, expected):
@@ -192,7 +193,9 @@ def test_a_picture_is_made_again_byte_for_byte(generate, suffix):
     assert Path(first).read_bytes() == Path(again).read_bytes()
 
 
-@pytest.mark.parametrize("flags", [[], ["--sigmas", 1, 0.5], ["-n", 2], ["--noise", "size-independent"]])
+@pytest.mark.parametrize(
+    "flags", [[], ["--sigmas", 1, 0.5], ["-n", 2], ["--noise", "size-independent"], ["--noise", "flux2c"]]
+)
 def test_made_again_in_every_mode(generate, flags):
     assert generate("-p", "a", "-W", 64, "-H", 96, "-S", 4, "-o", "a.png", *flags) == 0
     for name in names():

@@ -12,7 +12,7 @@ from PIL import Image
 from fluxonnx.contract import REFERENCE_T, grid_ids, pack
 from fluxonnx.runtime.fields import MAX_SIDE
 from fluxonnx.runtime.models import Models, Transformer
-from fluxonnx.runtime.noise import randn, size_independent_randn
+from fluxonnx.runtime.noise import flux2c_randn, randn, size_independent_randn
 from fluxonnx.runtime.phases import Phases
 from fluxonnx.runtime.request import ResolvedRequest
 from fluxonnx.runtime.sampler import SolverStep, Velocity, sample
@@ -72,6 +72,8 @@ def first_latents(prepared: Prepared, seeds: Sequence[int], sigma: np.float32) -
     def draw(seed: int) -> np.ndarray:
         if prepared.request.noise == "size-independent":
             return size_independent_randn(seed, shape, MAX_SIDE // prepared.unit)
+        if prepared.request.noise == "flux2c":
+            return flux2c_randn(seed, shape)
         return randn(seed, shape)
 
     noise = pack(np.concatenate([draw(seed) for seed in seeds]))

@@ -377,11 +377,11 @@ FIELDS = (
         name="noise",
         kind=str,
         default="torch",
-        choices=("torch", "size-independent"),
+        choices=("torch", "size-independent", "flux2c"),
         flags=("--noise",),
         group="sampling",
         metavar="KIND",
-        help="torch (default), or size-independent: the same composition at all sizes",
+        help="torch (default), size-independent: the same composition at all sizes, or flux2c: the pictures of flux2.c",
     ),
     Field(
         name="tile",

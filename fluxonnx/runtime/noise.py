@@ -1,4 +1,4 @@
-"""Noise that equals torch's bit for bit, so that a seed means the same picture here as in diffusers."""
+"""Noise from seeds: torch's bit for bit, so that a seed means the same picture here as in diffusers, or flux2.c's."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ COS_COEFFICIENTS = (2.443315711809948e-5, -1.388731625493765e-3, 4.1666645682988
 SIN_COEFFICIENTS = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
 # minus pi/4 in three parts, so that its multiples can be subtracted without loss
 QUARTER_PI = (F(-0.78515625), F(-2.4187564849853515625e-4), F(-3.77489497744594108e-8))
+
+FLUX2C_SIDE = 112  # latent tokens along each side of the square that flux2.c draws (NOISE_MAX_LATENT_DIM)
+LANE_BITS = 10  # words that a lane draws, as a power of two: 3136 lanes make the noise of that square
 
 
 def randn(seed: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -85,9 +88,112 @@ def size_independent_randn(seed: int, shape: tuple[int, ...], side: int) -> np.n
         float32 of `shape`.
     """
     batch, channels, rows, columns = shape
-    large = randn(seed, (batch, channels, side, side))
-    y, x = (np.arange(n) * side // n for n in (rows, columns))
+    return _sample_evenly(randn(seed, (batch, channels, side, side)), rows, columns)
+
+
+def flux2c_randn(seed: int, shape: tuple[int, int, int, int]) -> np.ndarray:
+    """Draw the noise of flux2.c, so that a seed means the same picture here as there.
+
+    Noise for 112 x 112 latent tokens is drawn in the order of `shape` and sampled at evenly spaced places, unless both
+    sides have at least as many tokens. Each value takes two words of xoshiro256**, and is within 1e-6 of what flux2.c
+    computes: its last bits depend on the C library and the compiler. The sources are flux_init_noise in flux_sample.c
+    and flux_random_normal in flux_kernels.c (antirez/flux2.c).
+
+    Args:
+        seed: From 0 to 2**64 - 1; the command line of flux2.c takes those below 2**63.
+        shape: (batch, channels, rows, columns). A batch is one long draw; pictures with seeds of their own need a
+            call each.
+
+    Returns:
+        float32 of `shape`.
+
+    Raises:
+        UsageError: The seed is out of range.
+    """
+    seed = operator.index(seed)
+    check_seed(seed)
+    batch, channels, rows, columns = shape
+    if min(rows, columns) >= FLUX2C_SIDE:
+        return _flux2c_normals(seed, math.prod(shape)).reshape(shape)
+    large = _flux2c_normals(seed, batch * channels * FLUX2C_SIDE**2).reshape(batch, channels, FLUX2C_SIDE, FLUX2C_SIDE)
+    return _sample_evenly(large, rows, columns)
+
+
+def _sample_evenly(large: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """[batch, channels, any, any] -> [batch, channels, rows, columns], by nearest neighbours."""
+    y, x = (np.arange(n) * side // n for n, side in zip((rows, columns), large.shape[2:], strict=True))
     return np.ascontiguousarray(large[:, :, y[:, None], x])
+
+
+def _flux2c_normals(seed: int, size: int) -> np.ndarray:
+    """float32 [size]: one normal value by Box-Muller for each pair of 53-bit uniforms.
+
+    The functions are computed in double precision and rounded, as a good C library's logf and cosf come out.
+    """
+    # flux2.c draws the first of a pair again if it is 0. No seed is known for which that happens (its chance is
+    # 2**-53 a pair), and later lanes would have to move by a word, so that the smallest uniform takes its place.
+    words = np.maximum(_xoshiro256(seed, 2 * size) >> np.uint64(11), np.uint64(1))
+    first, second = (words.reshape(-1, 2).T * 2.0**-53).astype(np.float32)
+    radius = np.sqrt(F(-2) * np.log(first, dtype=np.float64).astype(np.float32))
+    angle = F(2 * math.pi) * second
+    return radius * np.cos(angle, dtype=np.float64).astype(np.float32)
+
+
+def _xoshiro256(seed: int, size: int) -> np.ndarray:
+    """Return the first outputs of xoshiro256** seeded by SplitMix64 (prng.di.unimi.it): uint64 [size].
+
+    A step is linear over the 256 bits of the state. So it is known where 2, 4, 8, ... steps take any state once that
+    is known for the 256 states of a single bit. Many lanes start at states far ahead and then step together.
+    """
+    mask, state = 2**64 - 1, []
+    for i in range(1, 5):
+        z = seed + i * 0x9E3779B97F4A7C15 & mask
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+        state.append(z ^ z >> 31)
+    jump = np.zeros((4, 256), np.uint64)
+    bit = np.arange(256)
+    jump[bit // 64, bit] = np.uint64(1) << (bit % 64).astype(np.uint64)
+    jump = _step(jump).T
+    for _ in range(LANE_BITS):
+        jump = _jumped(jump, jump)
+    starts = np.array([state], np.uint64)
+    while len(starts) << LANE_BITS < size:
+        starts = np.concatenate([starts, _jumped(starts, jump)])
+        jump = _jumped(jump, jump)
+    lanes = starts[: -(-size >> LANE_BITS)].T.copy()  # [4, lanes]
+    words = np.empty((1 << LANE_BITS, lanes.shape[1]), np.uint64)
+    for row in words:
+        row[:] = lanes[1]
+        _step(lanes)
+    words = _rotated(words * np.uint64(5), 7) * np.uint64(9)
+    return words.T.reshape(-1)[:size]
+
+
+def _step(lanes: np.ndarray) -> np.ndarray:
+    """uint64 [4, lanes] -> the same array, one step on."""
+    a, b, c, d = lanes
+    shifted = b << np.uint64(17)
+    c ^= a
+    d ^= b
+    b ^= c
+    a ^= d
+    c ^= shifted
+    d[:] = _rotated(d, 45)
+    return lanes
+
+
+def _rotated(words: np.ndarray, bits: int) -> np.ndarray:
+    return words << np.uint64(bits) | words >> np.uint64(64 - bits)
+
+
+def _jumped(states: np.ndarray, jump: np.ndarray) -> np.ndarray:
+    """uint64 [n, 4] -> the states further on, where `jump`, uint64 [256, 4], takes the states of a single bit."""
+    tables = np.zeros((32, 1, 4), np.uint64)  # for each octet of a state and each of its values: [32, 256, 4]
+    for bit in range(8):
+        tables = np.concatenate([tables, tables ^ jump.reshape(32, 8, 1, 4)[:, bit]], axis=1)
+    octets = np.ascontiguousarray(states, "<u8").view(np.uint8)
+    return np.bitwise_xor.reduce(tables[np.arange(32), octets], axis=1)
 
 
 def _random(bits: np.random.RandomState, size: int) -> np.ndarray:

@@ -47,7 +47,8 @@ class Request:
         sigmas: The noise levels of a custom schedule.
         power_alpha: Exponent of the power schedule.
         sampler: "euler", "heun" or "dpmpp-2m".
-        noise: "torch" (the noise of diffusers) or "size-independent" (the same composition at all sizes).
+        noise: "torch" (the noise of diffusers), "size-independent" (the same composition at all sizes) or "flux2c" (the
+            noise of flux2.c).
         max_sequence_length: The number of tokens that a prompt is padded or cut to: a multiple of 8 up to 512; None for
             the model's own, which is 512 unless its manifest says otherwise.
         tile: The side in pixels of the tiles in which larger pictures are encoded and decoded, at least 384; tiles
