@@ -26,7 +26,7 @@ TRANSFORMERS = {
 }
 ENCODER_OF = {"4B": "Qwen3-4B", "9B": "Qwen3-8B"}
 # latent_channels, encoder_channels, decoder_channels
-VAES = {
+VAES: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {
     (32, (128, 256, 512, 512), (128, 256, 512, 512)): "FLUX.2's",
     (32, (128, 256, 512, 512), (96, 192, 384, 384)): "FLUX.2's with the small decoder",
 }

@@ -42,7 +42,10 @@ def check(root: Path, manifest: Manifest | None) -> Iterator[Finding]:
 
 
 def _check_build(root: Path, manifest: Manifest, name: str, build: Build) -> Finding:
-    failed, stale, lacking, opened = [], [], [], []
+    failed: list[str] = []
+    stale: list[str] = []
+    lacking: list[str] = []
+    opened: list[str] = []
     for part in COMPONENTS:
         component = build.components.get(part)
         if component is None:

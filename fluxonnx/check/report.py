@@ -24,6 +24,9 @@ from fluxonnx.version import __version__
 # Features of a processor on which the speed and the rounding of graphs depend.
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "bf16")
 
+# Without these, nothing can be drawn.
+NEEDED = (files.SUBJECT, architecture.SUBJECT)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -145,8 +148,8 @@ def _pictures(report: Report, checkpoint: Checkpoint, say: Callable[[str], None]
     if report.model != picture.KNOWN_MODEL:
         yield picture.skipped(f"no picture of this model is known, only of {picture.KNOWN_MODEL}")
         return
-    if any(finding.state == FAILED for finding in report.findings):
-        yield picture.skipped("not drawn, because other checks failed: mend these first")
+    if wrong := [f.subject for f in report.findings if f.state == FAILED and f.subject in NEEDED]:
+        yield picture.skipped(f"not drawn, because the check of {wrong[0]} failed: mend that first")
         return
     looks_random = any(finding.figures.get("looks_random") for finding in report.findings)
     first = DEFAULT_PRECISION if checkpoint.has_weights("transformer") else None

@@ -23,16 +23,17 @@ def known() -> dict[str, Any]:
     return json.loads(files("fluxonnx.check").joinpath("data/tokens.json").read_text("utf-8"))
 
 
-def check(checkpoint: Checkpoint, vocab: int | None) -> Iterator[Finding]:
+def check(checkpoint: Checkpoint, vocab: int | None, golden: dict[str, Any] | None = None) -> Iterator[Finding]:
     """Compare the ids of prompts with Qwen3's, or say that the vocabulary is another one.
 
     Args:
         checkpoint: The model directory.
         vocab: The rows of the text encoder's embedding table; None if they are not known.
+        golden: What to compare with; by default `known`.
     """
     path = checkpoint.root / "tokenizer/tokenizer.json"
     tokenizer = Tokenizer(path.parent)
-    golden = known()
+    golden = golden or known()
     prompts = golden["prompts"]
     found = [[int(i) for i in tokenizer.encode(item["prompt"]).input_ids[0]] for item in prompts]
     pad = golden["special"][DEFAULT_PAD_TOKEN]
