@@ -26,6 +26,8 @@ from tools.make_checkpoint import write_json
 TINY = Path(__file__).parent.parent / "models/tiny-klein"
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 SHARDED = Case("odd-heads", shards=2)
+SMALLEST = Case("tiny-random")
+EXAMPLES = int(os.environ.get("FLUXONNX_FUZZ_EXAMPLES", "8"))
 
 
 @pytest.fixture(scope="module")
@@ -250,12 +252,11 @@ def test_builds(built, copy):
     ]
     root = copy(built)
     rewrite(root / "transformer/int4.safetensors", lambda content: content.__setitem__(-1, content[-1] ^ 1))
-    (text,) = found(check(root), FAILED, "builds")
-    assert "int4: transformer/int4.safetensors is not the file that was exported" in text
-    assert f"fluxonnx export -d {root} --precision int4 --force" in text
-
-    (root / "transformer.int4.onnx").unlink()
-    assert any("transformer.int4.onnx is missing" in text for text in found(check(root), FAILED, "builds"))
+    (root / "vae_encoder.onnx").unlink()
+    first, second = found(check(root), FAILED, "builds")
+    assert "bf16: vae_encoder.onnx is missing" in first
+    assert "int4: transformer/int4.safetensors is not the file that was exported" in second
+    assert f"fluxonnx export -d {root} --precision int4 --force" in second
 
 
 @pytest.mark.slow
@@ -290,16 +291,16 @@ def test_self_contained_copy(pristine, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_damage_is_a_traceback(built, copy):
-    """Bytes changed, cut or exchanged anywhere: no check fails itself."""
-    root = copy(built)
+def test_no_damage_is_a_traceback(checkpoints, copy):
+    """Bytes changed, cut or exchanged near the start of any file: no check fails itself."""
+    root = copy(checkpoints.exported(SMALLEST))
     files = sorted(path for path in root.rglob("*") if path.suffix in (".json", ".safetensors", ".onnx"))
     dice = random.Random(5)
-    for i in range(24):
-        path = files[i % len(files)]
+    for i in range(EXAMPLES):
+        path = files[i * 7 % len(files)]
         content = path.read_bytes()
         start = dice.randrange(min(len(content), 3000))
-        junk = dice.choice([b"\0", b"\xff" * 40, b"9" * 50, b'"', b"[" * 2000, bytes(dice.randbytes(30))])
+        junk = dice.choice([b"\0", b"\xff" * 40, b"9" * 50, b'"', b"[" * 2000, dice.randbytes(30)])
         path.write_bytes(dice.choice([content[:start], content[:start] + junk + content[start + len(junk) :]]))
         findings = check(root)
         assert not [f for f in findings if "failed itself" in f.text], path
@@ -328,16 +329,18 @@ def test_exit_code_and_quiet(tmp_path, capsys):
     assert all(line.startswith("fluxonnx: ") for line in lines)
 
 
-def test_json(pristine, tmp_path, capsys):
+@pytest.mark.slow
+def test_json(checkpoints, tmp_path, capsys):
     """In a file beside the report, or in its place; the figures are those of the findings."""
-    assert main(["check", "-d", str(pristine), "--json", str(tmp_path / "a.json")]) == 0
+    model = str(checkpoints.get(SMALLEST))
+    assert main(["check", "-d", model, "--json", str(tmp_path / "a.json")]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     values = json.loads((tmp_path / "a.json").read_text())
     assert values["summary"] == last
     assert values["result"] == "ok"
-    assert {finding["state"] for finding in values["findings"]} == {OK, SKIPPED}
+    assert {finding["state"] for finding in values["findings"]} == {OK, SKIPPED, WARNING}
     assert set(values["digests"]) == {"transformer", "vae", "text_encoder", "tokenizer"}
-    assert main(["check", "-d", str(pristine), "--json"]) == 0
+    assert main(["check", "-d", model, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["findings"] == values["findings"]
 

@@ -96,25 +96,26 @@ def test_right_picture():
 @pytest.mark.parametrize("wrong", [lambda c: c * 0 + 128, lambda c: c[:, ::-1], lambda c: 255 - c], ids=str)
 def test_wrong_picture(wrong):
     """A grey one, a mirrored one and a negative are all over the bound."""
-    findings, _ = drawn({"bf16": wrong})
-    assert [finding.state for finding in findings] == [FAILED, FAILED]
-    assert all("these are not the released weights" in finding.text for finding in findings)
-    assert all(finding.figures["difference"] > 40 for finding in findings)
+    findings, drawers = drawn({"bf16": wrong})
+    assert [finding.state for finding in findings] == [FAILED, SKIPPED]
+    assert "these are not the released weights" in findings[0].text
+    assert findings[0].figures["difference"] > 40
+    assert len(drawers["bf16"].requests) == 1  # the large one would take minutes and say the same
 
 
 def test_random_weights_are_named_as_the_cause():
     findings, _ = drawn({"bf16": lambda cells: cells * 0}, looks_random=True)
-    assert all("not the released weights: they look like random ones" in finding.text for finding in findings)
+    assert "not the released weights: they look like random ones" in findings[0].text
 
 
 def test_other_builds_are_compared_with_the_first():
     noise = np.random.default_rng(0).normal(0, 10, (512, 512, 3))
     findings, _ = drawn({"bf16": same, "int8": lambda c: c + noise[: len(c), : len(c)], "int4": lambda c: 255 - c})
-    states = [(finding.figures["precision"], finding.state) for finding in findings]
+    states = [(finding.figures.get("precision"), finding.state) for finding in findings]
     assert states == [
         *[("bf16", OK)] * 2,
         *[("int8", OK)] * 4,
-        *[("int4", FAILED), ("int4", WARNING)] * 2,
+        *[("int4", FAILED), ("int4", WARNING), (None, SKIPPED)],
     ]
     psnr = [finding.figures["psnr"] for finding in findings if "psnr" in finding.figures]
     assert psnr[0] == pytest.approx(28.2, abs=0.5)

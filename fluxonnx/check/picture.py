@@ -96,7 +96,7 @@ def check(
     say: Callable[[str], None],
     load: Callable[..., Any] = api.load,
 ) -> Iterator[Finding]:
-    """Draw the known pictures and compare them.
+    """Draw the known pictures and compare them, the small one first; after a wrong one, a build draws no more.
 
     Args:
         root: The model directory.
@@ -119,9 +119,13 @@ def check(
                     start = time.perf_counter()
                     drawn.append(flux.run(_request(picture), [picture.seed])[0])
                     seconds = time.perf_counter() - start
-                    yield _compared(picture, drawn[i], name, reference.allowed, looks_random, seconds)
-                    if originals:
+                    compared = _compared(picture, drawn[i], name, reference.allowed, looks_random, seconds)
+                    yield compared
+                    if i < len(originals):
                         yield _distance(picture, drawn[i], name, originals[i], original)
+                    if compared.state == FAILED and i + 1 < len(reference.pictures):
+                        yield skipped(f"{name} draws nothing larger, since this picture is wrong already")
+                        break
         except FluxonnxError as error:
             yield Finding(FAILED, SUBJECT, one_line(f"{name}: {error}"))
             continue
