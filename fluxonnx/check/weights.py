@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from statistics import median
@@ -11,7 +10,7 @@ from fluxonnx.check.findings import FAILED, OK, SKIPPED, WARNING, Finding
 from fluxonnx.check.statistics import Statistics, measure
 from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.checkpoint.safetensors import Tensor
-from fluxonnx.contract import COMPONENT_CLASSES
+from fluxonnx.contract import COMPONENT_CLASSES, EMBEDDING_TABLE
 from fluxonnx.errors import CheckpointError
 
 SUBJECT = "weights"
@@ -19,10 +18,10 @@ PARTS = tuple(COMPONENT_CLASSES)
 
 # No weight of a trained model is so large; a flipped exponent makes one of up to 1e38.
 LARGEST = 1e6
-# Outliers of trained matrices are some ten times what all but a hundredth of the values stay below.
-OUTLIER, DAMAGED = 200, 1000
-# Spread of a matrix that is not random. Measured: at most 1.23 for random matrices of 16 rows and more, and above 1.4
-# for most matrices of trained models.
+# A value this many times as large as what all but a hundredth of a matrix stay below is rare, though not impossible.
+OUTLIER = 200
+# Spread of a matrix that is not random. Measured: at most 1.23 for random matrices of 16 rows and more; above 1.4 in 47
+# of 49, 52 of 54 and 16 of 29 matrices of the bundled model's transformer, autoencoder and (briefly trained) encoder.
 STRUCTURED = 1.4
 # Weights look random if fewer matrices than this share are structured.
 FEW = 0.05
@@ -67,7 +66,7 @@ def check(
         checkpoint: The model directory.
         part: One of `PARTS`.
         whole: Read every value, instead of rows that are spread over each tensor.
-        progress: Called with a part, its values that were looked at, and all of its values.
+        progress: Called with the part, the bytes of its tensors that were looked at, and of all of its tensors.
     """
     if not checkpoint.has_weights(part):
         yield Finding(SKIPPED, SUBJECT, f"{part}: there are none")
@@ -88,18 +87,19 @@ def look(
 ) -> Looked:
     """Measure the tensors of a part, one after the other."""
     looked = Looked(part)
-    total = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    done, total = 0, sum(tensor.nbytes for tensor in tensors.values())
     for name, tensor in tensors.items():
         found = measure(tensor, whole)
         if found is None:
             continue
         looked.values += found.values
         looked.read += found.read
+        done += tensor.nbytes
         if progress is not None:
-            progress(f"check {part}", looked.values, total)
+            progress(f"check {part}", done, total)
         if fault := _fault(found, len(tensor.shape)):
             looked.damaged.append(f"{name} {fault}")
-        elif oddity := _oddity(found, len(tensor.shape)):
+        elif oddity := _oddity(name, found, len(tensor.shape)):
             looked.odd.append(f"{name} {oddity}")
         if len(tensor.shape) > 1:
             looked.matrices[name] = found
@@ -115,18 +115,17 @@ def _fault(found: Statistics, dimensions: int) -> str | None:
         return f"holds {found.not_finite} values that are NaN or infinite"
     if found.largest > LARGEST:
         return f"holds a value of {found.largest:.2g}"
-    if dimensions > 1 and found.usual and found.largest > DAMAGED * found.usual:
-        return f"holds a value of {found.largest:.2g}, where 99 % of the values are below {found.usual:.2g}"
     if dimensions > 1 and found.constant:
         return "is all zero" if found.largest == 0 else f"has one value ({found.largest:.2g}) throughout"
     return None
 
 
-def _oddity(found: Statistics, dimensions: int) -> str | None:
+def _oddity(name: str, found: Statistics, dimensions: int) -> str | None:
     """Return what is rare in weights of a trained model."""
     if dimensions < 2:
         return None
-    if found.zero_rows:
+    # a table of embeddings may have rows that no token uses
+    if found.zero_rows and name != EMBEDDING_TABLE:
         return f"has {found.zero_rows} rows that are all zero"
     if found.usual and found.largest > OUTLIER * found.usual:
         return f"holds a value of {found.largest:.2g}, where 99 % of the values are below {found.usual:.2g}"
