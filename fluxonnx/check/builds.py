@@ -76,7 +76,7 @@ def _check_build(root: Path, manifest: Manifest, name: str, build: Build) -> Fin
     again = f"fluxonnx export -d {root} --precision {build.precision}"
     again += f" --flavour {build.flavour}" if build.flavour != DEFAULT_FLAVOUR else ""
     if failed:
-        text = f"{name}: {_listed(failed)}: make it again with {again} --force"
+        text = f"{name}: {_listed(failed)}: if the checkpoint's files are right, make it again with {again} --force"
         return Finding(FAILED, SUBJECT, text, figures)
     if stale:
         text = f"{name}: {_listed(stale)}: the next run with it exports it again, if its source is there"
