@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fluxonnx import api
 from fluxonnx.check import architecture, picture
 from fluxonnx.check import report as reports
 from fluxonnx.check.findings import FAILED, OK, SKIPPED, WARNING, Finding
@@ -20,6 +22,7 @@ from tools.architectures import ARCHITECTURES, Architecture, TextEncoderSize, Tr
 from tools.make_checkpoint import model_index, write_json
 
 REFERENCE = picture.known()
+TINY = Path(__file__).parent.parent / "models/tiny-klein"
 
 
 def write_configs(root: Path, sizes: Architecture, distilled: bool = True) -> None:
@@ -126,6 +129,28 @@ def test_build_that_cannot_be_opened():
     findings, _ = drawn({"bf16": None, "int8": same})
     assert [finding.state for finding in findings] == [FAILED, OK, OK]
     assert findings[0].text == "bf16: it can't be opened"
+
+
+@pytest.mark.slow
+def test_real_model_draws(tmp_path):
+    """The bundled model does not draw the published picture; its own one is the same again, and nearly so in int8."""
+    root = tmp_path / "model"
+    shutil.copytree(TINY, root, ignore=shutil.ignore_patterns("training", "*.png", "*.onnx"))
+    said: list[str] = []
+    first, second = picture.check(root, REFERENCE, ["bf16"], True, said.append)
+    assert (first.state, second.state) == (FAILED, SKIPPED)
+    assert "not the released weights: they look like random ones" in first.text
+    assert said == [f"Exporting {root} ...", 'bf16 draws "A fluffy orange cat sitting on a windowsill" at 64x64']
+
+    known = REFERENCE.pictures[0]
+    with api.load(root) as flux:
+        image = flux.generate(known.prompt, 64, 64, 2, 42, noise="flux2c", max_sequence_length=512)
+    own = replace(REFERENCE, pictures=(replace(known, colours=picture.mean_colours(image, 16, 16)),), allowed=0.0)
+    (same,) = picture.check(root, own, ["bf16"], True, said.append)
+    assert (same.state, same.figures["difference"]) == (OK, 0.0)
+    *_, distance = picture.check(root, replace(own, allowed=20.0), ["bf16", "int8"], True, said.append)
+    assert distance.state == OK
+    assert 20 < distance.figures["psnr"] < 100
 
 
 @pytest.mark.parametrize(
