@@ -320,13 +320,17 @@ def test_command_prints_findings_and_a_last_line(pristine, capsys):
 
 
 def test_exit_code_and_quiet(tmp_path, capsys):
-    """Failures are errors, one line each; nothing else is printed with -q."""
+    """Failures are errors, one line each with -q; without, one line in all, and the last line is still the summary."""
     assert main(["check", "-q", "-d", str(tmp_path)]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     lines = captured.err.splitlines()
     assert len(lines) == 6
     assert all(line.startswith("fluxonnx: ") for line in lines)
+    assert main(["check", "-d", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("fluxonnx: failed: files, configs, tokenizer (6 failed, ")
+    assert captured.out.splitlines()[-1].endswith("failed: files, configs, tokenizer (6 failed, 4 skipped, 1 ok)")
 
 
 @pytest.mark.slow

@@ -161,8 +161,6 @@ def summary(report: Report) -> str:
     """Return the line to paste into a bug report: software, machine, model, builds, result."""
     here = machine()
     features = [name for name in FEATURES if name in cpu_flags()]
-    count = Counter(finding.state for finding in report.findings)
-    subjects = dict.fromkeys(finding.subject for finding in report.findings if finding.state == FAILED)
     model = " ".join([report.model or "unknown model", *(f"{k}:{v}" for k, v in report.digests.items())])
     return "; ".join(
         [
@@ -170,10 +168,17 @@ def summary(report: Report) -> str:
             f"{here['cores']} cores, {' '.join(features) or platform.machine()}",
             model,
             "builds " + (", ".join(f"{name} {state}" for name, state in report.builds.items()) or "none"),
-            f"{'failed: ' + ', '.join(subjects) if subjects else 'good'} "
-            f"({', '.join(f'{count[state]} {state}' for state in STATES if count[state])})",
+            outcome(report),
         ]
     )
+
+
+def outcome(report: Report) -> str:
+    """Return what failed, and how many findings there are of each state."""
+    count = Counter(finding.state for finding in report.findings)
+    subjects = dict.fromkeys(finding.subject for finding in report.findings if finding.state == FAILED)
+    result = f"failed: {', '.join(subjects)}" if subjects else "good"
+    return f"{result} ({', '.join(f'{count[state]} {state}' for state in STATES if count[state])})"
 
 
 def line(finding: Finding) -> str:

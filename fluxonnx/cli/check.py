@@ -103,6 +103,8 @@ def check(options: Options) -> int:
             write_output(to_file, (reports.to_text(report) + "\n").encode())
         except OSError as error:
             raise FluxonnxError(describe_os_error(error, to_file, "choose another with --json")) from None
+    if report.failed and not options.quiet:  # before the summary, which is what a person copies from the end
+        complain(f"{reports.outcome(report)}: the findings say what to do")
     if options.json == STANDARD_OUTPUT:
         show(reports.to_text(report))
     elif listed:
