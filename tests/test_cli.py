@@ -215,7 +215,7 @@ def test_graph_deleted_or_damaged_after_export(copy_of, fails, tmp_path):
 
 
 def test_help_fits_a_screen_and_shows_an_example(capsys):
-    for command in ("generate", "export", "info", "bench", "compare"):
+    for command in ("generate", "export", "info", "check", "bench", "compare"):
         with pytest.raises(SystemExit):
             build_parser().parse_args([command, "--help"])
         text = capsys.readouterr().out

@@ -70,6 +70,7 @@ def base(checkpoints, tmp_path, monkeypatch) -> Callable[[str, str], list[str]]:
             "export": {"--dir": model, "--output": "copy", "--component": "conditioning"},
             # What these would measure takes long, so that they get no model.
             "bench": {"--dir": "empty", "--precision": "none"},
+            "check": {"--dir": "empty"},
             "compare": {"--dir": "empty", "--precision": "none"},
             "info": {},
         }[command]

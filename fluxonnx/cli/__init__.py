@@ -10,13 +10,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from fluxonnx.cli import bench, compare, export, generate, info
+from fluxonnx.cli import bench, check, compare, export, generate, info
 from fluxonnx.cli.messages import complain, escaped, finish, occupy_streams, shortened
 from fluxonnx.cli.signals import Terminated, ending_cleanly
 from fluxonnx.errors import FluxonnxError, UsageError
 from fluxonnx.version import __version__
 
-COMMANDS = (generate, export, info, bench, compare)
+COMMANDS = (generate, export, info, check, bench, compare)
 # If set, errors that nobody foresaw keep their traceback.
 TRACEBACK = "FLUXONNX_TRACEBACK"
 EMPTY_VALUE = re.compile(r"--?[A-Za-z-]+=--")
@@ -40,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         finish()
 
 
-def _run(command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
+def _run(command: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace) -> int:
     try:
         with ending_cleanly():
-            command(arguments)
+            return command(arguments) or 0
     except UsageError as error:
         complain(str(error))
         return 2
@@ -64,7 +64,6 @@ def _run(command: Callable[[argparse.Namespace], None], arguments: argparse.Name
             raise
         complain(_unforeseen(error))
         return 1
-    return 0
 
 
 def _unforeseen(error: Exception) -> str:

@@ -20,7 +20,7 @@ Flags = argparse._ActionsContainer
 def add_parser(
     subparsers: argparse._SubParsersAction,
     name: str,
-    run: Callable[[argparse.Namespace], None],
+    run: Callable[[argparse.Namespace], int | None],
     help: str,
     usage: str,
     *examples: str,
@@ -30,7 +30,7 @@ def add_parser(
     Args:
         subparsers: The commands so far.
         name: The command's name.
-        run: Runs it with its parsed arguments.
+        run: Runs it with its parsed arguments; may return an exit code.
         help: What it does.
         usage: Its most important flags.
         examples: Complete command lines.
