@@ -12,6 +12,7 @@ import onnx
 
 from fluxonnx.checkpoint.digests import config_digest, content_digest
 from fluxonnx.checkpoint.directory import Checkpoint
+from fluxonnx.checkpoint.formats import unmarked
 from fluxonnx.checkpoint.manifest import (
     FILE_NAME,
     Build,
@@ -168,6 +169,8 @@ def _export_components(
     pending = [component for component in names if component not in current]
     # Whatever can be wrong with the checkpoint is found before anything is written.
     graphs = {component: _build_graph(checkpoint, root, component, sizes, target) for component in pending}
+    if "transformer" in pending and (notice := unmarked(checkpoint.tensors("transformer"))):
+        warnings.warn(notice, stacklevel=3)
     for component in pending:
         if not force and not (renew and recorded and component in recorded.components):
             metadata = _metadata(checkpoint, component, target, sizes)
