@@ -37,17 +37,15 @@ GROUP = 16  # rows of 96 are no multiple of 256
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 FORMS = [
-    Form(names, group, per_row, marker)
-    for names, group, per_row, marker in [
-        ("original", 0, True, "tensor"),
-        ("original", 0, False, "tensor"),  # as the repacks of FLUX.2-klein-9B are
-        ("original", GROUP, True, "tensor"),
-        ("original", GROUP, False, "nested"),
-        ("diffusers", 0, False, "tensor"),
-        ("diffusers", GROUP, True, "metadata"),
-        ("prefixed", 0, True, "none"),
-        ("prefixed", GROUP, True, "metadata"),
-    ]
+    Form("original", 0, True, "unnamed"),
+    Form("original", 0, False, "tensor"),  # as the repacks of FLUX.2-klein-9B are
+    Form("original", GROUP, True, "tensor", extras=True),
+    Form("original", GROUP, False, "nested"),
+    Form("diffusers", 0, False, "twice", scale="scale_weight"),
+    Form("diffusers", GROUP, True, "metadata"),
+    Form("prefixed", 0, True, "none", flat=True),
+    Form("prefixed", GROUP, True, "metadata", extras=True),
+    Form("short prefix", GROUP, True, "bare metadata"),
 ]
 
 # Relative L2 between computing with the file's integers in onnxruntime and in numpy: activations between two steps are
