@@ -238,8 +238,26 @@ LAYER = "double_blocks.0.img_attn.proj"
         ({"comfy_quant": marked(format="nvfp4")}, "quantised as nvfp4"),
         ({"comfy_quant": marked(format=[5])}, r"quantised as \[5\]"),
         ({"comfy_quant": np.zeros(3, np.uint8)}, "proj.comfy_quant is not JSON"),
+        ({"comfy_quant": np.frombuffer(b"[1]", np.uint8)}, "proj.comfy_quant is no JSON object"),
+        ({"comfy_quant": marked(format="asym_w4a8_int8")}, "quantised as asym_w4a8_int8"),
+        ({"comfy_quant": marked(format="int8_tensorwise", symmetric=False)}, "around another number than 0"),
         ({"weight_scale": None}, "is I8, but has no scale"),
         ({"weight_scale": np.ones(5, np.float32)}, r"weight_scale is F32 \[5\], expected F32 \[\] or \[96, 1\]"),
+        ({"weight_scale": np.ones((1, 96), np.float32)}, r"weight_scale is F32 \[1, 96\], expected"),
+        ({"weight_scale": np.ones((96, 1), np.float64)}, r"weight_scale is F64 \[96, 1\], expected F32"),
+        ({"weight_scale": np.ones((96, 1), np.int8)}, r"weight_scale is I8 \[96, 1\], expected F32"),
+        ({"weight_scale": np.full((96, 1), np.nan, np.float32)}, "weight_scale holds infinities or NaNs"),
+        ({"weight_scale": np.full((), 3e38, np.float32)}, "weight_scale holds infinities or NaNs"),
+        ({"+scale_weight": np.ones((), np.float32)}, "weight has two scales, .*weight_scale and .*scale_weight"),
+        ({"+pre_quant_scale": np.ones(96, np.float32)}, r"in an unknown format \(.*pre_quant_scale\)"),
+        (
+            {"weight": np.zeros((96, 96), np.float32), "comfy_quant": None},
+            r"proj.weight is F32, but has a scale \(.*proj.weight_scale\)",
+        ),
+        (
+            {"weight": np.zeros((96, 96), ml_dtypes.float8_e4m3fn), "comfy_quant": marked(format="float8_e4m3fn")},
+            r"to 8-bit floats \(fp8\) \(.*proj.weight\)",
+        ),
         ({"weight": np.zeros((96, 96), np.float32)}, r"is F32 \[96, 96\], but int8_tensorwise is I8"),
         ({"weight": np.zeros((96, 48), np.int8)}, "has shape"),
         (
@@ -257,10 +275,37 @@ def test_unreadable_files(copy, tmp_path, fails, changes, message):
     comfyui.write(copy / WEIGHTS, file, Form())
     tensors = load_file(file)
     for parameter, array in changes.items():
-        tensors.pop(f"{LAYER}.{parameter}")
+        if not parameter.startswith("+"):
+            tensors.pop(f"{LAYER}.{parameter}")
+        parameter = parameter.removeprefix("+")
         tensors |= {f"{LAYER}.{parameter}": array} if array is not None else {}
     save_file(tensors, file)
     fails(1, message, "export", "-d", copy, "--transformer", file, "--component", "transformer", "-q")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ("{", "_quantization_metadata are malformed"),
+        ("[]", "_quantization_metadata are malformed"),
+        (json.dumps({"layers": {LAYER: 5}}), "_quantization_metadata are malformed"),
+        (json.dumps({"layers": {LAYER: "int8_tensorwise"}}), "is I8, but the header's .* do not list it"),
+        (json.dumps({"layers": {LAYER: "int8_blockwise"}}), "do not list it|quantised as int8_blockwise"),
+    ],
+)
+def test_unreadable_metadata(copy, tmp_path, fails, metadata, message):
+    """What they say of the rotation must not be lost."""
+    file = tmp_path / "comfyui.safetensors"
+    comfyui.write(copy / WEIGHTS, file, Form(marker="none"))
+    save_file(load_file(file), file, {"_quantization_metadata": metadata})
+    fails(1, message, "export", "-d", copy, "--transformer", file, "--component", "transformer", "-q")
+
+
+def test_contradictory_rotation(copy, tmp_path, fails):
+    file, form = tmp_path / "comfyui.safetensors", Form(group=GROUP)
+    integers = comfyui.write(copy / WEIGHTS, file, form)
+    save_file(load_file(file), file, Form(marker="metadata").metadata(integers))
+    fails(1, "contradict each other", "export", "-d", copy, "--transformer", file, "--component", "transformer", "-q")
 
 
 def test_float8_is_refused(copy, fails):
@@ -290,11 +335,52 @@ def test_integers_elsewhere_are_refused(copy, fails):
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp32", "fp16", "int4"])
-def test_other_precisions_refuse_integers(copy, tmp_path, fails, name):
+def test_other_precisions_restore_the_weights(copy, tmp_path, name):
+    """As far as they go: the result is that of a file with the restored weights."""
+    file, restored = tmp_path / "comfyui.safetensors", tmp_path / "restored.safetensors"
+    form = Form(group=GROUP)
+    integers = comfyui.write(copy / WEIGHTS, file, form)
+    tensors = comfyui.original_names(load_file(copy / WEIGHTS))
+    for layer, (values, scale) in integers.items():
+        tensors[f"{layer}.weight"] = comfyui.rotate(values * scale, GROUP)
+    save_file(tensors, restored)
+    arguments = {"precision": name, "components": ["transformer"], "force": True}
+    export(copy, transformer=file, **arguments)
+    found = run_graph(copy, "transformer", name)
+    export(copy, transformer=restored, **arguments)
+    # A restored weight is rounded to 16 bits before it is rounded to 4.
+    limit = {"bf16": 3e-3, "fp32": 1e-5, "fp16": 1e-3, "int4": 2e-2}[name]
+    assert relative_error(found, run_graph(copy, "transformer", name)) < limit
+
+
+def test_weights_without_a_marker_are_warned_of_once(copy, tmp_path, capsys, recwarn):
+    """Whether they are rotated can't be told."""
     file = tmp_path / "comfyui.safetensors"
-    comfyui.write(copy / WEIGHTS, file, Form())
-    arguments = ["export", "-d", copy, "--transformer", file, "--component", "transformer", "--precision", name]
-    fails(1, "is quantised to 8-bit integers: export it with --precision int8", *arguments, "-q")
+    comfyui.write(copy / WEIGHTS, file, Form(marker="none"))
+    assert main(["export", "-d", str(copy), "--transformer", str(file)]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(lines) == 1
+    assert re.search(
+        r"does not say how its integers .*\(.*weight and 27 more have no comfy_quant\).*unrotated", lines[0]
+    )
+    assert main(["export", "-d", str(copy), "--transformer", str(file)]) == 0
+    assert "does not say" not in capsys.readouterr().err
+    assert main(["generate", "-d", str(copy), "-p", "x", "-o", str(tmp_path / "x.png"), "-W", "64", "-H", "64"]) == 0
+    assert "does not say" not in capsys.readouterr().err
+
+
+def test_a_zero_row(copy, tmp_path):
+    """Its scale may be 0, or as small as the tool's least."""
+    file = tmp_path / "comfyui.safetensors"
+    form = Form(group=GROUP)
+    comfyui.write(copy / WEIGHTS, file, form)
+    tensors = load_file(file)
+    tensors[f"{LAYER}.weight"][:2] = 0
+    tensors[f"{LAYER}.weight_scale"][:2] = [[0], [1e-30]]
+    save_file(tensors, file, form.metadata([]))
+    for name in ("int8", "fp32"):
+        export(copy, transformer=file, precision=name, components=["transformer"])
+    assert relative_error(run_graph(copy, "transformer", "int8"), run_graph(copy, "transformer", "fp32")) < 0.02
 
 
 def test_commands(copy, tmp_path, capsys, fails):
