@@ -169,8 +169,9 @@ def check_scales(tensor: Tensor) -> None:
     """
     assert tensor.quantisation is not None
     scale = tensor.quantisation.scale
-    # -128 is the largest integer
-    if not np.isfinite(scale.array().astype(np.float32) * np.float32(128)).all():
+    with np.errstate(over="ignore"):
+        largest = scale.array().astype(np.float32) * np.float32(-128)
+    if not np.isfinite(largest).all():
         raise CheckpointError(f"{scale.file}: {scale.name} holds infinities or NaNs: download it again")
 
 

@@ -80,7 +80,8 @@ def export(
             written beside the checkpoint's folders. The copy of an fp16, int8 or int4 build has no weights but the
             build's own.
         transformer: A safetensors file that replaces the transformer's weights, with diffusers' or the original's
-            names. Weights that ComfyUI's tools quantised (int8_tensorwise) stay the same integers: "int8".
+            names. Weights that ComfyUI's tools quantised (int8_tensorwise) stay the same integers with "int8"; other
+            precisions restore them. A file that does not say whether they are rotated is warned of.
         precision: "bf16" leaves the weights in the checkpoint's files as they are. "fp32" converts them. "fp16"
             converts them to half the size, and computes the products of the blocks and of the autoencoder in float16,
             for GPUs (on a CPU onnxruntime converts them to float32 when it loads them). "int8" and "int4" quantise the
