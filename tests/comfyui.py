@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,15 +43,51 @@ FUSED = {"img_attn.qkv": ("to_q", "to_k", "to_v"), "txt_attn.qkv": ("add_q_proj"
 class Form:
     """How a file is written."""
 
-    names: str = "original"  # or "prefixed", or "diffusers"
+    names: str = "original"  # or "prefixed", "short prefix", or "diffusers"
     group: int = 0  # of the rotation
     per_row: bool = True
-    marker: str = "tensor"  # or "nested", "metadata", or "none"
+    marker: str = "tensor"  # or "nested", "unnamed", "twice", "metadata", "bare metadata", or "none"
+    scale: str = "weight_scale"  # or "scale_weight"
+    flat: bool = False  # whether the scales of rows are [out], not [out, 1]
+    extras: bool = False  # whether there are tensors that say nothing about integers: of inputs, of fp8
 
     @property
     def id(self) -> str:
         rows = "rows" if self.per_row else "scalar"
-        return f"{self.names}-{'convrot' if self.group else 'plain'}-{rows}-{self.marker}"
+        return f"{self.names}-{'convrot' if self.group else 'plain'}-{rows}-{self.marker}".replace(" ", "_")
+
+    @property
+    def prefix(self) -> str:
+        """What the names of tensors begin with."""
+        return {"prefixed": "model.diffusion_model.", "short prefix": "diffusion_model."}.get(self.names, "")
+
+    def settings(self) -> dict[str, Any]:
+        """How a layer's integers are to be read."""
+        rotation = {"convrot": True, "convrot_groupsize": self.group} if self.group else {}
+        if self.marker == "unnamed":
+            return {**rotation, "per_row": self.per_row}
+        return {"format": "int8_tensorwise", **({"params": rotation} if self.marker == "nested" else rotation)}
+
+    def stored(self, layer: str, integers: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
+        """The tensors of a quantised layer; `scale` is [out, 1] or []."""
+        shaped = scale.reshape(-1) if self.flat and scale.ndim else scale
+        tensors = {f"{layer}.weight": integers, f"{layer}.{self.scale}": shaped}
+        text = json.dumps(self.settings())
+        if self.marker == "twice":
+            text = json.dumps(text)
+        if self.marker in ("tensor", "nested", "unnamed", "twice"):
+            tensors[f"{layer}.comfy_quant"] = np.frombuffer(text.encode(), np.uint8)
+        if self.extras:
+            tensors[f"{layer}.input_scale"] = np.array(0.5, np.float32)
+        return tensors
+
+    def metadata(self, layers: Iterable[str]) -> dict[str, str]:
+        """The header's metadata of a file with these quantised layers."""
+        if "metadata" not in self.marker:
+            return {}
+        prefix = self.prefix if self.marker == "metadata" else ""
+        listed = {prefix + layer: self.settings() for layer in layers}
+        return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": listed})}
 
 
 def original_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -98,7 +135,12 @@ def quantise(weight: np.ndarray, form: Form) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(np.rint(weight / scale), -128, 127).astype(np.int8), np.asarray(scale, np.float32)
 
 
-def write(source: Path, path: Path, form: Form) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+Quantise = Callable[[np.ndarray, Form], tuple[np.ndarray, np.ndarray]]
+
+
+def write(
+    source: Path, path: Path, form: Form, quantise: Quantise = quantise
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Write diffusers' `source` in another form, the linears of the blocks quantised.
 
     Returns:
@@ -107,26 +149,20 @@ def write(source: Path, path: Path, form: Form) -> dict[str, tuple[np.ndarray, n
     tensors = load_file(source)
     if form.names != "diffusers":
         tensors = original_names(tensors)
-    prefix = "model.diffusion_model." if form.names == "prefixed" else ""
-    config: dict[str, Any] = {"format": "int8_tensorwise"}
-    if form.group:
-        rotation = {"convrot": True, "convrot_groupsize": form.group}
-        config |= {"params": rotation} if form.marker == "nested" else rotation
+    prefix = form.prefix
     stored: dict[str, np.ndarray] = {}
     quantised = {}
     for name, array in tensors.items():
         layer, _, parameter = name.rpartition(".")
         if "blocks." in layer and array.ndim == 2:
-            integers, scale = quantised[layer] = quantise(array, form)
-            stored |= {prefix + name: integers, f"{prefix}{layer}.weight_scale": scale}
-            if form.marker in ("tensor", "nested"):
-                stored[f"{prefix}{layer}.comfy_quant"] = np.frombuffer(json.dumps(config).encode(), np.uint8)
+            quantised[layer] = quantise(array, form)
+            stored |= form.stored(prefix + layer, *quantised[layer])
         else:
             assert parameter in ("weight", "scale")
             stored[prefix + name] = array
     if prefix:
         stored |= {"vae.decoder.conv_in.weight": np.zeros(4, np.float32)}
-    layers = {"format_version": "1.0", "layers": {prefix + layer: config for layer in quantised}}
-    metadata = {"_quantization_metadata": json.dumps(layers)} if form.marker == "metadata" else {}
-    save_file(stored, path, metadata)
+    if form.extras:
+        stored[f"{prefix}scaled_fp8"] = np.zeros(2, np.float32)
+    save_file(stored, path, form.metadata(quantised))
     return quantised

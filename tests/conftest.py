@@ -1,17 +1,34 @@
-"""Random checkpoints, made once per test run."""
+"""Random checkpoints, made once per test run, and a core of its own for each worker of a parallel run."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
 
-from fluxonnx.cli import main
-from tests.support import Case, Checkpoints
+
+def _pin(worker: str) -> None:
+    """Keep a worker of `pytest -n N`, and the processes that it starts, on one core.
+
+    Otherwise the libraries of each worker start a thread for every core, and the threads of all of them wait for each
+    other.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    # Libraries count the cores when they are imported.
+    assert not {"numpy", "onnxruntime", "torch"} & sys.modules.keys()
+    _pin(os.environ["PYTEST_XDIST_WORKER"])
+
+from fluxonnx.cli import main  # noqa: E402
+from tests.support import Case, Checkpoints  # noqa: E402
 
 # Set in CI, where everything is installed: there a test of parity that is skipped has proven nothing, and so fails.
 NO_SKIPPED_PARITY = bool(os.environ.get("FLUXONNX_NO_SKIPPED_PARITY"))

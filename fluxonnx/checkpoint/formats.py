@@ -9,8 +9,11 @@ comfy_kitchen/tensor/int8.py and backends/eager/quantization.py in Comfy-Org/com
                         "convrot_groupsize" (256 by default); both may be inside an object "params"
 
 Older files store the JSON of all layers in the header's metadata, as "layers" of "_quantization_metadata"
-(`convert_old_quants` of comfy/utils.py). Rotated weights were multiplied by a Hadamard matrix, one group of inputs at a
-time; the inputs of the layer must be rotated, too. Activations are rounded to 8 bits row by row.
+(`convert_old_quants` of comfy/utils.py). The first tools that rotated wrote no "format". The first files of all had no
+marker: whether their weights are rotated can't be told, and they are taken for unrotated (`unmarked`). Rotated weights
+were multiplied by a Hadamard matrix, one group of inputs at a time; the inputs of the layer must be rotated, too.
+Activations are rounded to 8 bits row by row, by their own largest value: an `input_scale` is not used
+("quantize_input": False of "int8_tensorwise", comfy/quant_ops.py).
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from fluxonnx.checkpoint.names import PREFIXES, renamed
 from fluxonnx.checkpoint.reading import parse_json, shown
@@ -32,11 +37,17 @@ MAX_SETTINGS_BYTES = 1 << 16
 
 # Older files call the scale so (`scale_weight` in convert_old_quants of comfy/utils.py).
 SCALES = ("weight_scale", "scale_weight")
+# Scales of activations; for integers nobody reads them (`parameters` of "int8_tensorwise", comfy/quant_ops.py).
+INPUT_SCALES = ("input_scale", "scale_input")
 # Further parameters of quantised layers: of activations (fp8), of blocks (nvfp4), of bitsandbytes, GPTQ and AWQ.
 FOREIGN_PARAMETERS = (
-    *("input_scale", "scale_input", "weight_scale_2", "weight_scale_inv", "absmax", "quant_map", "nested_absmax"),
-    *("nested_quant_map", "qweight", "qzeros", "scales", "g_idx", "SCB"),
+    *INPUT_SCALES,
+    *("weight_scale_2", "weight_scale_inv", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "qweight"),
+    *("qzeros", "scales", "g_idx", "SCB", "pre_quant_scale", "weight_zero", "weight_zeros", "weight_s_rel"),
+    *("weight_s_channel", "weight_codebook", "weight_correction"),
 )
+# Says that a file has scaled fp8 weights; tools also write it into files that have none.
+FP8_MARKER = "scaled_fp8"
 LORA = re.compile(r"(^|[._])(lora_(A|B|up|down|te)|lokr_w|hada_w|oft_blocks|dora_scale|lora_magnitude_vector)")
 READABLE = "use an unquantised file (bf16) or one in ComfyUI's int8_tensorwise"
 
@@ -82,14 +93,20 @@ def _quantised(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
         if name.endswith(".weight_scale_2"):
             return name, "to 4-bit floats (nvfp4)"
     for name, tensor in tensors.items():
-        if tensor.dtype.startswith("F8_") and name.endswith((".weight", "scaled_fp8")):
+        if tensor.dtype.startswith("F8_") and name.endswith(".weight"):
             return name, "to 8-bit floats (fp8)"
         if tensor.dtype == "U8" and name.endswith(".weight"):
             return name, "to 4 bits"
     for name in tensors:
-        if name.rpartition(".")[2] in FOREIGN_PARAMETERS:
+        layer, _, parameter = name.rpartition(".")
+        if parameter in FOREIGN_PARAMETERS and not (parameter in INPUT_SCALES and _is_integer(tensors, layer)):
             return name, "in an unknown format"
     return None
+
+
+def _is_integer(tensors: Mapping[str, Tensor], layer: str) -> bool:
+    weight = tensors.get(f"{layer}.weight")
+    return weight is not None and weight.dtype == "I8"
 
 
 def resolve(tensors: dict[str, Tensor], metadata: Iterable[dict[str, Any]] = ()) -> dict[str, Tensor]:
@@ -105,22 +122,22 @@ def resolve(tensors: dict[str, Tensor], metadata: Iterable[dict[str, Any]] = ())
     prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in tensors)), "")
     tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     refuse_foreign(tensors)
-    formats = {layer.removeprefix(prefix): value for item in metadata for layer, value in _formats_in(item).items()}
-    formats |= {
-        name.removesuffix(".comfy_quant"): _parsed(tensor)
-        for name, tensor in tensors.items()
-        if name.endswith(".comfy_quant")
-    }
+    formats = _formats(tensors, metadata)
     resolved: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         layer, _, parameter = name.rpartition(".")
-        if parameter == "comfy_quant" or (parameter in SCALES and f"{layer}.weight" in tensors):
+        if parameter in ("comfy_quant", FP8_MARKER):
+            continue
+        if parameter in (*SCALES, *INPUT_SCALES) and f"{layer}.weight" in tensors:
+            if not _is_integer(tensors, layer) and layer not in formats:
+                weight = tensors[f"{layer}.weight"]
+                raise CheckpointError(
+                    f"{tensor.file}: {weight.name} is {weight.dtype}, but has a scale ({name}): {READABLE}"
+                )
             continue
         if parameter == "weight" and (layer in formats or tensor.dtype == "I8"):
-            # The first such files had no marker; rotation came later, so weights without a marker are not rotated.
-            settings = formats.get(layer, {"format": FORMAT})
-            scale = next((tensors[f"{layer}.{name}"] for name in SCALES if f"{layer}.{name}" in tensors), None)
-            tensor = replace(tensor, quantisation=_quantisation(tensor, settings, scale))
+            scales = [tensors[f"{layer}.{name}"] for name in SCALES if f"{layer}.{name}" in tensors]
+            tensor = replace(tensor, quantisation=_quantisation(tensor, formats.get(layer), scales))
         for part in renamed(name, tensor):
             if part.name in resolved:
                 raise CheckpointError(f"{tensor.file} holds {part.name} twice, by two names: download it again")
@@ -128,28 +145,127 @@ def resolve(tensors: dict[str, Tensor], metadata: Iterable[dict[str, Any]] = ())
     return resolved
 
 
-def _formats_in(metadata: dict[str, Any]) -> dict[str, Any]:
-    try:
-        layers = parse_json(metadata["_quantization_metadata"])["layers"]
-        return {layer: {"format": value} if isinstance(value, str) else value for layer, value in layers.items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
+def unmarked(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return a line about weights of which the file does not say whether they are rotated; None if it says so of all.
+
+    Args:
+        tensors: What `resolve` returned.
+    """
+    found = [t for t in tensors.values() if t.quantisation and not t.quantisation.marked]
+    if not found:
+        return None
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return (
+        f"{found[0].file} does not say how its integers are to be read ({found[0].name}{more} have no comfy_quant): "
+        "they are taken for unrotated; if the picture is noise, they are rotated (convrot): use a file that says so"
+    )
+
+
+def check_scales(tensor: Tensor) -> None:
+    """Check the scales of a quantised tensor; this reads them.
+
+    Raises:
+        CheckpointError: One of them is no finite number, or so large that a weight is none.
+    """
+    assert tensor.quantisation is not None
+    scale = tensor.quantisation.scale
+    with np.errstate(over="ignore"):
+        largest = scale.array().astype(np.float32) * np.float32(-128)
+    if not np.isfinite(largest).all():
+        raise CheckpointError(f"{scale.file}: {scale.name} holds infinities or NaNs: download it again")
+
+
+def _formats(tensors: Mapping[str, Tensor], metadata: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the settings of quantised layers by their names, from the headers and from the layers' own markers.
+
+    Raises:
+        CheckpointError: They can't be read, contradict each other, or leave integers out.
+    """
+    listed: dict[str, dict[str, Any]] = {}
+    for item in metadata:
+        listed |= {_bare(layer): settings for layer, settings in _formats_in(item, tensors).items()}
+    formats = dict(listed)
+    for name, tensor in tensors.items():
+        layer, _, parameter = name.rpartition(".")
+        if parameter != "comfy_quant":
+            continue
+        formats[layer] = _parsed(tensor)
+        if layer in listed and _rotation(listed[layer]) != _rotation(formats[layer]):
+            raise CheckpointError(
+                f"{tensor.file}: {name} and the header's _quantization_metadata contradict each other: download it "
+                "again"
+            )
+    if listed:
+        for name, tensor in tensors.items():
+            layer, _, parameter = name.rpartition(".")
+            if parameter == "weight" and tensor.dtype == "I8" and layer not in formats:
+                raise CheckpointError(
+                    f"{tensor.file}: {name} is I8, but the header's _quantization_metadata do not list it: "
+                    "download it again"
+                )
+    return formats
+
+
+def _bare(layer: str) -> str:
+    """Return a layer's name as `resolve` sees it: headers name layers with or without the prefix of the tensors."""
+    return next((layer.removeprefix(prefix) for prefix in PREFIXES if layer.startswith(prefix)), layer)
+
+
+def _formats_in(metadata: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    text = metadata.get("_quantization_metadata")
+    if text is None:
         return {}
+    try:
+        layers = parse_json(text)["layers"]
+        return {layer: _settings(value) for layer, value in layers.items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        file = next((tensor.file for tensor in tensors.values()), "the file")
+        raise CheckpointError(f"{file}: the header's _quantization_metadata are malformed: download it again") from None
 
 
-def _parsed(tensor: Tensor) -> Any:
+def _settings(value: Any) -> dict[str, Any]:
+    """Return the settings of a layer: an object, or just the name of its format.
+
+    Raises:
+        TypeError: They are neither.
+    """
+    if isinstance(value, str):
+        return {"format": value}
+    if not isinstance(value, dict):
+        raise TypeError(value)
+    return value
+
+
+def _parsed(tensor: Tensor) -> dict[str, Any]:
     if tensor.nbytes > MAX_SETTINGS_BYTES:
         raise CheckpointError(f"{tensor.file}: {tensor.name} has {tensor.nbytes} bytes, expected a short JSON text")
     try:
-        return parse_json(tensor.array().tobytes())
+        value = parse_json(tensor.array().tobytes())
+        if isinstance(value, str) and value.startswith("{"):  # some tools encode it twice
+            value = parse_json(value)
+        return _settings(value)
     except ValueError:
         raise CheckpointError(f"{tensor.file}: {tensor.name} is not JSON: download it again") from None
+    except TypeError:
+        raise CheckpointError(f"{tensor.file}: {tensor.name} is no JSON object: download it again") from None
 
 
-def _quantisation(tensor: Tensor, settings: Any, scale: Tensor | None) -> Quantisation:
+def _rotation(settings: dict[str, Any]) -> Any:
+    """Return the group size of rotated weights as the file has it, 0 for weights that are not rotated."""
+    nested = settings.get("params")
+    nested = nested if isinstance(nested, dict) else {}
+    if not settings.get("convrot", nested.get("convrot", False)):
+        return 0
+    return settings.get("convrot_groupsize", nested.get("convrot_groupsize", GROUP))
+
+
+def _quantisation(tensor: Tensor, settings: dict[str, Any] | None, scales: list[Tensor]) -> Quantisation:
     where = f"{tensor.file}: {tensor.name}"
-    found = settings.get("format") if isinstance(settings, dict) else settings
+    marked = settings is not None
+    settings = settings or {}
+    found = settings.get("format")
     # The first markers had no format, when there was only one for integers.
-    if found != FORMAT and not (isinstance(settings, dict) and found is None and tensor.dtype == "I8"):
+    if found != FORMAT and not (found is None and tensor.dtype == "I8"):
         kind = f"as {found if isinstance(found, str) else shown(found)}"
         raise CheckpointError(
             f"{where} is quantised {kind[:100]}, but fluxonnx reads only {FORMAT}: use such a file or an "
@@ -157,20 +273,27 @@ def _quantisation(tensor: Tensor, settings: Any, scale: Tensor | None) -> Quanti
         )
     if tensor.dtype != "I8" or len(tensor.shape) != 2:
         raise CheckpointError(f"{where} is {tensor.dtype} {list(tensor.shape)}, but {FORMAT} is I8 [out, in]")
+    if settings.get("symmetric") is False:
+        raise CheckpointError(
+            f"{where} is quantised around another number than 0, which fluxonnx can't read: {READABLE}"
+        )
     n_out, n_in = tensor.shape
-    if scale is None:
+    if not scales:
         raise CheckpointError(f"{where} is I8, but has no scale ({tensor.name}_scale): download it again")
+    if len(scales) > 1:
+        names = " and ".join(scale.name for scale in scales)
+        raise CheckpointError(f"{where} has two scales, {names}: download it again")
+    (scale,) = scales
     if scale.dtype not in ("F32", "F16", "BF16") or scale.shape not in ((), (1,), (1, 1), (n_out,), (n_out, 1)):
         raise CheckpointError(
             f"{scale.file}: {scale.name} is {scale.dtype} {list(scale.shape)}, expected F32 [] or [{n_out}, 1]"
         )
-    nested = settings.get("params") if isinstance(settings.get("params"), dict) else {}
-    if not settings.get("convrot", nested.get("convrot", False)):
-        return Quantisation(scale)
-    group = settings.get("convrot_groupsize", nested.get("convrot_groupsize", GROUP))
+    group = _rotation(settings)
+    if group == 0:
+        return Quantisation(scale, marked=marked)
     if not isinstance(group, int) or group < 4 or 4 ** round(math.log(group, 4)) != group or n_in % group:
         raise CheckpointError(
             f"{where} [{n_out}, {n_in}] is rotated in groups of {shown(group)}, which is no power of four that "
             f"divides {n_in}"
         )
-    return Quantisation(scale, group)
+    return Quantisation(scale, group, marked)

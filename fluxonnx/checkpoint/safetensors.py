@@ -81,6 +81,10 @@ class Tensor:
         array = raw.view(DTYPES[self.dtype]).reshape(self.shape)
         return np.concatenate(np.split(array, 2)[::-1]) if self.swapped else array
 
+    def rows(self, start: int = 0, end: int | None = None) -> np.ndarray:
+        """Return the rows `start` to `end` of `array`."""
+        return self.array()[start:end]
+
     def split(self, sizes: Sequence[int]) -> list[Tensor]:
         """Split into blocks of rows, NAME.0, NAME.1, ...; no block may cross the middle of a `swapped` tensor."""
         count = self.shape[0]
@@ -113,10 +117,12 @@ class Quantisation:
     Attributes:
         scale: One number, or one per output: [], [1], [out] or [out, 1].
         rotation: Size of the Hadamard matrix that each group of inputs was multiplied by; 0 for none.
+        marked: Whether the file says so; else `rotation` is a guess.
     """
 
     scale: Tensor
     rotation: int = 0
+    marked: bool = True
 
     def split(self, sizes: Sequence[int]) -> list[Quantisation]:
         """Return the quantisation of each block of rows."""

@@ -12,6 +12,7 @@ import onnx
 
 from fluxonnx.checkpoint.digests import config_digest, content_digest
 from fluxonnx.checkpoint.directory import Checkpoint
+from fluxonnx.checkpoint.formats import unmarked
 from fluxonnx.checkpoint.manifest import (
     FILE_NAME,
     Build,
@@ -80,7 +81,8 @@ def export(
             written beside the checkpoint's folders. The copy of an fp16, int8 or int4 build has no weights but the
             build's own.
         transformer: A safetensors file that replaces the transformer's weights, with diffusers' or the original's
-            names. Weights that ComfyUI's tools quantised (int8_tensorwise) stay the same integers: "int8".
+            names. Weights that ComfyUI's tools quantised (int8_tensorwise) stay the same integers with "int8"; other
+            precisions restore them. A file that does not say whether they are rotated is warned of.
         precision: "bf16" leaves the weights in the checkpoint's files as they are. "fp32" converts them. "fp16"
             converts them to half the size, and computes the products of the blocks and of the autoencoder in float16,
             for GPUs (on a CPU onnxruntime converts them to float32 when it loads them). "int8" and "int4" quantise the
@@ -169,6 +171,8 @@ def _export_components(
     pending = [component for component in names if component not in current]
     # Whatever can be wrong with the checkpoint is found before anything is written.
     graphs = {component: _build_graph(checkpoint, root, component, sizes, target) for component in pending}
+    if "transformer" in pending and (notice := unmarked(checkpoint.tensors("transformer"))):
+        warnings.warn(notice, stacklevel=3)
     for component in pending:
         if not force and not (renew and recorded and component in recorded.components):
             metadata = _metadata(checkpoint, component, target, sizes)

@@ -237,7 +237,7 @@ class GraphBuilder:
         """Return an initializer of `dtype` for `tensor`, whose bytes may stay `in_place` if they are of that dtype."""
         if tensor.name not in self._weights:
             entry = self._entry(tensor.name, dtype, tensor.shape, onnx_dtype(dtype), tensor.shape)
-            in_place = in_place and dtype == tensor.dtype and not tensor.swapped
+            in_place = in_place and dtype == tensor.dtype and not tensor.swapped and not tensor.quantisation
             self._weights[tensor.name] = StoredWeight(tensor, [entry], None, in_place)
         return tensor.name
 

@@ -71,7 +71,7 @@ def test_gray_array():
         ("a\0b.png", "a"),
         ("", "can't|is"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) and "\0" not in value else type(value).__name__,
 )
 def test_no_picture(value, message):
     for values in ({"image": value}, {"references": [value]}):

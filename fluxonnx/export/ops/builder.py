@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fluxonnx.checkpoint.formats import check_scales
 from fluxonnx.checkpoint.safetensors import Tensor
 from fluxonnx.errors import CheckpointError
 from fluxonnx.export.graph import GraphBuilder
 from fluxonnx.export.precisions import Precision
+from fluxonnx.export.precisions.dequantised import dequantised
 
 # dtypes of weights that need no further description.
 FLOATS = ("BF16", "F16", "F32", "F64")
@@ -35,15 +37,15 @@ class ModelBuilder(GraphBuilder):
         """Take a weight of the module in scope out of the checkpoint.
 
         Raises:
-            CheckpointError: It is missing, or has another shape or a dtype that the precision does not take.
+            CheckpointError: It is missing, has another shape or dtype, or scales that are no numbers.
         """
         tensor = super().tensor(name, shape)
         if tensor.dtype not in FLOATS and not tensor.quantisation:
             raise CheckpointError(f"{self.name}: tensor {self.path(name)} is {tensor.dtype}, expected BF16, F16 or F32")
-        if tensor.quantisation and not self.precision.takes_integers:
-            raise CheckpointError(
-                f"{tensor.file}: {tensor.name} is quantised to 8-bit integers: export it with --precision int8"
-            )
+        if tensor.quantisation:
+            check_scales(tensor)
+            if not self.precision.takes_integers:
+                return dequantised(tensor, self.precision.integers_as)
         return tensor
 
     def weight(self, name: str, *shape: int) -> str:

@@ -28,6 +28,8 @@ class Precision:
     self_contained = False
     # Whether the checkpoint may hold weights that are quantised to integers.
     takes_integers = False
+    # The dtype of the weights that are computed from such integers otherwise.
+    integers_as = "BF16"
     # Whether kernels of convolutions are float32 in the graph: then they may be sums of the checkpoint's kernels.
     sums_kernels = True
 

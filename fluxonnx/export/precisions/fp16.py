@@ -32,6 +32,7 @@ class Float16(Precision):
     """Weights converted to float16, half the size of float32, and products computed in float16."""
 
     name = "fp16"
+    integers_as = "F32"
     self_contained = True
     sums_kernels = False
 

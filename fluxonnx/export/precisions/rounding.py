@@ -19,7 +19,7 @@ HALF_SUM = 2.0**15
 
 def float_rows(tensor: Tensor, start: int = 0, end: int | None = None) -> np.ndarray:
     """Return some rows of a matrix as float32 [rows, in]."""
-    rows = tensor.array()[start:end]
+    rows = tensor.rows(start, end)
     if tensor.dtype != "BF16":
         return rows.astype(np.float32)
     # bfloat16 is the upper half of float32; this is ten times as fast as a cast
