@@ -93,6 +93,10 @@ def build_graph(
     Raises:
         CheckpointError: A tensor is missing, left over, or of the wrong shape.
     """
+    if component == "transformer":
+        tensors = target.precision.balanced(tensors, transformer.couplings(sizes.transformer))
+    elif component == "text_encoder":
+        tensors = target.precision.balanced(tensors, text_encoder.couplings(sizes.text_encoder))
     g = ModelBuilder(component, target.precision, target.flavour, target.opset, tensors)
     ports = graph_ports(component, sizes)
     unused: tuple[str, ...] = ()

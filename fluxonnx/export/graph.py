@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, shape_inference
 from fluxonnx.checkpoint.safetensors import Tensor
 from fluxonnx.contract import Port
 from fluxonnx.errors import CheckpointError
-from fluxonnx.export.initializers import Encode, Entry, Part, StoredWeight, onnx_dtype
+from fluxonnx.export.initializers import Encode, Entry, Part, StoredWeight, onnx_dtype, scaled
 
 MICROSOFT = "com.microsoft"
 
@@ -235,7 +235,9 @@ class GraphBuilder:
 
     def stored(self, tensor: Tensor, dtype: str, in_place: bool) -> str:
         """Return an initializer of `dtype` for `tensor`, whose bytes may stay `in_place` if they are of that dtype."""
-        if tensor.name not in self._weights:
+        if tensor.scaling:
+            self.encoded(tensor, [Part("", dtype, tensor.shape)], lambda source: [scaled(source)])
+        elif tensor.name not in self._weights:
             entry = self._entry(tensor.name, dtype, tensor.shape, onnx_dtype(dtype), tensor.shape)
             in_place = in_place and dtype == tensor.dtype and not tensor.swapped
             self._weights[tensor.name] = StoredWeight(tensor, [entry], None, in_place)

@@ -9,6 +9,7 @@ from onnx import TensorProto
 
 from fluxonnx.checkpoint.safetensors import Tensor
 from fluxonnx.export import panels, primitives
+from fluxonnx.export.balance import Coupling
 from fluxonnx.export.graph import GraphBuilder
 from fluxonnx.export.panels import Columns
 
@@ -42,6 +43,10 @@ class Precision:
     def file_label(self, flavour: str) -> str:
         """Return the label of the build's weight files; both flavours share files of the same bytes."""
         return self.name
+
+    def balanced(self, tensors: dict[str, Tensor], couplings: Sequence[Coupling]) -> dict[str, Tensor]:
+        """Return the tensors of a model, scaled where that rounds better; `couplings` say which belong together."""
+        return tensors
 
     def stored_dtype(self, tensor: Tensor) -> str:
         """Return the safetensors dtype under which `tensor` is stored."""

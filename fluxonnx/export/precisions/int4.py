@@ -22,6 +22,7 @@ class Int4(Quantised):
     """4-bit weights with a scale for each block of a row; embeddings are 8-bit rows with a scale each."""
 
     name = "int4"
+    rounds_activations = False
 
     def __init__(self, keep: str | None = None, block: int = 64) -> None:
         """Choose the layers that are not quantised, and the number of weights that share a scale: 32, 64 or 128.

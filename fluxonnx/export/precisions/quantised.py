@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from fluxonnx.checkpoint.safetensors import Tensor
 from fluxonnx.errors import UsageError
 from fluxonnx.export import panels, primitives
+from fluxonnx.export.balance import Coupling, balanced
 from fluxonnx.export.graph import GraphBuilder
 from fluxonnx.export.panels import Columns
 from fluxonnx.export.precisions.bf16 import BLOCKS, Precision
@@ -20,6 +21,8 @@ class Quantised(Precision):
     """
 
     self_contained = True
+    # Whether activations are rounded to about as few bits as weights.
+    rounds_activations = True
 
     def __init__(self, keep: str | None = None) -> None:
         """Choose the layers that are not quantised.
@@ -48,6 +51,10 @@ class Quantised(Precision):
         if tensor.quantisation:
             return True
         return tensor.name.startswith(BLOCKS) and not self.keeps(tensor)
+
+    def balanced(self, tensors: dict[str, Tensor], couplings: Sequence[Coupling]) -> dict[str, Tensor]:
+        """Scale channels so that neither their weights nor their activations are outliers; see `export.balance`."""
+        return balanced(tensors, couplings, self.quantises, self.rounds_activations)
 
     def linear(
         self,
