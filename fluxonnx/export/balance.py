@@ -82,20 +82,29 @@ def balanced(
     couplings: Iterable[Coupling],
     rounds: Callable[[Tensor], bool],
     activations: bool,
-) -> dict[str, Tensor]:
-    """Return tensors of the same function, scaled for rounding.
+) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+    """Scale tensors for rounding, so that the function stays the same.
 
     Args:
         tensors: The checkpoint's tensors by name.
         couplings: Which of them belong together.
         rounds: Whether a weight will be rounded; one that is integers already can't be scaled.
         activations: Whether activations are rounded to about as few bits as weights.
+
+    Returns:
+        The tensors, and the expected magnitudes of what the readers read then, float64 [in] in any unit, by the names
+        of their weights.
     """
     useful = [item for item in couplings if _can_scale(tensors, item) and _any_rounded(tensors, item, rounds)]
     with ThreadPoolExecutor(usable_cores()) as pool:
-        factors = list(pool.map(lambda item: _factors(tensors, item, activations), useful))
+        measured = list(pool.map(lambda item: _factors(tensors, item, activations), useful))
     found = dict(tensors)
-    for coupling, factor in zip(useful, factors, strict=True):
+    inputs: dict[str, np.ndarray] = {}
+    for coupling, (made, factor) in zip(useful, measured, strict=True):
+        for reader in coupling.readers:
+            columns = _repeated(made / factor, reader)
+            read = inputs.setdefault(reader.weight, np.ones(tensors[reader.weight].shape[1]))
+            read[reader.start : reader.start + len(columns)] = columns
         if (factor == 1).all():
             continue
         for writer in coupling.writers:
@@ -103,7 +112,7 @@ def balanced(
                 found[name] = _scaled(found[name], writer.start, 1 / factor, rows=True)
         for reader in coupling.readers:
             found[reader.weight] = _scaled(found[reader.weight], reader.start, _repeated(factor, reader), rows=False)
-    return found
+    return found, inputs
 
 
 def _any_rounded(tensors: Mapping[str, Tensor], coupling: Coupling, rounds: Callable[[Tensor], bool]) -> bool:
@@ -135,24 +144,25 @@ def _can_read(tensors: Mapping[str, Tensor], name: str, rows: int | None, column
     return tensor.shape[1] >= columns and (rows is None or tensor.shape[0] >= rows)
 
 
-def _factors(tensors: Mapping[str, Tensor], coupling: Coupling, activations: bool) -> np.ndarray:
-    """Return what each channel is divided by where it is made: powers of two, float32 [count]."""
+def _factors(tensors: Mapping[str, Tensor], coupling: Coupling, activations: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Measure channels.
+
+    Returns:
+        Their expected magnitudes, float64 [count], and what each is to be divided by where it is made: powers of two,
+        float32 [count].
+    """
+    made = np.max([_made_size(tensors, writer, coupling.count) for writer in coupling.writers], axis=0)
     read = np.max([_read_size(tensors, reader, coupling.count) for reader in coupling.readers], axis=0)
-    if activations:
-        made = np.max([_made_size(tensors, writer, coupling.count) for writer in coupling.writers], axis=0)
-        with np.errstate(all="ignore"):
-            factor = np.sqrt(made / read)
-    else:
-        with np.errstate(all="ignore"):
-            factor = 1 / read
+    with np.errstate(all="ignore"):
+        factor = np.sqrt(made / read) if activations else 1 / read
     usable = np.isfinite(factor) & (factor > 0)
     if not usable.any():
-        return np.ones(coupling.count, np.float32)
+        return made, np.ones(coupling.count, np.float32)
     factor = np.where(usable, factor / np.median(factor[usable]), 1)
     # the nearest power of two; a logarithm would depend on the processor
     mantissa, exponent = np.frexp(factor)
     exponent = np.clip(np.where(mantissa < np.sqrt(0.5), exponent - 1, exponent), -MOST, MOST)
-    return np.ldexp(np.float32(1), exponent).astype(np.float32)
+    return made, np.ldexp(np.float32(1), exponent).astype(np.float32)
 
 
 def _relative(sizes: np.ndarray) -> np.ndarray:
@@ -177,11 +187,18 @@ def _made_size(tensors: Mapping[str, Tensor], writer: Writer, count: int) -> np.
 
 
 def _read_size(tensors: Mapping[str, Tensor], reader: Reader, count: int) -> np.ndarray:
-    """Return the root mean square of each channel's column, in units of their median: float64 [count]."""
+    """Return the root mean square of each channel's column, in units of their median: float64 [count].
+
+    Rows count alike, since each is rounded by steps of its own: they are divided by their medians, which outliers of
+    columns do not change.
+    """
     tensor = tensors[reader.weight]
     step = max(1, tensor.shape[0] // SAMPLES)
     columns = slice(reader.start, reader.start + count * reader.repeat)
     rows = float_rows(tensor, row_step=step)[:, columns].astype(np.float64)
+    medians = np.median(np.abs(rows), 1, keepdims=True)
+    rows = rows / np.where(medians > 0, medians, np.inf)
+    # added up row by row, in one order on all processors
     sizes = np.sqrt(np.square(rows).sum(0))
     return _relative(sizes.reshape(-1, reader.repeat, reader.head_dim).max(1).reshape(-1))
 

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,12 +30,17 @@ T = TypeVar("T")
 
 @dataclass
 class Graph:
-    """A finished graph: the model without its weights, and where each weight comes from."""
+    """A finished graph: the model without its weights, and where each weight comes from.
+
+    `errors` and `kept` are those of `precisions.Prepared`.
+    """
 
     model: onnx.ModelProto
     weights: list[StoredWeight]
     used: set[str]
     parameters: int
+    errors: dict[str, float] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
 
 
 class GraphBuilder:
