@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.checkpoint.safetensors import Tensor
 from fluxonnx.contract import COMPONENT_CLASSES, Architecture, graph_ports
 from fluxonnx.errors import CheckpointError, UsageError
 from fluxonnx.export import conditioning, text_encoder, transformer, vae
+from fluxonnx.export.balance import Coupling
 from fluxonnx.export.graph import Graph
 from fluxonnx.export.ops import ModelBuilder
 from fluxonnx.export.precisions import Precision, make_precision
@@ -93,9 +94,16 @@ def build_graph(
     Raises:
         CheckpointError: A tensor is missing, left over, or of the wrong shape.
     """
-    g = ModelBuilder(component, target.precision, target.flavour, target.opset, tensors)
-    ports = graph_ports(component, sizes)
+    couplings: list[Coupling] = []
     unused: tuple[str, ...] = ()
+    if component == "transformer":
+        couplings = transformer.couplings(sizes.transformer)
+    elif component == "text_encoder":
+        couplings, unused = text_encoder.couplings(sizes.text_encoder), text_encoder.unused(sizes.text_encoder)
+    used = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
+    prepared = target.precision.prepared(used, couplings)
+    g = ModelBuilder(component, prepared.precision, target.flavour, target.opset, {**tensors, **prepared.tensors})
+    ports = graph_ports(component, sizes)
     if component == "conditioning":
         conditioning.build(g, sizes.transformer, ports)
         unused = ("",)  # it has no weights
@@ -103,7 +111,6 @@ def build_graph(
         transformer.build(g, sizes.transformer, ports)
     elif component == "text_encoder":
         text_encoder.build(g, sizes.text_encoder, ports)
-        unused = text_encoder.unused(sizes.text_encoder)
     elif component == "vae_encoder":
         vae.build_encoder(g, sizes.vae, ports)
         unused = vae.UNUSED_BY_ENCODER
@@ -118,4 +125,4 @@ def build_graph(
             "that config.json describes: config.json and weights do not belong together"
         )
     doc = f"{component} of {metadata['model']}, exported by fluxonnx {__version__}"
-    return g.finish(doc, dict(metadata))
+    return replace(g.finish(doc, dict(metadata)), errors=prepared.errors, kept=prepared.kept)

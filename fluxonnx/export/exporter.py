@@ -41,6 +41,10 @@ from fluxonnx.version import __version__
 Progress = Callable[[str, int, int], None]
 
 
+# Layers that a message names.
+MOST_LISTED = 3
+
+
 @dataclass(frozen=True)
 class Report:
     """What was exported of one component; `seconds` is None where it was up to date already."""
@@ -168,6 +172,13 @@ def _export_components(
     pending = [component for component in names if component not in current]
     # Whatever can be wrong with the checkpoint is found before anything is written.
     graphs = {component: _build_graph(checkpoint, root, component, sizes, target) for component in pending}
+    for component, graph in graphs.items():
+        if graph.kept:
+            warnings.warn(
+                f"{component}: {_listed(graph.kept)} would be more than {target.precision.most_error:.0%} wrong in "
+                f"{precision}, and so stay{'s' if len(graph.kept) == 1 else ''} as in the checkpoint",
+                stacklevel=2,
+            )
     for component in pending:
         if not force and not (renew and recorded and component in recorded.components):
             metadata = _metadata(checkpoint, component, target, sizes)
@@ -195,6 +206,12 @@ def _export_components(
     if len(names) == len(COMPONENTS):
         _remove_leftovers(root)
     return reports
+
+
+def _listed(layers: list[str]) -> str:
+    """Return the names of a few layers, and how many more there are."""
+    more = f" and {len(layers) - MOST_LISTED} more" if len(layers) > MOST_LISTED else ""
+    return ", ".join(layers[:MOST_LISTED]) + more
 
 
 def _without_transformer(settings: dict[str, str]) -> dict[str, str]:
@@ -333,6 +350,8 @@ def _write_component(
         files={name: content_digest(root / name) for name in written},
         configs={config: config_digest(checkpoint.root / config)},
         out_layers=list(sizes.text_encoder.out_layers) if component == "text_encoder" else None,
+        errors=graph.errors,
+        kept=graph.kept,
     )
 
 

@@ -14,6 +14,7 @@ from fluxonnx.checkpoint.reading import shown
 from fluxonnx.contract import Ports, TransformerConfig
 from fluxonnx.errors import CheckpointError
 from fluxonnx.export import ops
+from fluxonnx.export.balance import Coupling, Reader, Writer
 from fluxonnx.export.ops import ModelBuilder
 
 # Far beyond any model.
@@ -57,6 +58,29 @@ def read_config(config: Config) -> TransformerConfig:
         rope_theta=config.number("rope_theta", 2000, 1, 1e12),
         eps=config.number("eps", 1e-6, 0, 1),
     )
+
+
+def couplings(c: TransformerConfig) -> list[Coupling]:
+    """Return which channels lie between two layers and nothing else, so that they may be scaled."""
+    found = []
+    for i in range(c.double_layers):
+        block = f"transformer_blocks.{i}"
+        values = tuple(Writer(f"{block}.attn.{name}.weight") for name in ("to_v", "add_v_proj"))
+        readers = tuple(Reader(f"{block}.attn.{name}.weight") for name in ("to_out.0", "to_add_out"))
+        found.append(Coupling(c.dim, values, readers))
+        for name in ("ff", "ff_context"):
+            inside = f"{block}.{name}.linear_in.weight"
+            value = Writer(inside, start=c.mlp_dim, gate=(inside, 0))
+            found.append(Coupling(c.mlp_dim, (value,), (Reader(f"{block}.{name}.linear_out.weight"),)))
+    for i in range(c.single_layers):
+        inside, out = (f"single_transformer_blocks.{i}.attn.{name}.weight" for name in ("to_qkv_mlp_proj", "to_out"))
+        gate = 3 * c.dim
+        value = Writer(inside, start=gate + c.mlp_dim, gate=(inside, gate))
+        found += [
+            Coupling(c.dim, (Writer(inside, start=2 * c.dim),), (Reader(out),)),
+            Coupling(c.mlp_dim, (value,), (Reader(out, start=c.dim),)),
+        ]
+    return found
 
 
 @dataclass(frozen=True)
