@@ -114,7 +114,7 @@ def graph_inputs(root: Path, graph: str, sizes: Architecture) -> Inputs:
 def measure(
     source: Path,
     work: Path,
-    kind: str,
+    kinds: Sequence[str],
     scale: float,
     precisions: Iterable[str | Precision],
     *,
@@ -127,7 +127,7 @@ def measure(
     Args:
         source: The checkpoint; it is not changed.
         work: A folder for the changed one, which is removed again.
-        kind: One of `tools.outliers.KINDS`.
+        kinds: Some of `tools.outliers.KINDS`, all at once.
         scale: The factor; 1 for the checkpoint as it is.
         precisions: The builds.
         channels: How many channels, per norm, block or layer.
@@ -137,15 +137,16 @@ def measure(
     Returns:
         A row for each graph and build.
     """
-    parts = [part for part in components or KINDS[kind] if part in KINDS[kind]]
+    parts = [part for part in GRAPHS if any(part in KINDS[kind] for kind in kinds) and part in (components or GRAPHS)]
     # What a token of the text encoder does to the transformer is part of the question.
     graphs = [GRAPHS[part] for part in parts]
-    if kind in ("token", "massive") and not components:
+    if {"token", "massive"} & set(kinds) and not components:
         graphs.append("transformer")
+    kind = "+".join(kinds)
     root = work / f"{kind}-{scale:g}-{channels}"
     rows = []
     try:
-        inject(source, root, [kind], channels=channels, scale=scale, seed=seed, components=parts)
+        inject(source, root, kinds, channels=channels, scale=scale, seed=seed, components=parts, sigmas=[SIGMA])
         sizes = read_architecture(open_checkpoint(root), None)
         needed = {*graphs, *(("text_encoder", "conditioning") if "transformer" in graphs else ())}
         export(root, precision=REFERENCE, components=sorted(needed))
@@ -181,7 +182,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
                 found = measure(
                     arguments.dir,
                     Path(work),
-                    kind,
+                    [kind],
                     scale,
                     arguments.precision,
                     channels=arguments.channels,

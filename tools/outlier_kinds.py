@@ -19,8 +19,8 @@ from fluxonnx.checkpoint.safetensors import read_header
 from fluxonnx.contract import Architecture, TextEncoderConfig, TransformerConfig, VaeConfig
 from fluxonnx.errors import UsageError
 
-# sigmas at which the exact form of "modulation" is fitted: those of every schedule of ours lie in [0, 1].
-SIGMAS = np.linspace(0.0, 1.0, 2001)
+# Where "modulation" preserves the function by default: close enough for the fastest of the timestep's sinusoids.
+SIGMAS = tuple(np.linspace(0.0, 1.0, 2001).tolist())
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Request:
     scale: float
     seed: int
     token: int | None
+    sigmas: tuple[float, ...]
 
     def choose(self, name: str, count: int) -> np.ndarray:
         """Draw channels out of `count`; another name, others."""
@@ -239,8 +240,9 @@ def transformer_modulation(r: Request) -> Iterator[Edit]:
     """Rows of the modulations' shifts and scales, against the columns of the layers behind (in all blocks).
 
     The norm is multiplied by 1 + scale, and the 1 has no weight. s * (1 + scale) - 1 = s * scale + (s - 1) needs a
-    constant, which the layer lacks (no bias); a row w with w . temb = 1 stands for it. Such a row is fitted over
-    `SIGMAS`: the function is preserved as far as the fit goes (a test holds it to 1e-4).
+    constant, which the layer lacks (no bias); a row w with w . temb = 1 at the wanted sigmas stands for it. For a few
+    sigmas there is one. For all of [0, 1] the best one makes an error of 3e-4 on the bundled model, of 2e-5 at full
+    width, and of 3e-3 where 128 wide layers are random.
     """
     c = r.sizes.transformer
     one = _constant_row(r)
@@ -253,17 +255,17 @@ def transformer_modulation(r: Request) -> Iterator[Edit]:
 
 
 def _constant_row(r: Request) -> np.ndarray:
-    """Return w with w . silu(temb(sigma)) = 1 at all `SIGMAS`, the smallest that fits: float64 [dim]."""
+    """Return w with w . silu(temb(sigma)) = 1 at all sigmas, the smallest that fits: float64 [dim]."""
     c, tensors = r.sizes.transformer, r.checkpoint.tensors("transformer")
     first, second = (
         tensors[f"time_guidance_embed.timestep_embedder.linear_{i}.weight"].array().astype(np.float64) for i in (1, 2)
     )
     half = c.timestep_channels // 2
     # Timesteps(flip_sin_to_cos=True, downscale_freq_shift=0), diffusers embeddings.py
-    angles = 1000 * SIGMAS[:, None] * np.exp(-math.log(10000) * np.arange(half) / half)
+    angles = 1000 * np.array(r.sigmas)[:, None] * np.exp(-math.log(10000) * np.arange(half) / half)
     features = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
     temb = _silu(_silu(features @ first.T) @ second.T)
-    return np.linalg.lstsq(temb, np.ones(len(SIGMAS)), rcond=1e-4)[0]
+    return np.linalg.lstsq(temb, np.ones(len(r.sigmas)), rcond=1e-4)[0]
 
 
 def _silu(x: np.ndarray) -> np.ndarray:

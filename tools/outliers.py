@@ -27,7 +27,7 @@ from fluxonnx.checkpoint.safetensors import DTYPES, Tensor, read_header, read_me
 from fluxonnx.contract import open_checkpoint
 from fluxonnx.errors import CheckpointError, FluxonnxError, UsageError
 from fluxonnx.export.components import read_architecture
-from tools.outlier_kinds import EXACT, KINDS, Edit, Request
+from tools.outlier_kinds import EXACT, KINDS, SIGMAS, Edit, Request
 
 __all__ = ["EXACT", "KINDS", "inject"]
 
@@ -45,6 +45,7 @@ def inject(
     seed: int = 0,
     components: Sequence[str] | None = None,
     token: int | None = None,
+    sigmas: Sequence[float] | None = None,
 ) -> Path:
     """Write a checkpoint with outliers.
 
@@ -59,6 +60,8 @@ def inject(
         seed: Chooses the channels.
         components: The parts of the model to change: text_encoder, transformer, vae; by default each that has a kind.
         token: For "token" and "massive": the token's id; by default <|im_start|>, the first one of every prompt.
+        sigmas: For "modulation": where the function is preserved, in [0, 1]; exactly so where they are fewer than the
+            transformer is wide. By default all of [0, 1], as far as one row of weights can.
 
     Returns:
         The target.
@@ -76,7 +79,9 @@ def inject(
     if root.exists():
         raise UsageError(f"{root} exists: choose a new folder")
     checkpoint = open_checkpoint(source)
-    request = Request(checkpoint, read_architecture(checkpoint, None), channels, scale, seed, token)
+    request = Request(
+        checkpoint, read_architecture(checkpoint, None), channels, scale, seed, token, tuple(sigmas or SIGMAS)
+    )
     edits: dict[str, dict[str, list[Edit]]] = {"text_encoder": {}, "transformer": {}, "vae": {}}
     for kind in kinds:
         for component, make in KINDS[kind].items():
@@ -164,7 +169,8 @@ def _changed(tensor: Tensor, edits: Sequence[Edit], dtype: np.dtype) -> Iterator
         yield piece.astype(dtype)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(description="Put outlier channels into a checkpoint.")
     parser.add_argument("source", type=Path, metavar="SOURCE", help="a model directory")
     parser.add_argument("target", type=Path, metavar="TARGET", help="a new directory")
@@ -174,7 +180,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=100.0, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of channels; default: %(default)s")
     parser.add_argument("--token", type=int, help="for token and massive; default: <|im_start|>")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     try:
         inject(
             arguments.source,
@@ -187,11 +193,14 @@ def main() -> None:
             token=arguments.token,
         )
     except FluxonnxError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        return 1
     except OSError as error:
-        sys.exit(f"{error.filename or arguments.target}: {error.strerror}")
+        print(f"{error.filename or arguments.target}: {error.strerror}", file=sys.stderr)
+        return 1
     print(f"{arguments.target}: {', '.join(arguments.kind)} x {arguments.scale:g} in {arguments.channels} channels")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -196,7 +196,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> Report:
             result.graphs[graph] = distance(found[outputs[0]], expected[outputs[0]])
             result.layers += layer_errors(graph, found, expected)
     say("velocity: step by step")
-    steps = _first_picture(calls["transformer"])
+    steps = first_picture(calls["transformer"])
     velocity = _velocities(plan, REFERENCE, steps)
     for result in results:
         result.velocity = [
@@ -241,7 +241,7 @@ def _one_run_each(calls: dict[str, list[Inputs]], picture: Image.Image) -> dict[
     return inputs
 
 
-def _first_picture(calls: Sequence[Inputs]) -> list[list[Inputs]]:
+def first_picture(calls: Sequence[Inputs]) -> list[list[Inputs]]:
     """Return the runs of the transformer for the first picture, by step: those at one timestep.
 
     Timesteps fall while a picture is made, so the first one that was there before begins the next picture.
