@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -159,10 +158,10 @@ def test_cached_prompts_are_those_of_the_encoder(model, tmp_path):
     options = {"precision": "int8", "cache_dir": tmp_path / "cache"}
     draw(model, **options, text_encoder_precision="bf16")
     draw(model, **options)
-    assert len(os.listdir(tmp_path / "cache")) == 2
+    assert len(list((tmp_path / "cache").iterdir())) == 2
     draw(model, **options, text_encoder_precision="bf16")
     draw(model, **(options | {"precision": "bf16"}))
-    assert len(os.listdir(tmp_path / "cache")) == 2
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 @pytest.mark.parametrize("command", ["generate", "export"])
