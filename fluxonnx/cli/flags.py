@@ -58,6 +58,13 @@ def add_model(flags: Flags, default: str = "as for generate") -> None:
     flags.add_argument("-d", "--dir", metavar="DIR", help=f"model directory (default: {default})")
 
 
+def add_text_encoder_precision(flags: Flags) -> None:
+    """Add --text-encoder-precision."""
+    flags.add_argument(
+        "--text-encoder-precision", metavar="NAME", help="precision of the text encoder (default: as --precision)"
+    )
+
+
 def thread_count(text: str) -> int:
     """Parse --threads: far more than there are make a run fail late, in words of onnxruntime."""
     count = int(text)

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fluxonnx.cli.flags import Flags, add_field, add_model, add_parser, add_verbosity, find_model, thread_count
+from fluxonnx.cli.flags import (
+    Flags,
+    add_field,
+    add_model,
+    add_parser,
+    add_text_encoder_precision,
+    add_verbosity,
+    find_model,
+    thread_count,
+)
 from fluxonnx.cli.progress import Progress, speaker
 from fluxonnx.runtime.fields import FIELDS
 
@@ -41,6 +50,7 @@ class Options:
         source: A picture to make again.
         dir: The model directory; None for the default.
         precision: None for that of the picture that is made again, else the default.
+        text_encoder_precision: Likewise, the default being the precision.
         provider: Likewise.
         threads: Threads per operator; None for one per core.
         low_memory: Whether to need less memory and more time.
@@ -53,6 +63,7 @@ class Options:
     source: Path | None
     dir: str | None
     precision: str | None
+    text_encoder_precision: str | None
     provider: str | None
     threads: int | None
     low_memory: bool
@@ -93,6 +104,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     model = parser.add_argument_group("model")
     add_model(model, "$FLUXONNX_MODEL, else ./model, else the bundled demo model, which draws coloured shapes")
     model.add_argument("--precision", metavar="NAME", help="bf16 (default), fp32, fp16, int8, int4, or auto")
+    add_text_encoder_precision(model)
     model.add_argument(
         "--provider",
         metavar="NAME",
@@ -150,6 +162,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         source=arguments.source,
         dir=arguments.dir,
         precision=arguments.precision,
+        text_encoder_precision=arguments.text_encoder_precision,
         provider=arguments.provider,
         threads=arguments.threads,
         low_memory=arguments.low_memory,
@@ -172,13 +185,14 @@ def generate(options: Options) -> None:
     jobs = plan(options.wanted, source)
     model = find_model(options.dir, say)
     checkpoint = open_checkpoint(model)
-    build = choose_build(options.precision, options.provider, source, checkpoint.name)
+    build = choose_build(options.precision, options.text_encoder_precision, options.provider, source, checkpoint.name)
     check_jobs(jobs, checkpoint, options.cache_dir)
     start = time.perf_counter()
     with Progress(options.quiet) as bar:
         flux = api.load(
             model,
             precision=build.precision,
+            text_encoder_precision=build.text_encoder_precision,
             provider=build.provider,
             flavour=build.flavour,
             threads=options.threads,

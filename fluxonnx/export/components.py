@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.checkpoint.safetensors import Tensor
-from fluxonnx.contract import COMPONENT_CLASSES, Architecture, graph_ports
+from fluxonnx.contract import COMPONENT_CLASSES, COMPONENTS, Architecture, graph_ports
 from fluxonnx.errors import CheckpointError, UsageError
 from fluxonnx.export import conditioning, text_encoder, transformer, vae
 from fluxonnx.export.balance import Coupling
@@ -54,6 +54,70 @@ def make_target(
         which = f"{chosen.name} {flavour}" if lowest > OPSETS[flavour][0] else flavour
         raise UsageError(f"opset {opset} is out of range: {which} graphs can be {allowed[0]} to {allowed[-1]}")
     return Target(chosen, flavour, opset)
+
+
+def select(components: Sequence[str] | None) -> list[str]:
+    """Return the components to export, in order.
+
+    Raises:
+        UsageError: One of them does not exist.
+    """
+    for name in components or ():
+        if name not in COMPONENTS:
+            raise UsageError(f"component {name!r} is unknown: choose from {', '.join(COMPONENTS)}")
+    return [name for name in COMPONENTS if not components or name in components]
+
+
+def make_passes(
+    precision: str | Precision,
+    text_encoder_precision: str | None,
+    names: list[str],
+    flavour: str,
+    opset: int | None,
+    *,
+    keep: str | None = None,
+    block: int | None = None,
+    rotate: bool = False,
+) -> list[tuple[Target, list[str]]]:
+    """Validate the options, and return the graphs to export for each build.
+
+    Args:
+        precision: See `exporter.export`.
+        text_encoder_precision: Likewise.
+        names: The graphs that are wanted.
+        flavour: Likewise.
+        opset: Likewise.
+        keep: Likewise. This and the others apply to the build that has them, and to both if both have.
+        block: Likewise.
+        rotate: Likewise.
+
+    Raises:
+        UsageError: As `make_target`.
+    """
+    first = precision if isinstance(precision, str) else precision.name
+    second = text_encoder_precision or first
+    if second == first:
+        return [(make_target(precision, flavour, opset, keep, block, rotate), names)]
+
+    def settings(name: str, other: str) -> tuple[str | None, int | None, bool]:
+        """Leave out what the other build has and this one has not."""
+
+        def foreign(*having: str) -> bool:
+            return name not in having and other in having
+
+        return (
+            None if foreign("int8", "int4") else keep,
+            None if foreign("int4") else block,
+            rotate and not foreign("int8"),
+        )
+
+    encoder = make_target(second, flavour, opset, *settings(second, first))
+    rest = make_target(precision, flavour, opset, *settings(first, second))
+    passes = [
+        (encoder, [name for name in names if name == "text_encoder"]),
+        (rest, [name for name in names if name != "text_encoder"]),
+    ]
+    return [item for item in passes if item[1]]
 
 
 def read_architecture(checkpoint: Checkpoint, out_layers: tuple[int, ...] | None) -> Architecture:

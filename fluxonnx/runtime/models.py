@@ -34,6 +34,7 @@ class Models:
         build: Build,
         options: SessionOptions,
         *,
+        encoder: Build | None = None,
         resident: Callable[[Sequence[Span]], bool] = resident,
         read_ahead: Callable[[Sequence[Span], int], object] = read_ahead,
         prefault: Callable[[Sequence[Span], int], Prefault] = Prefault,
@@ -44,6 +45,7 @@ class Models:
             root: The model directory.
             build: One of its builds.
             options: How graphs are run.
+            encoder: The build whose text encoder is used; None for the same build.
             resident: Tells whether weights are in memory; this and the others are parameters for tests.
             read_ahead: Has weights read in the background.
             prefault: Touches weights in the background.
@@ -51,23 +53,31 @@ class Models:
         Raises:
             CheckpointError: A graph of the build was never exported.
         """
-        missing = [name for name in COMPONENTS if name not in build.components]
-        if missing:
+        self._builds = {name: encoder if encoder and name == "text_encoder" else build for name in COMPONENTS}
+        missing = [(name, part) for name, part in self._builds.items() if name not in part.components]
+        for name, part in missing:
             raise CheckpointError(
-                f"{root} lacks the {missing[0]} graph: run fluxonnx export -d {root} --precision {build.precision} "
-                f"--flavour {build.flavour}"
+                f"{root} lacks the {name} graph: run fluxonnx export -d {root} --precision {part.precision} "
+                f"--flavour {part.flavour}"
             )
-        self._root, self._build, self._options = root, build, options
+        self._root, self._options = root, options
         self._engine = options.engine or onnxruntime_engine
         self._resident, self._read_ahead, self._prefault = resident, read_ahead, prefault
         self._kept: dict[str, Runner] = {}
         self._transformer_is_new = False
 
+    def builds(self) -> dict[str, str]:
+        """Return the names of the builds, as a picture stores them."""
+        encoder, build = self._builds["text_encoder"], self._builds["transformer"]
+        mixed = {"text_encoder_precision": encoder.precision} if encoder is not build else {}
+        return {"precision": build.precision, "flavour": build.flavour, **mixed}
+
     def _load(self, component: str) -> Runner:
-        found = self._build.components[component]
+        build = self._builds[component]
+        found = build.components[component]
         # Another process may export the build again while this one uses it.
         with unchanged({self._root / name: digest for name, digest in found.files.items()}):
-            return self._engine(self._root / found.graph, component, self._build, self._options)
+            return self._engine(self._root / found.graph, component, build, self._options)
 
     def _run(self, component: str, runner: Runner, /, **inputs: np.ndarray) -> list[np.ndarray]:
         outputs = runner.run(**inputs)
@@ -143,7 +153,7 @@ class Models:
         A build that points into the checkpoint's files has no weights of its own, and needs only a part of those. Of
         the text encoder's table of embeddings, only the rows of `input_ids` are needed.
         """
-        files = self._build.components[component]
+        files = self._builds[component].components[component]
         spans = [whole_file(self._root / files.graph)]
         for name in files.weights:
             if input_ids is None:
