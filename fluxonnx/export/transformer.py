@@ -151,7 +151,7 @@ class Modulation:
     shift: str
     scale: str
     gate: str
-    one: str
+    one: np.ndarray
 
 
 def build(g: ModelBuilder, c: TransformerConfig, ports: Ports) -> None:
@@ -186,7 +186,7 @@ def transformer(
     with g.scope("norm_out"):
         # scale comes first here, unlike in the modulations (AdaLayerNormContinuous, diffusers normalization.py)
         scale, shift = per_token(g, ops.linear_chunks(g, temb, "linear", c.dim, c.dim, count=2))
-        image = ops.modulate(g, ops.layer_norm(g, image, c.dim, c.eps), scale, shift, g.constant(1.0))
+        image = ops.modulate(g, ops.layer_norm(g, image, c.dim, c.eps), scale, shift)
     return ops.linear(g, image, "proj_out", c.dim, c.out_channels)
 
 
