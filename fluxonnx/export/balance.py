@@ -65,11 +65,16 @@ class Reader:
 
 @dataclass(frozen=True)
 class Coupling:
-    """Channels that all `writers` make, each for other tokens, and all `readers` read."""
+    """Channels that all `writers` make and all `readers` read.
+
+    `size` returns the channels' magnitudes, float64 [count] in any unit, where these are better known than from the
+    writers' rows; NaN for what can't be known.
+    """
 
     count: int
     writers: tuple[Writer, ...]
     readers: tuple[Reader, ...]
+    size: Callable[[Mapping[str, Tensor]], np.ndarray] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -151,7 +156,10 @@ def _factors(tensors: Mapping[str, Tensor], coupling: Coupling, activations: boo
         Their expected magnitudes, float64 [count], and what each is to be divided by where it is made: powers of two,
         float32 [count].
     """
-    made = np.max([_made_size(tensors, writer, coupling.count) for writer in coupling.writers], axis=0)
+    if coupling.size:
+        made = _relative(coupling.size(tensors))
+    else:
+        made = np.max([_made_size(tensors, writer, coupling.count) for writer in coupling.writers], axis=0)
     read = np.max([_read_size(tensors, reader, coupling.count) for reader in coupling.readers], axis=0)
     with np.errstate(all="ignore"):
         factor = np.sqrt(made / read) if activations else 1 / read

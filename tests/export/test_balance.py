@@ -14,11 +14,13 @@ from safetensors.numpy import load_file, save_file
 from fluxonnx.checkpoint.config import Config
 from fluxonnx.checkpoint.manifest import read_manifest
 from fluxonnx.checkpoint.safetensors import Scaling, Tensor, read_header
+from fluxonnx.contract import open_checkpoint
 from fluxonnx.export import export, text_encoder, transformer
 from fluxonnx.export.balance import Coupling, Reader, Writer, balanced
 from fluxonnx.export.initializers import float_rows, scaled
 from fluxonnx.export.precisions import Int4, Int8, Precision, Quantised, rounding
 from tests.support import Case, relative_error, run_graph
+from tools.outliers import inject
 
 CASE = Case("odd-heads", "fp32")
 WEIGHTS = {
@@ -139,10 +141,10 @@ def couplings_of(root: Path, component: str) -> list[Coupling]:
 
 
 def with_outliers(root: Path, component: str, factor: float) -> None:
-    """Multiply two channels of every coupling, and divide what reads them."""
+    """Multiply two channels of every coupling, and divide what reads them; not where a 1 is added."""
     rng = np.random.default_rng(0)
     values = load_file(root / WEIGHTS[component])
-    for coupling in couplings_of(root, component):
+    for coupling in (coupling for coupling in couplings_of(root, component) if coupling.size is None):
         channels = rng.choice(coupling.count, 2, replace=False)
         for writer in coupling.writers:
             for name in filter(None, (writer.weight, writer.bias)):
@@ -179,6 +181,32 @@ def test_outliers_cost_nothing(checkpoints, tmp_path, component, precision):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("flavour", ["ort", "portable"])
+def test_outliers_of_a_modulation_cost_nothing(checkpoints, tmp_path, flavour):
+    """Shifts and scales that are 256 times as large; the 1 beside the scale follows them."""
+    case, errors = checkpoints.get(CASE), []
+    for factor in (1, 256):
+        root = inject(case, tmp_path / f"{factor}", ["modulation"], scale=factor, components=["transformer"])
+        export(root, precision="fp32", components=["transformer"])
+        export(root, precision="int8", flavour=flavour, components=["transformer"])
+        found = run_graph(root, "transformer", "int8", flavour)
+        errors.append(relative_error(found, run_graph(root, "transformer", "fp32")))
+    assert errors[1] < 1.2 * errors[0], errors
+
+
+def test_magnitudes_of_a_modulation(checkpoints):
+    """One for each channel; unknown where the timestep's weights are missing, which the builder reports."""
+    found = open_checkpoint(checkpoints.get(CASE)).tensors("transformer")
+    (coupling, *_) = [c for c in couplings_of(checkpoints.get(CASE), "transformer") if c.size]
+    assert coupling.size is not None
+    size = coupling.size(found)
+    assert size.shape == (96,)
+    assert np.isfinite(size).all()
+    without = {name: tensor for name, tensor in found.items() if "time_guidance" not in name}
+    assert np.isnan(coupling.size(without)).all()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("component", WEIGHTS)
 @pytest.mark.parametrize("keep", ["[qk]_proj|to_out", "v_proj|to_v|linear_in|to_qkv", "."])
 def test_kept_layers_are_scaled_with_the_others(checkpoints, tmp_path, component, keep):
@@ -197,19 +225,22 @@ def test_layers_above_the_threshold_are_kept(copy_of):
     assert component.kept == []
     assert len(component.errors) == 21
     assert 0.003 < min(component.errors.values()) <= max(component.errors.values()) < 0.02
-    worst, error = max(component.errors.items(), key=lambda item: item[1])
+    # errors are recorded with four digits
+    highest, second, *_ = sorted(set(component.errors.values()), reverse=True)
+    worst = [name for name, error in component.errors.items() if error == highest]
 
-    class Stricter(Int8):
-        most_error = error - 1e-6
+    class Strict(Int8):
+        most_error = (highest + second) / 2
 
-    with pytest.warns(UserWarning, match=rf"text_encoder: {worst} would be more than .*int8, and so stays as in"):
-        export(root, precision=Stricter(), components=["text_encoder"], force=True)
+    with pytest.warns(UserWarning, match=rf"text_encoder: {worst[0]}.* would be more than .*int8, and so stays? as in"):
+        export(root, precision=Strict(), components=["text_encoder"], force=True)
     component = read_manifest(root).builds["int8"].components["text_encoder"]
-    assert component.kept == [worst]
+    assert component.kept == worst
     (file,) = component.weights
     stored = read_header(root / file)
-    assert stored[f"{worst}.weight"].dtype == "F32"
-    assert sum(tensor.dtype == "I8" for tensor in stored.values()) == 20
+    assert all(stored[f"{name}.weight"].dtype == "F32" for name in worst)
+    assert sum(tensor.dtype == "I8" for tensor in stored.values()) == 21 - len(worst)
+    assert np.isfinite(run_graph(root, "text_encoder", "int8")).all()
 
 
 @pytest.mark.parametrize("precision", [Int8(saturating=False), Int8(saturating=True), Int8(rotate=True), Int4()])

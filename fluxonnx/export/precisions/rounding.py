@@ -11,7 +11,7 @@ from fluxonnx.errors import CheckpointError
 from fluxonnx.export.initializers import ROWS, float_rows
 
 # Rows of a matrix, and rows of activations, on which an error is measured.
-ROW_SAMPLES, ACTIVATION_SAMPLES = 64, 8
+ROW_SAMPLES, ACTIVATION_SAMPLES = 16, 8
 # The scale of a row or block of zeros.
 TINY = np.float32(1e-30)
 # float16 ends at 65504; half of that leaves room for the rounding of weights, activations and sums.
