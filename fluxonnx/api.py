@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 DEMO_MODEL = "tiny-klein"
 AUTO = "auto"
+# The graph that may be of another build, and the others.
+ENCODER = "text_encoder"
+WITHOUT_ENCODER = tuple(name for name in COMPONENTS if name != ENCODER)
 
 # Exports in a row after which a build should be up to date: one more than with the settings of another machine.
 MOST_EXPORTS = 3
@@ -114,6 +117,7 @@ def load(
     path: str | Path | None = None,
     *,
     precision: str | None = None,
+    text_encoder_precision: str | None = None,
     provider: str | None = None,
     flavour: str | None = None,
     threads: int | None = None,
@@ -133,6 +137,8 @@ def load(
         precision: "bf16" (weights as the checkpoint has them), "fp32", "fp16", "int8", "int4", or "auto" for what suits
             this machine; by default bf16 on the CPU and what suits other providers. In a directory that holds only a
             self-contained build, it is that build's.
+        text_encoder_precision: The precision of the text encoder, by default as `precision`: the text encoder of one
+            build is used beside the other graphs of another.
         provider: The execution provider, by onnxruntime's names without their ending, such as "cuda" or "coreml"; by
             default "cpu", or what "auto" chooses.
         flavour: "ort" or "portable"; by default the one that suits the provider.
@@ -170,19 +176,31 @@ def load(
                     on_choice(choice)
         precision = precision or default_precision(checkpoint, options.provider)
         flavour = flavour or traits(options.provider).flavour
-        manifest = _up_to_date(checkpoint, precision, flavour, on_export)
         cache = Path(cache_dir) if cache_dir else None
-        return Flux(checkpoint, manifest, manifest.builds[build_name(precision, flavour)], options, cache)
+        name = build_name(precision, flavour)
+        text_encoder_precision = text_encoder_precision or _other_encoder(checkpoint, name)
+        if text_encoder_precision in (None, precision):
+            manifest = _up_to_date(checkpoint, precision, flavour, on_export)
+            return Flux(checkpoint, manifest, manifest.builds[name], options, cache)
+        # First, because it is the smaller part of what may be wrong.
+        _up_to_date(checkpoint, text_encoder_precision, flavour, on_export, [ENCODER])
+        manifest = _up_to_date(checkpoint, precision, flavour, on_export, WITHOUT_ENCODER)
+        encoder = manifest.builds[build_name(text_encoder_precision, flavour)]
+        return Flux(checkpoint, manifest, manifest.builds[name], options, cache, encoder)
     except OSError as error:
         raise CheckpointError(f"{error.filename or model} can't be read: {error.strerror or error}") from None
 
 
 def _up_to_date(
-    checkpoint: Checkpoint, precision: str, flavour: str, on_export: Callable[[Path], None] | None
+    checkpoint: Checkpoint,
+    precision: str,
+    flavour: str,
+    on_export: Callable[[Path], None] | None,
+    parts: Sequence[str] = tuple(COMPONENTS),
 ) -> Manifest:
-    """Return the manifest with a build in which nothing is missing or out of date, after exporting that."""
+    """Return the manifest with a build of whose parts none is missing or out of date, after exporting those."""
     name, root = build_name(precision, flavour), checkpoint.root
-    manifest, missing = _to_export(checkpoint, name)
+    manifest, missing = _to_export(checkpoint, name, parts)
     if not missing:
         return manifest
     if on_export:
@@ -191,7 +209,7 @@ def _up_to_date(
         # Another process may have exported it meanwhile. Some settings depend on the machine: on another one the build
         # starts anew.
         for _ in range(MOST_EXPORTS):
-            manifest, missing = _to_export(checkpoint, name)
+            manifest, missing = _to_export(checkpoint, name, parts)
             if not missing:
                 return manifest
             _export(root, manifest, precision, flavour, missing)
@@ -218,17 +236,36 @@ def _only_build(checkpoint: Checkpoint, flavour: str | None, preferred: str) -> 
         return None
     root, layers = checkpoint.root, manifest.text_encoder_out_layers
     damaged = None
-    for build in sorted(manifest.builds.values(), key=lambda build: build.flavour != preferred):
+    for name, build in sorted(manifest.builds.items(), key=lambda item: item[1].flavour != preferred):
         if flavour in (None, build.flavour):
-            if not any(_unusable(root, build.components.get(part), part, layers) for part in COMPONENTS):
+            parts = WITHOUT_ENCODER if _other_encoder(checkpoint, name) else COMPONENTS
+            if not any(_unusable(root, build.components.get(part), part, layers) for part in parts):
                 return build
             if build.components and all(component.self_contained for component in build.components.values()):
                 damaged = damaged or build
     return damaged
 
 
-def _to_export(checkpoint: Checkpoint, name: str) -> tuple[Manifest, list[str]]:
-    """Return the manifest, and the components of a build that have to be exported.
+def _other_encoder(checkpoint: Checkpoint, name: str) -> str | None:
+    """Return the precision of another build whose text encoder belongs to a build that has none; None if there is none.
+
+    A self-contained copy of such a pair of builds lacks the weights that one of them was made from.
+    """
+    manifest = read_manifest(checkpoint.root)
+    build = manifest.builds.get(name) if manifest else None
+    if manifest is None or build is None or ENCODER in build.components:
+        return None
+    if all(map(checkpoint.has_weights, (ENCODER, "transformer"))):
+        return None
+    root, layers = checkpoint.root, manifest.text_encoder_out_layers
+    for other in manifest.builds.values():
+        if other.flavour == build.flavour and not _unusable(root, other.components.get(ENCODER), ENCODER, layers):
+            return other.precision
+    return None
+
+
+def _to_export(checkpoint: Checkpoint, name: str, parts: Sequence[str]) -> tuple[Manifest, list[str]]:
+    """Return the manifest, and those of some components of a build that have to be exported.
 
     They are missing or damaged, of other weights or configs, or of an older format.
 
@@ -242,7 +279,7 @@ def _to_export(checkpoint: Checkpoint, name: str) -> tuple[Manifest, list[str]]:
     build = manifest.builds.get(name)
     known = build.components if build else {}
     layers = manifest.text_encoder_out_layers
-    stale = [p for p in COMPONENTS if p not in known or not is_current(root, known[p], GRAPH_FORMAT, layers)]
+    stale = [p for p in parts if p not in known or not is_current(root, known[p], GRAPH_FORMAT, layers)]
     if build is None:
         return manifest, stale
     reasons = {part: reason for part in stale if (reason := _not_exportable(checkpoint, build, part))}

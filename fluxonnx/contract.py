@@ -35,7 +35,7 @@ COMPONENTS = {
 }
 
 # Counts up when an exported graph or weight file changes: builds of another format are exported anew.
-GRAPH_FORMAT = 1
+GRAPH_FORMAT = 2
 # Builds from this format on can still be run, which matters where their checkpoint is no longer there.
 OLDEST_RUNNABLE_FORMAT = 0
 

@@ -25,6 +25,7 @@ EXPORT_LAYERS = [
     "panels",
     "primitives",
     "graph",
+    "balance",
     "initializers",
 ]
 LEAVES = {"errors", "version", "machine"}

@@ -61,6 +61,9 @@ class Component:
         files: `content_digest` of the graph and of each of `weights`; none in manifests of older versions.
         configs: `config_digest` of the config files that it was made from; none in manifests of older versions.
         out_layers: Of the text encoder: the hidden states in prompt_embeds.
+        errors: Of layers whose weights are rounded: the relative error of a product with normal activations, estimated
+            from the weights.
+        kept: Those of these layers that stay as in the checkpoint, because their error would be too large.
         unfinished: Whether it is being exported again, or was when that was interrupted; then it can't be used.
     """
 
@@ -77,6 +80,8 @@ class Component:
     files: dict[str, str] = field(default_factory=dict)
     configs: dict[str, str] = field(default_factory=dict)
     out_layers: list[int] | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
     unfinished: bool = False
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import itertools
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Tensor:
         quantisation: How its integers encode weights; None for floats.
         whole: The tensor that this one is a slice of; None for a tensor of the file.
         first_row: The row of `whole` at which the slice starts.
+        scaling: What its values are multiplied by before they are used; None for nothing.
     """
 
     name: str
@@ -70,9 +71,13 @@ class Tensor:
     quantisation: Quantisation | None = None
     whole: Tensor | None = None
     first_row: int = 0
+    scaling: Scaling | None = None
 
     def array(self) -> np.ndarray:
-        """Map the tensor's bytes, read-only and, unless `swapped`, without copying, as an array of `shape`."""
+        """Map the tensor's bytes, read-only and, unless `swapped`, without copying, as an array of `shape`.
+
+        Neither `quantisation` nor `scaling` is applied.
+        """
         if self.dtype not in DTYPES:
             raise CheckpointError(
                 f"{self.file}: {self.name} has dtype {shown(self.dtype)}, expected one of {', '.join(DTYPES)}"
@@ -103,6 +108,7 @@ class Tensor:
                     nbytes=(end - start) * row,
                     swapped=False,
                     quantisation=quantisations[i],
+                    scaling=self.scaling.slice(start, end) if self.scaling else None,
                     whole=self.whole or self,
                     first_row=self.first_row + start,
                 )
@@ -128,6 +134,18 @@ class Quantisation:
         """Return the quantisation of each block of rows."""
         scales = self.scale.split(sizes) if math.prod(self.scale.shape) > 1 else [self.scale] * len(sizes)
         return [replace(self, scale=scale) for scale in scales]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Powers of two that a tensor's values are multiplied by: float32, one per row (entry) and one per column."""
+
+    rows: np.ndarray | None = field(default=None, compare=False)
+    columns: np.ndarray | None = field(default=None, compare=False)
+
+    def slice(self, start: int, end: int) -> Scaling:
+        """Return the scaling of some rows."""
+        return replace(self, rows=None if self.rows is None else self.rows[start:end])
 
 
 def read_header(path: Path) -> dict[str, Tensor]:

@@ -6,7 +6,17 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fluxonnx.cli.flags import add_field, add_model, add_parser, add_quiet, find_model, path_name, thread_count, typed
+from fluxonnx.cli.flags import (
+    add_field,
+    add_model,
+    add_parser,
+    add_quiet,
+    add_text_encoder_precision,
+    find_model,
+    path_name,
+    thread_count,
+    typed,
+)
 from fluxonnx.cli.messages import show
 from fluxonnx.cli.progress import speaker
 from fluxonnx.errors import FluxonnxError
@@ -19,6 +29,7 @@ class Options:
     dir: str | None
     size: list[str]
     precision: list[str]
+    text_encoder_precision: str | None
     threads: list[int]
     provider: list[str]
     steps: int | None
@@ -70,6 +81,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     varied.add_argument(
         "--provider", nargs="+", action="extend", default=[], metavar="NAME", help="cpu (default), cuda, coreml, ..."
     )
+    add_text_encoder_precision(parser)
     add_field(parser, "steps")
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="default: always the same prompt")
     parser.add_argument(
@@ -105,6 +117,7 @@ def bench(options: Options) -> None:
         export=options.export,
         profile=options.profile,
         low_memory=options.low_memory,
+        text_encoder_precision=options.text_encoder_precision,
     )
     if options.prompt is not None:
         plan = replace(plan, prompt=options.prompt)

@@ -6,7 +6,16 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from fluxonnx.cli.flags import add_field, add_model, add_parser, add_quiet, find_model, path_name, typed
+from fluxonnx.cli.flags import (
+    add_field,
+    add_model,
+    add_parser,
+    add_quiet,
+    add_text_encoder_precision,
+    find_model,
+    path_name,
+    typed,
+)
 from fluxonnx.cli.messages import show
 from fluxonnx.cli.progress import speaker
 
@@ -17,6 +26,7 @@ class Options:
 
     dir: str | None
     precision: list[str]
+    text_encoder_precision: str | None
     prompt: list[str] | None
     width: int | None
     height: int | None
@@ -38,6 +48,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     )
     add_model(parser)
     parser.add_argument("--precision", nargs="+", default=["int8", "int4"], metavar="NAME", help="default: int8 int4")
+    add_text_encoder_precision(parser)
     parser.add_argument(
         "-p", "--prompt", action="append", metavar="TEXT", help="can be repeated (default: always the same two)"
     )
@@ -76,6 +87,7 @@ def compare(options: Options) -> None:
         width=options.width,
         height=options.height,
         steps=options.steps,
+        text_encoder_precision=options.text_encoder_precision,
     )
     report = quality.run(plan, say)
     page.save(report, options.output)

@@ -7,7 +7,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fluxonnx.cli.flags import add_parser, add_verbosity, not_empty, path_name, typed
+from fluxonnx.cli.flags import (
+    add_parser,
+    add_text_encoder_precision,
+    add_verbosity,
+    not_empty,
+    path_name,
+    typed,
+)
 from fluxonnx.cli.progress import Progress, phase_line, speaker
 
 
@@ -19,6 +26,7 @@ class Options:
     output: str | None
     transformer: Path | None
     precision: str | None
+    text_encoder_precision: str | None
     keep: str | None
     rotate: bool
     block: int | None
@@ -66,6 +74,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         "quantised; auto: whatever suits this machine. Builds of fp16, int8 and int4 need no other files (default: "
         "bf16, or int8 if the weights are int8 already)",
     )
+    add_text_encoder_precision(parser)
     parser.add_argument(
         "--keep",
         metavar="REGEX",
@@ -123,6 +132,7 @@ def export(options: Options) -> None:
             options.output,
             transformer=options.transformer,
             precision=precision,
+            text_encoder_precision=options.text_encoder_precision,
             keep=options.keep,
             block=options.block,
             rotate=options.rotate,

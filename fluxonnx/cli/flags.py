@@ -70,6 +70,13 @@ def path_name(text: str) -> Path:
     return Path(not_empty(text))
 
 
+def add_text_encoder_precision(flags: Flags) -> None:
+    """Add --text-encoder-precision."""
+    flags.add_argument(
+        "--text-encoder-precision", metavar="NAME", help="precision of the text encoder (default: as --precision)"
+    )
+
+
 def thread_count(text: str) -> int:
     """Parse --threads: far more than there are make a run fail late, in words of onnxruntime."""
     count = int(text)

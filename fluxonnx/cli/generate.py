@@ -14,6 +14,7 @@ from fluxonnx.cli.flags import (
     add_field,
     add_model,
     add_parser,
+    add_text_encoder_precision,
     add_verbosity,
     find_model,
     path_name,
@@ -50,6 +51,7 @@ class Options:
         source: A picture to make again.
         dir: The model directory; None for the default.
         precision: None for that of the picture that is made again, else the default.
+        text_encoder_precision: Likewise, the default being the precision.
         provider: Likewise.
         threads: Threads per operator; None for one per core that this process may use.
         low_memory: Whether to need less memory and more time.
@@ -62,6 +64,7 @@ class Options:
     source: Path | None
     dir: str | None
     precision: str | None
+    text_encoder_precision: str | None
     provider: str | None
     threads: int | None
     low_memory: bool
@@ -102,6 +105,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     model = parser.add_argument_group("model")
     add_model(model, "$FLUXONNX_MODEL, else ./model, else the bundled demo model, which draws coloured shapes")
     model.add_argument("--precision", metavar="NAME", help="bf16 (default), fp32, fp16, int8, int4, or auto")
+    add_text_encoder_precision(model)
     model.add_argument(
         "--provider",
         metavar="NAME",
@@ -161,6 +165,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         source=arguments.source,
         dir=arguments.dir,
         precision=arguments.precision,
+        text_encoder_precision=arguments.text_encoder_precision,
         provider=arguments.provider,
         threads=arguments.threads,
         low_memory=arguments.low_memory,
@@ -183,13 +188,14 @@ def generate(options: Options) -> None:
     jobs = plan(options.wanted, source)
     model = find_model(options.dir, say)
     checkpoint = open_checkpoint(model)
-    build = choose_build(options.precision, options.provider, source, checkpoint.name)
+    build = choose_build(options.precision, options.text_encoder_precision, options.provider, source, checkpoint.name)
     check_jobs(jobs, checkpoint, options.cache_dir)
     start = time.perf_counter()
     with Progress(options.quiet) as bar:
         flux = api.load(
             model,
             precision=build.precision,
+            text_encoder_precision=build.text_encoder_precision,
             provider=build.provider,
             flavour=build.flavour,
             threads=options.threads,

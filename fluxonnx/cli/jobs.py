@@ -82,6 +82,7 @@ class BuildChoice:
     """The build that a picture was made with or that flags name; None where neither says."""
 
     precision: str | None
+    text_encoder_precision: str | None
     provider: str | None
     flavour: str | None
 
@@ -131,17 +132,20 @@ def located(where: str) -> Iterator[None]:
         raise UsageError(f"{where}: {error}") if where else error from None
 
 
-def choose_build(precision: str | None, provider: str | None, source: Source | None, model: str) -> BuildChoice:
+def choose_build(
+    precision: str | None, text_encoder_precision: str | None, provider: str | None, source: Source | None, model: str
+) -> BuildChoice:
     """Choose the build that flags name, else the one that the picture to make again was made with.
 
     Args:
         precision: The flag's.
+        text_encoder_precision: The flag's.
         provider: The flag's.
         source: The picture to make again.
         model: The name of the model; a warning tells if the picture was made with another one.
     """
     if source is None:
-        return BuildChoice(precision, provider, None)
+        return BuildChoice(precision, text_encoder_precision, provider, None)
     known = source.values
     if known.get("model", model) != model:
         warnings.warn(f"{source.path} was made with {known['model']}, not with {model}", stacklevel=2)
@@ -154,7 +158,8 @@ def choose_build(precision: str | None, provider: str | None, source: Source | N
             )
             provider = CPU
     flavour = known.get("flavour") if (provider or CPU) == known.get("provider", CPU) else None
-    return BuildChoice(precision or known.get("precision"), provider, flavour)
+    text_encoder_precision = text_encoder_precision or known.get("text_encoder_precision")
+    return BuildChoice(precision or known.get("precision"), text_encoder_precision, provider, flavour)
 
 
 def _job(wanted: Wanted, known: Values, source: Path | None, numbered: bool, load: Load, where: str = "") -> Job:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.checkpoint.safetensors import Tensor
-from fluxonnx.contract import COMPONENT_CLASSES, Architecture, graph_ports
+from fluxonnx.contract import COMPONENT_CLASSES, COMPONENTS, Architecture, graph_ports
 from fluxonnx.errors import CheckpointError, UsageError
 from fluxonnx.export import conditioning, text_encoder, transformer, vae
+from fluxonnx.export.balance import Coupling
 from fluxonnx.export.graph import Graph
 from fluxonnx.export.ops import ModelBuilder
 from fluxonnx.export.precisions import Precision, make_precision
@@ -55,6 +56,70 @@ def make_target(
     return Target(chosen, flavour, opset)
 
 
+def select(components: Sequence[str] | None) -> list[str]:
+    """Return the components to export, in order.
+
+    Raises:
+        UsageError: One of them does not exist.
+    """
+    for name in components or ():
+        if name not in COMPONENTS:
+            raise UsageError(f"component {name!r} is unknown: choose from {', '.join(COMPONENTS)}")
+    return [name for name in COMPONENTS if not components or name in components]
+
+
+def make_passes(
+    precision: str | Precision,
+    text_encoder_precision: str | None,
+    names: list[str],
+    flavour: str,
+    opset: int | None,
+    *,
+    keep: str | None = None,
+    block: int | None = None,
+    rotate: bool = False,
+) -> list[tuple[Target, list[str]]]:
+    """Validate the options, and return the graphs to export for each build.
+
+    Args:
+        precision: See `exporter.export`.
+        text_encoder_precision: Likewise.
+        names: The graphs that are wanted.
+        flavour: Likewise.
+        opset: Likewise.
+        keep: Likewise. This and the others apply to the build that has them, and to both if both have.
+        block: Likewise.
+        rotate: Likewise.
+
+    Raises:
+        UsageError: As `make_target`.
+    """
+    first = precision if isinstance(precision, str) else precision.name
+    second = text_encoder_precision or first
+    if second == first:
+        return [(make_target(precision, flavour, opset, keep, block, rotate), names)]
+
+    def settings(name: str, other: str) -> tuple[str | None, int | None, bool]:
+        """Leave out what the other build has and this one has not."""
+
+        def foreign(*having: str) -> bool:
+            return name not in having and other in having
+
+        return (
+            None if foreign("int8", "int4") else keep,
+            None if foreign("int4") else block,
+            rotate and not foreign("int8"),
+        )
+
+    encoder = make_target(second, flavour, opset, *settings(second, first))
+    rest = make_target(precision, flavour, opset, *settings(first, second))
+    passes = [
+        (encoder, [name for name in names if name == "text_encoder"]),
+        (rest, [name for name in names if name != "text_encoder"]),
+    ]
+    return [item for item in passes if item[1]]
+
+
 def read_architecture(checkpoint: Checkpoint, out_layers: tuple[int, ...] | None) -> Architecture:
     """Read the config files of all parts.
 
@@ -93,9 +158,16 @@ def build_graph(
     Raises:
         CheckpointError: A tensor is missing, left over, or of the wrong shape.
     """
-    g = ModelBuilder(component, target.precision, target.flavour, target.opset, tensors)
-    ports = graph_ports(component, sizes)
+    couplings: list[Coupling] = []
     unused: tuple[str, ...] = ()
+    if component == "transformer":
+        couplings = transformer.couplings(sizes.transformer)
+    elif component == "text_encoder":
+        couplings, unused = text_encoder.couplings(sizes.text_encoder), text_encoder.unused(sizes.text_encoder)
+    used = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
+    prepared = target.precision.prepared(used, couplings)
+    g = ModelBuilder(component, prepared.precision, target.flavour, target.opset, {**tensors, **prepared.tensors})
+    ports = graph_ports(component, sizes)
     if component == "conditioning":
         conditioning.build(g, sizes.transformer, ports)
         unused = ("",)  # it has no weights
@@ -103,7 +175,6 @@ def build_graph(
         transformer.build(g, sizes.transformer, ports)
     elif component == "text_encoder":
         text_encoder.build(g, sizes.text_encoder, ports)
-        unused = text_encoder.unused(sizes.text_encoder)
     elif component == "vae_encoder":
         vae.build_encoder(g, sizes.vae, ports)
         unused = vae.UNUSED_BY_ENCODER
@@ -118,4 +189,4 @@ def build_graph(
             "that config.json describes: config.json and weights do not belong together"
         )
     doc = f"{component} of {metadata['model']}, exported by fluxonnx {__version__}"
-    return g.finish(doc, dict(metadata))
+    return replace(g.finish(doc, dict(metadata)), errors=prepared.errors, kept=prepared.kept)

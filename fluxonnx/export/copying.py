@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,11 @@ from fluxonnx.export.weights import require_space
 from fluxonnx.files import atomic_write
 
 
-def prepare_copy(checkpoint: Checkpoint, output: Path, with_weights: bool) -> list[Path]:
+def prepare_copy(checkpoint: Checkpoint, output: Path, weights_of: Collection[str]) -> list[Path]:
     """Make the folder for a copy, and return the files to copy.
 
-    Without weights only the configs and the tokenizer are copied, for a build that has weight files of its own.
+    Of the folders in `weights_of` that is everything; of others only configs and the tokenizer, for a build that has
+    weight files of its own.
 
     Raises:
         CheckpointError: A weight file is corrupt.
@@ -30,7 +31,9 @@ def prepare_copy(checkpoint: Checkpoint, output: Path, with_weights: bool) -> li
     if not output.parent.is_dir():
         raise ExportError(f"folder {output.parent} does not exist: create it, or choose another -o")
     files = [
-        file for file in checkpoint.files(COMPONENT_CLASSES) if with_weights or ".safetensors" not in file.suffixes
+        file
+        for file in checkpoint.files(COMPONENT_CLASSES)
+        if file.parent.name in weights_of or ".safetensors" not in file.suffixes
     ]
     for file in files:  # what can't be copied is refused before 16 GB are
         if file.suffix == ".safetensors":

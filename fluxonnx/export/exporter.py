@@ -30,9 +30,9 @@ from fluxonnx.checkpoint.manifest import (
 from fluxonnx.checkpoint.reading import check_readable, exists
 from fluxonnx.checkpoint.safetensors import Tensor, fingerprint
 from fluxonnx.contract import COMPONENTS, GRAPH_FORMAT, Architecture, open_checkpoint
-from fluxonnx.errors import CheckpointError, ExportError, UsageError
+from fluxonnx.errors import CheckpointError, ExportError
 from fluxonnx.export import weights
-from fluxonnx.export.components import Target, build_graph, make_target, read_architecture
+from fluxonnx.export.components import Target, build_graph, make_passes, read_architecture, select
 from fluxonnx.export.copying import copy_model, prepare_copy
 from fluxonnx.export.graph import Graph
 from fluxonnx.export.precisions import Precision
@@ -41,6 +41,10 @@ from fluxonnx.version import __version__
 
 # progress(what, bytes done, total bytes)
 Progress = Callable[[str, int, int], None]
+
+
+# Layers that a message names.
+MOST_LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def export(
     *,
     transformer: str | Path | None = None,
     precision: str | Precision = "bf16",
+    text_encoder_precision: str | None = None,
     flavour: str = "ort",
     components: Sequence[str] | None = None,
     opset: int | None = None,
@@ -87,6 +92,8 @@ def export(
             converts them to half the size, and computes the products of the blocks and of the autoencoder in float16,
             for GPUs (on a CPU onnxruntime converts them to float32 when it loads them). "int8" and "int4" quantise the
             linears of the blocks. A `Precision` is used as it is.
+        text_encoder_precision: The precision of the text encoder, by default as `precision`. Its graph becomes part of
+            the build of that precision.
         flavour: "ort" for onnxruntime, with its fused operators; "portable" for any runtime.
         components: The graphs to export, by the names of their files; all by default.
         opset: The ai.onnx opset; by default 23 for ort and 17 for portable (21 with int4).
@@ -105,8 +112,9 @@ def export(
         CheckpointError: The checkpoint is incomplete, corrupt or of another kind.
         ExportError: The files can't be written, or exist and `force` is not given.
     """
-    target = make_target(precision, flavour, opset, keep, block, rotate)
-    names = select(components)
+    passes = make_passes(
+        precision, text_encoder_precision, select(components), flavour, opset, keep=keep, block=block, rotate=rotate
+    )
     say = progress or (lambda what, done, total: None)
     try:
         checkpoint = open_checkpoint(directory, transformer)
@@ -116,29 +124,26 @@ def export(
         if root.exists() and root.resolve() == checkpoint.root.resolve():
             root = checkpoint.root
         else:
-            copied = prepare_copy(checkpoint, root, not target.precision.self_contained)
+            copied = prepare_copy(checkpoint, root, _copied_weights(passes))
         with exclusive(root):
             origin = checkpoint.root
-            if copied is not None:
-                copy = copy_model(checkpoint, copied, root, say)
-                checkpoint = checkpoint if target.precision.self_contained else copy
-            manifest = _manifest(root, origin, force)
-            return _export_components(checkpoint, root, manifest, target, names, force, renew, say)
+            copy = checkpoint if copied is None else copy_model(checkpoint, copied, root, say)
+            reports = []
+            for target, names in passes:
+                source = checkpoint if target.precision.self_contained else copy
+                manifest = _manifest(root, origin, force)
+                reports += _export_components(source, root, manifest, target, names, force, renew, say)
+            return reports
     except OSError as error:
         place = error.filename2 or error.filename or directory
         raise ExportError(describe_os_error(error, place, "make a copy with fluxonnx export -d DIR -o COPY")) from error
 
 
-def select(components: Sequence[str] | None) -> list[str]:
-    """Return the components to export, in order.
-
-    Raises:
-        UsageError: One of them does not exist.
-    """
-    for name in components or ():
-        if name not in COMPONENTS:
-            raise UsageError(f"component {name!r} is unknown: choose from {', '.join(COMPONENTS)}")
-    return [name for name in COMPONENTS if not components or name in components]
+def _copied_weights(passes: Sequence[tuple[Target, Sequence[str]]]) -> set[str]:
+    """Return the folders whose weights a copy needs: all, but for those of graphs that have their own."""
+    if len(passes) == 1:
+        return set() if passes[0][0].precision.self_contained else set(COMPONENTS.values())
+    return {COMPONENTS[name] for target, names in passes for name in names if not target.precision.self_contained}
 
 
 def _export_components(
@@ -173,6 +178,13 @@ def _export_components(
     graphs = {component: _build_graph(checkpoint, root, component, sizes, target) for component in pending}
     if "transformer" in pending and (notice := unmarked(checkpoint.tensors("transformer"))):
         warnings.warn(notice, stacklevel=3)
+    for component, graph in graphs.items():
+        if graph.kept:
+            warnings.warn(
+                f"{component}: {_listed(graph.kept)} would be more than {target.precision.most_error:.0%} wrong in "
+                f"{precision}, and so stay{'s' if len(graph.kept) == 1 else ''} as in the checkpoint",
+                stacklevel=2,
+            )
     for component in pending:
         if not force and not (renew and recorded and component in recorded.components):
             metadata = _metadata(checkpoint, component, target, sizes)
@@ -202,6 +214,12 @@ def _export_components(
     if len(names) == len(COMPONENTS):
         _remove_leftovers(root)
     return reports
+
+
+def _listed(layers: list[str]) -> str:
+    """Return the names of a few layers, and how many more there are."""
+    more = f" and {len(layers) - MOST_LISTED} more" if len(layers) > MOST_LISTED else ""
+    return ", ".join(layers[:MOST_LISTED]) + more
 
 
 def _without_transformer(settings: dict[str, str]) -> dict[str, str]:
@@ -341,6 +359,8 @@ def _write_component(
         files={name: content_digest(root / name) for name in written},
         configs={config: config_digest(checkpoint.root / config)},
         out_layers=list(sizes.text_encoder.out_layers) if component == "text_encoder" else None,
+        errors=graph.errors,
+        kept=graph.kept,
     )
 
 

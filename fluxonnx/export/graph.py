@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, shape_inference
 from fluxonnx.checkpoint.safetensors import Tensor
 from fluxonnx.contract import Port
 from fluxonnx.errors import CheckpointError
-from fluxonnx.export.initializers import Encode, Entry, Part, StoredWeight, onnx_dtype
+from fluxonnx.export.initializers import Encode, Entry, Part, StoredWeight, onnx_dtype, scaled
 
 MICROSOFT = "com.microsoft"
 
@@ -30,12 +30,17 @@ T = TypeVar("T")
 
 @dataclass
 class Graph:
-    """A finished graph: the model without its weights, and where each weight comes from."""
+    """A finished graph: the model without its weights, and where each weight comes from.
+
+    `errors` and `kept` are those of `precisions.Prepared`.
+    """
 
     model: onnx.ModelProto
     weights: list[StoredWeight]
     used: set[str]
     parameters: int
+    errors: dict[str, float] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
 
 
 class GraphBuilder:
@@ -235,7 +240,9 @@ class GraphBuilder:
 
     def stored(self, tensor: Tensor, dtype: str, in_place: bool) -> str:
         """Return an initializer of `dtype` for `tensor`, whose bytes may stay `in_place` if they are of that dtype."""
-        if tensor.name not in self._weights:
+        if tensor.scaling:
+            self.encoded(tensor, [Part("", dtype, tensor.shape)], lambda source: [scaled(source)])
+        elif tensor.name not in self._weights:
             entry = self._entry(tensor.name, dtype, tensor.shape, onnx_dtype(dtype), tensor.shape)
             in_place = in_place and dtype == tensor.dtype and not tensor.swapped and not tensor.quantisation
             self._weights[tensor.name] = StoredWeight(tensor, [entry], None, in_place)

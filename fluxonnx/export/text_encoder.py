@@ -12,6 +12,7 @@ from fluxonnx.checkpoint.config import Config
 from fluxonnx.contract import MAX_SEQUENCE_LENGTH, OUT_LAYERS, Ports, TextEncoderConfig
 from fluxonnx.errors import CheckpointError
 from fluxonnx.export import ops
+from fluxonnx.export.balance import Coupling, Reader, Writer
 from fluxonnx.export.ops import ModelBuilder
 
 # cos and sin, f32 [positions, head_dim / 2]
@@ -76,6 +77,25 @@ def unused(c: TextEncoderConfig) -> tuple[str, ...]:
     """Return the name prefixes of the tensors that prompt_embeds do not depend on."""
     rest = tuple(f"model.layers.{i}." for i in range(max(c.out_layers), c.layers))
     return (*rest, "lm_head.weight", *(() if needs_final_norm(c) else ("model.norm.weight",)))
+
+
+def couplings(c: TextEncoderConfig) -> list[Coupling]:
+    """Return which channels lie between two layers and nothing else, so that they may be scaled."""
+    found, kv_dim = [], c.kv_heads * c.head_dim
+    for i in range(max(c.out_layers)):
+        layer = f"model.layers.{i}"
+        attn, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+        before, between = f"{layer}.input_layernorm.weight", f"{layer}.post_attention_layernorm.weight"
+        value = Writer(f"{attn}.v_proj.weight", gain=before, bias=f"{attn}.v_proj.bias" if c.bias else None)
+        up = Writer(f"{mlp}.up_proj.weight", gain=between, gate=(f"{mlp}.gate_proj.weight", 0))
+        out = Reader(f"{attn}.o_proj.weight", repeat=c.heads // c.kv_heads, head_dim=c.head_dim)
+        found += [
+            Coupling(c.hidden, (Writer(before),), tuple(Reader(f"{attn}.{kind}_proj.weight") for kind in "qkv")),
+            Coupling(c.hidden, (Writer(between),), tuple(Reader(f"{mlp}.{n}_proj.weight") for n in ("gate", "up"))),
+            Coupling(kv_dim, (value,), (out,)),
+            Coupling(c.intermediate, (up,), (Reader(f"{mlp}.down_proj.weight"),)),
+        ]
+    return found
 
 
 def build(g: ModelBuilder, c: TextEncoderConfig, ports: Ports) -> None:

@@ -5,16 +5,24 @@ Source: diffusers, models/transformers/transformer_flux2.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from fluxonnx.checkpoint.config import Config
 from fluxonnx.checkpoint.reading import shown
+from fluxonnx.checkpoint.safetensors import Tensor
 from fluxonnx.contract import Ports, TransformerConfig
 from fluxonnx.errors import CheckpointError
 from fluxonnx.export import ops
+from fluxonnx.export.balance import Coupling, Reader, Writer
+from fluxonnx.export.initializers import float_rows
 from fluxonnx.export.ops import ModelBuilder
+
+# Sigmas at which the magnitude of a modulation is measured.
+TIMESTEPS = np.linspace(0.05, 1, 8, dtype=np.float32)
 
 # Far beyond any model.
 MAX_HEAD_DIM = 4096
@@ -59,13 +67,91 @@ def read_config(config: Config) -> TransformerConfig:
     )
 
 
+def couplings(c: TransformerConfig) -> list[Coupling]:
+    """Return which channels lie between two layers and nothing else, so that they may be scaled."""
+    found = []
+    for i in range(c.double_layers):
+        block = f"transformer_blocks.{i}"
+        values = tuple(Writer(f"{block}.attn.{name}.weight") for name in ("to_v", "add_v_proj"))
+        readers = tuple(Reader(f"{block}.attn.{name}.weight") for name in ("to_out.0", "to_add_out"))
+        found.append(Coupling(c.dim, values, readers))
+        for name in ("ff", "ff_context"):
+            inside = f"{block}.{name}.linear_in.weight"
+            value = Writer(inside, start=c.mlp_dim, gate=(inside, 0))
+            found.append(Coupling(c.mlp_dim, (value,), (Reader(f"{block}.{name}.linear_out.weight"),)))
+    for i in range(c.single_layers):
+        inside, out = (f"single_transformer_blocks.{i}.attn.{name}.weight" for name in ("to_qkv_mlp_proj", "to_out"))
+        gate = 3 * c.dim
+        value = Writer(inside, start=gate + c.mlp_dim, gate=(inside, gate))
+        found += [
+            Coupling(c.dim, (Writer(inside, start=2 * c.dim),), (Reader(out),)),
+            Coupling(c.mlp_dim, (value,), (Reader(out, start=c.dim),)),
+        ]
+    double, single = (
+        [f"{name}.{i}" for i in range(count)]
+        for name, count in (("transformer_blocks", c.double_layers), ("single_transformer_blocks", c.single_layers))
+    )
+    qkv = ["attn.to_q", "attn.to_k", "attn.to_v"], ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"]
+    return [
+        *found,
+        *_modulated(c, "double_stream_modulation_img", double, qkv[0], ["ff.linear_in"]),
+        *_modulated(c, "double_stream_modulation_txt", double, qkv[1], ["ff_context.linear_in"]),
+        *_modulated(c, "single_stream_modulation", single, ["attn.to_qkv_mlp_proj"]),
+    ]
+
+
+def _modulated(c: TransformerConfig, name: str, blocks: Sequence[str], *sublayers: Sequence[str]) -> Iterator[Coupling]:
+    """Couple the shift and the scale of each set of a modulation with the layers that read the modulated norm.
+
+    All blocks share a modulation, so that each channel has one factor for all of them.
+    """
+    weight = f"{name}.linear.weight"
+    for i, layers in enumerate(sublayers):
+        shift, scale = (3 * i * c.dim, (3 * i + 1) * c.dim)
+        readers = tuple(Reader(f"{block}.{layer}.weight") for block in blocks for layer in layers)
+        writers = (Writer(weight, start=shift), Writer(weight, start=scale))
+        if readers:
+            yield Coupling(c.dim, writers, readers, partial(modulated_size, c, weight, shift, scale))
+
+
+def modulated_size(
+    c: TransformerConfig, weight: str, shift: int, scale: int, tensors: Mapping[str, Tensor]
+) -> np.ndarray:
+    """Return the magnitude of each channel of a modulated norm, float64 [dim].
+
+    Modulations depend on nothing but the timestep: they are computed for some of them. The norm is taken to be normal.
+    NaN where the weights of the embedding are not those that the config describes.
+    """
+    embedder = "time_guidance_embed.timestep_embedder"
+    shapes = {
+        f"{embedder}.linear_1.weight": (c.dim, c.timestep_channels),
+        f"{embedder}.linear_2.weight": (c.dim, c.dim),
+    }
+    if any(name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()):
+        return np.full(c.dim, np.nan)
+    half = c.timestep_channels // 2
+    # get_timestep_embedding, diffusers embeddings.py
+    angles = 1000 * TIMESTEPS[:, None] * np.exp(-np.log(10000) * np.arange(half) / half)
+    temb = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    with np.errstate(all="ignore"):
+        for name in shapes:
+            temb = temb @ float_rows(tensors[name]).T
+            temb = temb / (1 + np.exp(-temb))
+        shifts, scales = (temb @ float_rows(tensors[weight], n, n + c.dim).T for n in (shift, scale))
+        return np.sqrt(np.square(1 + scales).mean(0) + np.square(shifts).mean(0)).astype(np.float64)
+
+
 @dataclass(frozen=True)
 class Modulation:
-    """AdaLN of one sublayer: its input is (1 + scale) * norm(x) + shift, its output is multiplied by gate."""
+    """AdaLN of one sublayer: its input is (one + scale) * norm(x) + shift, its output is multiplied by gate.
+
+    `one` is 1, or scaled as `scale` and `shift` are.
+    """
 
     shift: str
     scale: str
     gate: str
+    one: np.ndarray
 
 
 def build(g: ModelBuilder, c: TransformerConfig, ports: Ports) -> None:
@@ -120,13 +206,15 @@ def modulation(g: ModelBuilder, c: TransformerConfig, name: str, temb: str, sets
     """Return the modulations of one stream, shared by all its blocks; `temb` [batch, dim] has been through silu."""
     with g.scope(name):
         parts = per_token(g, ops.linear_chunks(g, temb, "linear", c.dim, c.dim, count=3 * sets))
-    return [Modulation(*parts[3 * i : 3 * i + 3]) for i in range(sets)]
+        ones = ops.ones_beside(g, "linear", c.dim, c.dim, count=3 * sets)
+    # shift, scale and gate of each set; the one is beside the scale
+    return [Modulation(parts[i], parts[i + 1], parts[i + 2], ones[i + 1]) for i in range(0, 3 * sets, 3)]
 
 
 def modulated_norm(g: ModelBuilder, c: TransformerConfig, x: str, mod: Modulation, name: str) -> str:
     """Return (1 + scale) * layer_norm(x) + shift."""
     with g.scope(name):
-        return ops.modulate(g, ops.layer_norm(g, x, c.dim, c.eps), mod.scale, mod.shift)
+        return ops.modulate(g, ops.layer_norm(g, x, c.dim, c.eps), mod.scale, mod.shift, mod.one)
 
 
 def double_block(

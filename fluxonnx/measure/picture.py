@@ -27,14 +27,22 @@ SEED = 1
 PROMPT = "a lighthouse on a cliff at night, waves breaking below, long exposure photograph"
 
 
-def measure_export(model: str, precision: str, flavour: str) -> dict[str, Any]:
+def measure_export(
+    model: str, precision: str, flavour: str, text_encoder_precision: str | None = None
+) -> dict[str, Any]:
     """Write a build anew; returns seconds, bytes written and peak memory."""
     from fluxonnx.export import export
 
     start = time.perf_counter()
     with PeakMemory() as memory:
         memory.begin("export")
-        reports = export(model, precision=precision, flavour=flavour, force=True)
+        reports = export(
+            model,
+            precision=precision,
+            text_encoder_precision=text_encoder_precision,
+            flavour=flavour,
+            force=True,
+        )
         seconds = time.perf_counter() - start
         memory.begin("")
     written = sum(report.bytes_written for report in reports)

@@ -58,6 +58,7 @@ class Plan:
     export: bool = False
     profile: bool = False
     low_memory: bool = False
+    text_encoder_precision: str | None = None
 
 
 @dataclass
@@ -171,9 +172,16 @@ def prepare(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str, Any]]
         build: dict[str, Any] = {"precision": precision, "flavour": flavour}
         if plan.export:
             name = build_name(precision, flavour)
-            exports[name] = measure("export", model=str(plan.model), **build)
+            exports[name] = measure(
+                "export", model=str(plan.model), text_encoder_precision=plan.text_encoder_precision, **build
+            )
             say(f"export {name}: {exports[name]['seconds']:.2f} s")
-        with api.load(plan.model, **build, on_export=lambda root: say(f"Exporting {root} ...")) as flux:
+        with api.load(
+            plan.model,
+            **build,
+            text_encoder_precision=plan.text_encoder_precision,
+            on_export=lambda root: say(f"Exporting {root} ..."),
+        ) as flux:
             for configuration in plan.configurations:
                 width, height = configuration.width, configuration.height
                 flux.check(Request(prompt=plan.prompt, width=width, height=height, steps=plan.steps))
@@ -207,6 +215,7 @@ def _measure(plan: Plan, result: Result, run: str, say: Callable[[str], None]) -
         "prompt": plan.prompt,
         "steps": plan.steps,
         "low_memory": plan.low_memory,
+        "text_encoder_precision": plan.text_encoder_precision,
         **asdict(result.configuration),
     }
     try:
@@ -232,6 +241,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "steps": plan.steps or next(steps, None),
         "repeat": plan.repeat,
         "low_memory": plan.low_memory,
+        "text_encoder_precision": plan.text_encoder_precision,
         "exports": report.exports,
         "results": [
             {
@@ -263,6 +273,8 @@ def render(report: Report) -> str:
     parts = [f"{here['processor']}, {here['cores']} cores, onnxruntime {here['onnxruntime']}"]
     if report.plan.low_memory:
         parts[0] += ", with --low-memory"
+    if report.plan.text_encoder_precision:
+        parts[0] += f", text encoder in {report.plan.text_encoder_precision}"
     if report.exports:
         rows = [
             [build, number(export["seconds"]), *_gigabytes(export), f"{export['bytes_written'] / 1e6:.2f}"]

@@ -398,6 +398,7 @@ FIELDS = (
     Field(name="reference_sha256", kind=str, many=True, places=("picture",)),
     Field(name="model", kind=str, places=("picture",)),
     Field(name="precision", kind=str, places=("picture",)),
+    Field(name="text_encoder_precision", kind=str, places=("picture",)),
     Field(name="flavour", kind=str, places=("picture",)),
     Field(name="provider", kind=str, places=("picture",)),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ class Models:
         options: SessionOptions,
         sizes: Architecture | None = None,
         *,
+        encoder: Build | None = None,
         resident: Callable[[Sequence[Span]], bool] = resident,
         read_ahead: Callable[[Sequence[Span], int], object] = read_ahead,
         prefault: Callable[[Sequence[Span], int], Prefault] = Prefault,
@@ -49,6 +50,7 @@ class Models:
             build: One of its builds.
             options: How graphs are run.
             sizes: What the manifest says about the model, which has to be what its graphs say; None for no check.
+            encoder: The build whose text encoder is used; None for the same build.
             resident: Tells whether weights are in memory; this and the others are parameters for tests.
             read_ahead: Has weights read in the background.
             prefault: Touches weights in the background.
@@ -56,28 +58,36 @@ class Models:
         Raises:
             CheckpointError: A graph of the build was never exported, or is of a model of other sizes.
         """
-        missing = [name for name in COMPONENTS if name not in build.components]
-        if missing:
+        self._builds = {name: encoder if encoder and name == "text_encoder" else build for name in COMPONENTS}
+        missing = [(name, part) for name, part in self._builds.items() if name not in part.components]
+        for name, part in missing:
             raise CheckpointError(
-                f"{root} lacks the {missing[0]} graph: run fluxonnx export -d {root} --precision {build.precision} "
-                f"--flavour {build.flavour}"
+                f"{root} lacks the {name} graph: run fluxonnx export -d {root} --precision {part.precision} "
+                f"--flavour {part.flavour}"
             )
         if sizes is not None:
-            _check_sizes(root, build, sizes)
-        self._root, self._build, self._options = root, build, options
+            _check_sizes(root, self._builds, sizes)
+        self._root, self._options = root, options
         self._engine = options.engine or onnxruntime_engine
         self._resident, self._read_ahead, self._prefault = resident, read_ahead, prefault
         self._kept: dict[str, Runner] = {}
         self._transformer_is_new = False
 
+    def builds(self) -> dict[str, str]:
+        """Return the names of the builds, as a picture stores them."""
+        encoder, build = self._builds["text_encoder"], self._builds["transformer"]
+        mixed = {"text_encoder_precision": encoder.precision} if encoder is not build else {}
+        return {"precision": build.precision, "flavour": build.flavour, **mixed}
+
     def _load(self, component: str) -> Runner:
-        found = self._build.components[component]
+        build = self._builds[component]
+        found = build.components[component]
         # onnxruntime would only say "system error number 13"
         for name in (found.graph, *found.weights, *depended_on(found)):
             check_readable(self._root / name)
         # Another process may export the build again while this one uses it.
         with unchanged({self._root / name: digest for name, digest in found.files.items()}):
-            return self._engine(self._root / found.graph, component, self._build, self._options)
+            return self._engine(self._root / found.graph, component, build, self._options)
 
     def _run(self, component: str, runner: Runner, /, **inputs: np.ndarray) -> list[np.ndarray]:
         outputs = runner.run(**inputs)
@@ -153,7 +163,7 @@ class Models:
         A build that points into the checkpoint's files has no weights of its own, and needs only a part of those. Of
         the text encoder's table of embeddings, only the rows of `input_ids` are needed.
         """
-        files = self._build.components[component]
+        files = self._builds[component].components[component]
         spans = [whole_file(self._root / files.graph)]
         for name in files.weights:
             if input_ids is None:
@@ -163,9 +173,9 @@ class Models:
         return spans
 
 
-def _check_sizes(root: Path, build: Build, sizes: Architecture) -> None:
+def _check_sizes(root: Path, builds: Mapping[str, Build], sizes: Architecture) -> None:
     """Compare the manifest, from which the shapes of inputs are computed, with the graphs: of what both know."""
-    for name in COMPONENTS:
+    for name, build in builds.items():
         graph = build.components[name].graph
         expected = json.loads(sizes.component_json(name))
         for key, value in graph_architecture(root / graph).items():

@@ -73,6 +73,7 @@ class Flux:
         build: Build,
         options: SessionOptions | None = None,
         cache_dir: Path | None = None,
+        encoder: Build | None = None,
     ) -> None:
         """Open a build of a checkpoint; no graph is loaded until a picture needs it.
 
@@ -82,6 +83,7 @@ class Flux:
             build: One of the manifest's builds.
             options: How graphs are run.
             cache_dir: A folder for prompt embeddings, so that a known prompt never loads the text encoder.
+            encoder: The build whose text encoder is used; None for the same build.
         """
         options = options or SessionOptions()
         self.name = checkpoint.name
@@ -89,17 +91,18 @@ class Flux:
         self.text_encoder_out_layers = tuple(manifest.text_encoder_out_layers or ())
         self.watch = options.watch
         self.phases = Phases(self._phase_began)
-        self._build, self._options = build, options
+        self._options = options
         self._sizes = Architecture.from_json(manifest.architecture, checkpoint.root / FILE_NAME)
         self._unit = self._sizes.vae.scale_factor
-        self._models = Models(checkpoint.root, build, replace(options, watch=self._emit), self._sizes)
+        watched = replace(options, watch=self._emit)
+        self._models = Models(checkpoint.root, build, watched, self._sizes, encoder=encoder)
         # A run changes what is loaded. A thread waits for that of another, but not for itself: it may make a picture
         # inside a callback or between two steps of another picture.
         self._lock = threading.RLock()
         cache = None
         if cache_dir:
             engine = _name_of(options.engine) if options.engine else "onnxruntime"
-            identify = partial(encoder_identity, checkpoint.root, manifest, build, engine, options.provider)
+            identify = partial(encoder_identity, checkpoint.root, manifest, encoder or build, engine, options.provider)
             cache = PromptCache(cache_dir, identify, self._sizes.text_encoder.embedding_dim)
         self._prompts = Prompts(Tokenizer(checkpoint.root / "tokenizer"), self._models, cache)
         self._defaults = {**DEFAULTS, **manifest.defaults}
@@ -357,8 +360,7 @@ class Flux:
             **request.parameters(),
             "seed": seed,
             "model": self.name,
-            "precision": self._build.precision,
-            "flavour": self._build.flavour,
+            **self._models.builds(),
             "provider": self._options.provider,
             "version": __version__,
         }

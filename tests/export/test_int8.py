@@ -167,7 +167,10 @@ def test_convolutions_stay_floats_where_integers_overflow(copy):
 
 @pytest.mark.parametrize("flavour", ["ort", "portable"])
 def test_rotation_takes_outliers_out(checkpoints, tmp_path, flavour):
-    """A few channels of the text encoder's embeddings that are fifty times as large as the rest, as Qwen3 has them."""
+    """A few channels of the text encoder's norms that are fifty times as large as the rest, and no smaller weights.
+
+    Half of that is in the weights by then (see `export.balance`).
+    """
     root = Path(shutil.copytree(checkpoints.get(Case("odd-heads", "fp32")), tmp_path / "model"))
     path = root / "text_encoder/model.safetensors"
     tensors = load_file(path)
@@ -184,7 +187,7 @@ def test_rotation_takes_outliers_out(checkpoints, tmp_path, flavour):
         export(root, precision=precision, flavour=flavour, components=["text_encoder"], force=True)
         expected = run_graph(root, "text_encoder", "fp32")
         found.append(relative_error(run_graph(root, "text_encoder", "int8", flavour), expected))
-    assert found[1] < 0.6 * found[0]
+    assert found[1] < 0.85 * found[0]
 
 
 def test_linears_that_narrow_are_rotated(checkpoints, tmp_path):

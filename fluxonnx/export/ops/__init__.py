@@ -27,7 +27,7 @@ from fluxonnx.export.ops.linear import (
     qkv_and_gate,
     swiglu,
 )
-from fluxonnx.export.ops.norm import layer_norm, modulate, rms_norm, silu
+from fluxonnx.export.ops.norm import layer_norm, modulate, ones_beside, rms_norm, silu
 from fluxonnx.export.panels import Slices
 from fluxonnx.export.primitives import add, concat, mul, reshape, rows_from, size_of, split
 
@@ -50,6 +50,7 @@ __all__ = [
     "modulate",
     "mul",
     "norm_conv",
+    "ones_beside",
     "patchify",
     "qkv_and_gate",
     "real_tokens",

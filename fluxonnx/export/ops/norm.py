@@ -32,6 +32,19 @@ def layer_norm(g: GraphBuilder, x: str, dim: int, eps: float) -> str:
     return g.op("LayerNormalization", x, g.constant(np.ones(dim)), axis=-1, epsilon=eps)
 
 
-def modulate(g: GraphBuilder, x: str, scale: str, shift: str) -> str:
-    """Return (1 + scale) * x + shift; scale and shift are [batch, 1, dim]."""
-    return add(g, mul(g, add(g, scale, g.constant(1.0)), x), shift)
+def ones_beside(g: ModelBuilder, name: str, n_in: int, size: int, count: int) -> list[np.ndarray]:
+    """Return ones to add to each of `count` parts of the outputs of linear layer `name`, scaled as its rows are.
+
+    Each is float32 [] or [size].
+    """
+    one = np.ones((), np.float32)
+    with g.scope(name):
+        scaling = g.tensor("weight", (size * count, n_in)).scaling
+    if scaling is None or scaling.rows is None:
+        return [one] * count
+    return [rows if (rows != 1).any() else one for rows in np.split(scaling.rows, count)]
+
+
+def modulate(g: GraphBuilder, x: str, scale: str, shift: str, one: np.ndarray | float = 1.0) -> str:
+    """Return (one + scale) * x + shift; scale and shift are [batch, 1, dim], one is [] or [dim]."""
+    return add(g, mul(g, add(g, scale, g.constant(one)), x), shift)

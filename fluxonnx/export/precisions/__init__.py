@@ -6,14 +6,14 @@ A new precision is a file with a subclass of `Precision`, and an entry in `PRECI
 from __future__ import annotations
 
 from fluxonnx.errors import UsageError
-from fluxonnx.export.precisions.bf16 import Precision
+from fluxonnx.export.precisions.bf16 import Precision, Prepared
 from fluxonnx.export.precisions.fp16 import Float16
 from fluxonnx.export.precisions.fp32 import Float32
 from fluxonnx.export.precisions.int4 import Int4
 from fluxonnx.export.precisions.int8 import Int8
 from fluxonnx.export.precisions.quantised import Quantised
 
-__all__ = ["PRECISIONS", "Float16", "Float32", "Int4", "Int8", "Precision", "Quantised", "make_precision"]
+__all__ = ["PRECISIONS", "Float16", "Float32", "Int4", "Int8", "Precision", "Prepared", "Quantised", "make_precision"]
 
 PRECISIONS: dict[str, type[Precision]] = {cls.name: cls for cls in (Precision, Float32, Float16, Int8, Int4)}
 

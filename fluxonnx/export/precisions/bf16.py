@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from onnx import TensorProto
 
 from fluxonnx.checkpoint.safetensors import Tensor
 from fluxonnx.export import panels, primitives
+from fluxonnx.export.balance import Coupling
 from fluxonnx.export.graph import GraphBuilder
 from fluxonnx.export.panels import Columns
 
 # The module lists whose linears hold nearly all of the weights.
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.", "model.layers.")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a precision makes of a model's weights.
+
+    Attributes:
+        precision: Itself, with what it found out about these weights.
+        tensors: The weights to build the graph of.
+        errors: The relative error of a product that the rounding of this layer is expected to make, by its name.
+        kept: Those of these layers that are not rounded, because their error would be too large.
+    """
+
+    precision: Precision
+    tensors: dict[str, Tensor]
+    errors: dict[str, float] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
 
 
 class Precision:
@@ -32,6 +51,8 @@ class Precision:
     integers_as = "BF16"
     # Whether kernels of convolutions are float32 in the graph: then they may be sums of the checkpoint's kernels.
     sums_kernels = True
+    # The relative error of a product above which the weight of a layer is not rounded.
+    most_error = 1.0
 
     def settings(self) -> dict[str, str]:
         """Return what tells this build from others of the same name."""
@@ -44,6 +65,10 @@ class Precision:
     def file_label(self, flavour: str) -> str:
         """Return the label of the build's weight files; both flavours share files of the same bytes."""
         return self.name
+
+    def prepared(self, tensors: dict[str, Tensor], couplings: Sequence[Coupling]) -> Prepared:
+        """Look at all weights of a graph before it is built; `couplings` say which of them belong together."""
+        return Prepared(self, tensors)
 
     def stored_dtype(self, tensor: Tensor) -> str:
         """Return the safetensors dtype under which `tensor` is stored."""

@@ -22,6 +22,8 @@ class Int4(Quantised):
     """4-bit weights with a scale for each block of a row; embeddings are 8-bit rows with a scale each."""
 
     name = "int4"
+    rounds_activations = False
+    most_error = 0.2
 
     def __init__(self, keep: str | None = None, block: int = 64) -> None:
         """Choose the layers that are not quantised, and the number of weights that share a scale: 32, 64 or 128.
@@ -49,6 +51,10 @@ class Int4(Quantised):
     def quantises(self, tensor: Tensor) -> bool:
         """Whether the linear with this weight is quantised: its rows must consist of whole blocks."""
         return super().quantises(tensor) and tensor.shape[1] % self.block == 0
+
+    def error(self, tensor: Tensor, inputs: np.ndarray) -> float:
+        """Return the error of a product, as `Quantised.error` does."""
+        return rounding.int4_error(tensor, inputs, self.block)
 
     def product(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str | None) -> str:
         """Multiply by MatMulNBits, or by the weights after DequantizeLinear."""

@@ -62,6 +62,7 @@ class Int8(Quantised):
 
     name = "int8"
     takes_integers = True
+    most_error = 0.04
 
     def __init__(
         self, keep: str | None = None, rotate: bool = False, saturating: bool | None = None, tuning: Tuning = Tuning()
@@ -82,6 +83,8 @@ class Int8(Quantised):
         self.rotate, self.tuning = rotate, tuning
         self.saturating = not has_exact_int8_dot() if saturating is None else saturating
         self.levels = SATURATING_LEVELS if self.saturating else 127
+        # what the weights of a pair of inputs may add up to
+        self.limit = np.iinfo(np.int16).max // (2 * self.levels) if self.saturating else None
 
     def settings(self) -> dict[str, str]:
         """Return the layers that are kept, whether everything is rotated, and which products the integers are for."""
@@ -101,6 +104,10 @@ class Int8(Quantised):
             return self.tuning.rotation
         narrowing = self.tuning.narrowing_rotation
         return narrowing if n_in > n_out and n_in % narrowing == 0 else 0
+
+    def error(self, tensor: Tensor, inputs: np.ndarray) -> float:
+        """Return the error of a product, as `Quantised.error` does."""
+        return rounding.int8_error(tensor, inputs, self.levels, self.limit, self.rotation(tensor))
 
     def slices(self, width: int) -> list[int]:
         """Return slices of at most `panels_at_once` panels, as equal as possible."""
@@ -130,7 +137,7 @@ class Int8(Quantised):
         rows, row_scale = g.once(("int8", levels, tuple(xs)), lambda: _rounded(g, xs, levels))
 
         counts = [1 if unit is None else n // panels.panel_width(n, unit, self.tuning.panel_widths) for n in sizes]
-        unsigned = self._store(g, tensor, sizes, counts, levels, rotation)
+        unsigned = self._store(g, tensor, sizes, counts, rotation)
         suffixes = _suffixes(sizes)
         zero_points = [g.constant(levels, np.uint8), *([g.constant(128, np.uint8)] if unsigned else [])]
         biases = primitives.split(g, bias, sizes) if bias else [None] * len(sizes)
@@ -150,9 +157,7 @@ class Int8(Quantised):
             products.append(Columns(primitives.add(g, product, added) if added else product, size, count))
         return products
 
-    def _store(
-        self, g: GraphBuilder, tensor: Tensor, sizes: Sequence[int], counts: list[int], levels: int, rotation: int
-    ) -> bool:
+    def _store(self, g: GraphBuilder, tensor: Tensor, sizes: Sequence[int], counts: list[int], rotation: int) -> bool:
         """Store a weight as matrices of these sizes, each in its count of panels; returns whether it is unsigned."""
         unsigned = tensor.quantisation is not None and self.saturating
         n_in, parts = tensor.shape[1], []
@@ -162,13 +167,12 @@ class Int8(Quantised):
                 Part(suffix, "U8" if unsigned else "I8", (n_in, size) if count == 1 else (count, n_in, width)),
                 Part(f"{suffix}.scale", "F32", (size,) if count == 1 else (count, 1, width)),
             ]
-        limit = np.iinfo(np.int16).max // (2 * levels) if self.saturating else None
 
         def encode(source: Tensor) -> list[np.ndarray]:
             if source.quantisation:
                 columns, scales = rounding.given_columns(source, unsigned)
             else:
-                columns, scales = rounding.int8_columns(source, limit, rotation)
+                columns, scales = rounding.int8_columns(source, self.limit, rotation)
             ends = np.cumsum(sizes)[:-1]
             pairs = zip(np.split(columns, ends, axis=1), np.split(scales, ends), counts, strict=True)
             return [array for columns, scales, count in pairs for array in _in_panels(columns, scales, count)]

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
+
+import numpy as np
 
 from fluxonnx.checkpoint.safetensors import Tensor
 from fluxonnx.errors import UsageError
 from fluxonnx.export import panels, primitives
+from fluxonnx.export.balance import Coupling, balanced
 from fluxonnx.export.graph import GraphBuilder
 from fluxonnx.export.panels import Columns
-from fluxonnx.export.precisions.bf16 import BLOCKS, Precision
+from fluxonnx.export.precisions.bf16 import BLOCKS, Precision, Prepared
+from fluxonnx.machine import usable_cores
+
+FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 class Quantised(Precision):
@@ -20,6 +28,10 @@ class Quantised(Precision):
     """
 
     self_contained = True
+    # Whether activations are rounded to about as few bits as weights.
+    rounds_activations = True
+    # Names of weights whose error is above that.
+    measured: frozenset[str] = frozenset()
 
     def __init__(self, keep: str | None = None) -> None:
         """Choose the layers that are not quantised.
@@ -40,14 +52,35 @@ class Quantised(Precision):
         return {"keep": self.keep.pattern if self.keep else ""}
 
     def keeps(self, tensor: Tensor) -> bool:
-        """Whether the layer with this weight was asked to stay as the checkpoint has it."""
-        return bool(self.keep and self.keep.search((tensor.whole or tensor).name))
+        """Whether the layer with this weight was asked to stay as the checkpoint has it, or has to."""
+        name = (tensor.whole or tensor).name
+        return name in self.measured or bool(self.keep and self.keep.search(name))
 
     def quantises(self, tensor: Tensor) -> bool:
         """Whether the linear with this weight is quantised; a weight that already is stays so."""
         if tensor.quantisation:
             return True
         return tensor.name.startswith(BLOCKS) and not self.keeps(tensor)
+
+    def prepared(self, tensors: dict[str, Tensor], couplings: Sequence[Coupling]) -> Prepared:
+        """Scale channels that are outliers (see `export.balance`), and keep layers that are rounded too badly still."""
+        found, inputs = balanced(tensors, couplings, self.quantises, self.rounds_activations)
+        layers = [t for t in found.values() if len(t.shape) == 2 and t.dtype in FLOATS and self.quantises(t)]
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            measured = pool.map(lambda t: self.error(t, inputs.get(t.name, np.ones(t.shape[1]))), layers)
+            errors = {t.name: error for t, error in zip(layers, measured, strict=True) if np.isfinite(error)}
+        kept = [name for name, error in errors.items() if error > self.most_error]
+        chosen = copy(self)
+        chosen.measured = frozenset(kept)
+        named = {name.removesuffix(".weight"): round(error, 4) for name, error in errors.items()}
+        return Prepared(chosen, found, named, [name.removesuffix(".weight") for name in kept])
+
+    def error(self, tensor: Tensor, inputs: np.ndarray) -> float:
+        """Return the relative L2 error of a product with this weight, for normal activations of magnitudes `inputs`.
+
+        It is measured on some of the rows. NaN for a weight of zeros.
+        """
+        raise NotImplementedError
 
     def linear(
         self,
