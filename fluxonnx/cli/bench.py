@@ -68,7 +68,12 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         help="default: one per core",
     )
     varied.add_argument(
-        "--provider", nargs="+", action="extend", default=[], metavar="NAME", help="cpu (default), openblas, cuda, coreml, ..."
+        "--provider",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="cpu (default), openblas, cuda, coreml, ...",
     )
     add_field(parser, "steps")
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="default: always the same prompt")

@@ -73,9 +73,9 @@ class Call:
         """Return an array for a result: one of the inputs that has this shape and dies here, else a new one."""
         for i in inputs:
             value = self.inputs[i]
-            if i in self.dying and value.shape == shape and value.dtype == dtype:
-                if self.workers.arena.lies_alone(value):
-                    return value
+            fits = i in self.dying and value.shape == shape and value.dtype == dtype
+            if fits and self.workers.arena.lies_alone(value):
+                return value
         return self.empty(shape, dtype)
 
 

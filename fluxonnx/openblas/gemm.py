@@ -137,7 +137,7 @@ def _library_path(name: str) -> str:
     with suppress(ImportError, AttributeError, ValueError):
         package = importlib.import_module(name.replace("-", "_"))
         folder = Path(package.get_lib_dir())
-        found = sorted(file for file in folder.iterdir() if package.get_library() in file.name and ".a" != file.suffix)
+        found = sorted(file for file in folder.iterdir() if package.get_library() in file.name and file.suffix != ".a")
         if found:
             return str(found[0])
     found_name = ctypes.util.find_library(name.removeprefix("lib")) if os.sep not in name else None

@@ -54,9 +54,11 @@ class Graph:
             try:
                 found = plan(read(model), folder or model.parent)
             except FluxonnxError as error:
-                raise FluxonnxError(f"{model} can't be loaded: {error}" if str(model) not in str(error) else str(error)) from None
+                raise FluxonnxError(
+                    f"{model} can't be loaded: {error}" if str(model) not in str(error) else str(error)
+                ) from None
         self._workers = Workers(threads or usable_cores())
-        self._constants = dict(found.constants)
+        self.constants = dict(found.constants)
         self._timed = timed
         self.times: list[tuple[str, int, int]] = []  # (operator type, calls, microseconds)
         try:
@@ -71,17 +73,17 @@ class Graph:
         nodes = []
         for step in found.steps:
             node = step.node
-            ready = all(name in self._constants or not name for name in node.inputs)
+            ready = all(name in self.constants or not name for name in node.inputs)
             if ready and node.inputs and not set(node.outputs) & set(found.outputs):
-                values = [self._constants[name] if name else None for name in node.inputs]
+                values = [self.constants[name] if name else None for name in node.inputs]
                 if all(_size(value) <= FOLDED for value in values):
                     made = self._compute(Step(node, frozenset(), ()), values)
                     if all(isinstance(value, np.ndarray) and value.size <= FOLDED for value in made):
-                        self._constants.update(zip(node.outputs, map(np.array, made), strict=False))
+                        self.constants.update(zip(node.outputs, map(np.array, made), strict=False))
                         continue
             nodes.append(node)
         needed = {name for node in nodes for name in node.inputs} | set(found.outputs)
-        self._constants = {name: value for name, value in self._constants.items() if name in needed}
+        self.constants = {name: value for name, value in self.constants.items() if name in needed}
         return replace(found, steps=steps(nodes, found.outputs))
 
     def run(self, inputs: Mapping[str, Any]) -> list[np.ndarray]:
@@ -112,7 +114,7 @@ class Graph:
     def _value(self, name: str, values: Mapping[str, Any]) -> Any:
         if not name:
             return None
-        return values[name] if name in values else self._constants[name]
+        return values[name] if name in values else self.constants[name]
 
     def _compute(self, step: Step, inputs: list[Any]) -> tuple[Any, ...]:
         """Compute a node."""
@@ -140,7 +142,7 @@ class Graph:
     def close(self) -> None:
         """Free the memory, and end the threads."""
         self._workers.close()
-        self._constants = {}
+        self.constants = {}
 
 
 def _plain(value: Any) -> Any:
@@ -161,16 +163,17 @@ def _checked(found: Plan, inputs: Mapping[str, Any]) -> Mapping[str, np.ndarray]
     names = [value.name for value in found.inputs]
     if set(inputs) != set(names):
         raise FluxonnxError(f"the graph {found.name} takes {', '.join(names)}, but was given {', '.join(inputs)}")
-    sizes: dict[str, int] = {}
     arrays = {}
     for value in found.inputs:
         array = np.asarray(inputs[value.name])
         if array.dtype != value.dtype:
             raise FluxonnxError(f"the input {value.name} is {array.dtype}, but must be {value.dtype}")
         if value.shape is not None:
-            fits = len(value.shape) == array.ndim
-            for wanted, size in zip(value.shape, array.shape, strict=False):
-                fits &= wanted is None or size == (sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted)
+            # A size with a name may be 1 where others of that name are not: such an input is broadcast.
+            fits = len(value.shape) == array.ndim and all(
+                size == wanted or not isinstance(wanted, int)
+                for wanted, size in zip(value.shape, array.shape, strict=True)
+            )
             if not fits:
                 wanted_shape = ", ".join("?" if n is None else str(n) for n in value.shape)
                 raise FluxonnxError(f"the input {value.name} is {list(array.shape)}, but must be [{wanted_shape}]")

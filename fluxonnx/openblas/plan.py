@@ -19,8 +19,13 @@ from fluxonnx.openblas.weights import Files
 
 __all__ = ["Input", "Plan", "Step", "ops", "plan", "read"]
 
-# Softmax flattens its input before opset 13, and other operators take attributes where they take inputs now.
-OLDEST_OPSET = 13
+# Operators that meant something else in older opsets, or took attributes where they take inputs now. Before opset 7
+# operands were broadcast only if an attribute said so.
+OLDEST_OPSET = 6
+OLDEST = {
+    **dict.fromkeys(("Add", "And", "Div", "Equal", "Gemm", "Greater", "Less", "Mul", "Or", "Sub", "Xor"), 7),
+    **{"Max": 8, "Min": 8, "Slice": 10, "Resize": 11, "Pad": 11, "Softmax": 13},
+}
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,6 @@ def plan(model: onnx.ModelProto, folder: Path) -> Plan:
     opsets = {entry.domain.replace("ai.onnx", ""): entry.version for entry in model.opset_import}
     if model.functions:
         raise FluxonnxError(f"the graph {graph.name} has functions of its own, which are not supported")
-    if 0 < opsets.get("", OLDEST_OPSET) < OLDEST_OPSET:
-        raise FluxonnxError(f"the graph {graph.name} is of opset {opsets['']}; the oldest supported is {OLDEST_OPSET}")
     if graph.sparse_initializer:
         raise FluxonnxError(f"the graph {graph.name} has sparse constants, which are not supported")
     constants = {tensor.name: files.constant(tensor) for tensor in graph.initializer}
@@ -91,6 +94,12 @@ def plan(model: onnx.ModelProto, folder: Path) -> Plan:
     nodes = _with_attention(nodes, outputs)
     _check_order(nodes, {*constants, *(value.name for value in inputs)}, outputs)
     return Plan(graph.name, inputs, outputs, constants, steps(nodes, outputs))
+
+
+def unknown(model: onnx.ModelProto) -> list[str]:
+    """Return the operators of a graph that are not known here, as domain.type."""
+    types = {(node.domain.replace("ai.onnx", ""), node.op_type) for node in model.graph.node}
+    return sorted(f"{domain}.{type}".lstrip(".") for domain, type in types - OPERATORS.keys())
 
 
 def described(node: Node) -> str:
@@ -105,6 +114,11 @@ def _node(proto: onnx.NodeProto, opsets: Mapping[str, int], place: int) -> Node:
         what = f"{domain}.{proto.op_type}" if domain else proto.op_type
         raise FluxonnxError(
             f"the node {name} is a {what}, which the openblas provider does not know: use --provider cpu"
+        )
+    if not domain and opsets.get("", OLDEST_OPSET) < OLDEST.get(proto.op_type, OLDEST_OPSET):
+        raise FluxonnxError(
+            f"the node {name} is a {proto.op_type} of opset {opsets['']}; the oldest supported is "
+            f"{OLDEST.get(proto.op_type, OLDEST_OPSET)}"
         )
     return Node(
         name, proto.op_type, domain, opsets.get(domain, 1), tuple(proto.input), tuple(proto.output),
@@ -181,28 +195,25 @@ def _with_attention(nodes: list[Node], outputs: Iterable[str]) -> list[Node]:
     for softmax in nodes:
         if softmax.type != "Softmax" or softmax.attributes.get("axis", -1) not in (-1, 3):
             continue
-        inside = [softmax]
-        bias = None
-        before = only(softmax.inputs[0], "MatMul", "Cast", "Add")
-        if before is not None and before.type == "Add":
-            scores = next((name for name in before.inputs if only(name, "MatMul", "Cast")), "")
-            bias = next((name for name in before.inputs if name != scores), None)
-            inside.append(before)
-            before = only(scores, "MatMul", "Cast")
-        if before is not None and before.type == "Cast":
-            inside.append(before)
-            before = only(before.inputs[0], "MatMul")
-        after: Node | None = softmax
-        if readers[softmax.outputs[0]] == 1:
-            after = reader.get(softmax.outputs[0])
-        if after is not None and after.type == "Cast" and readers[after.outputs[0]] == 1:
+        inside, bias, value = [softmax], "", softmax.inputs[0]
+        if added := only(value, "Add"):
+            scores = next((name for name in added.inputs if only(name, "MatMul", "Cast")), None)
+            if scores is None:
+                continue
+            bias = next((name for name in added.inputs if name != scores), "")
+            inside, value = [*inside, added], scores
+        if cast := only(value, "Cast"):
+            inside, value = [*inside, cast], cast.inputs[0]
+        first, after = only(value, "MatMul"), softmax
+        narrowed = reader.get(softmax.outputs[0])
+        if narrowed is not None and narrowed.type == "Cast" and readers[softmax.outputs[0]] == 1:
+            after = narrowed
             inside.append(after)
-            after = reader.get(after.outputs[0])
-        if before is None or after is None or after.type != "MatMul" or after.inputs[0] != inside[-1 if inside[-1].outputs[0] == after.inputs[0] else 0].outputs[0]:
+        last = reader.get(after.outputs[0])
+        if first is None or last is None or readers[after.outputs[0]] != 1 or last.type != "MatMul":
             continue
-        q, k = before.inputs
-        inputs = (q, k, after.inputs[1], *([bias] if bias else []))
-        fused = replace(after, type="Attention", domain=FUSED, inputs=inputs)
-        replaced[after.outputs[0]] = fused
-        left_out.update(node.outputs[0] for node in (*inside, before))
+        if last.inputs[0] == after.outputs[0]:
+            inputs = (*first.inputs, last.inputs[1], *([bias] if bias else []))
+            replaced[last.outputs[0]] = replace(last, type="Attention", domain=FUSED, inputs=inputs)
+            left_out.update(node.outputs[0] for node in (*inside, first))
     return [replaced.get(node.outputs[0], node) for node in nodes if node.outputs[0] not in left_out]

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fluxonnx.errors import FluxonnxError
 
 # Packed two to a byte, in files as in the field raw_data.
-FOUR_BITS = {TensorProto.INT4: ml_dtypes.int4, TensorProto.UINT4: ml_dtypes.uint4}
+FOUR_BITS: dict[int, Any] = {TensorProto.INT4: ml_dtypes.int4, TensorProto.UINT4: ml_dtypes.uint4}
 NARROW = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 
 
@@ -113,7 +113,9 @@ class Files:
         location = entries.get("location", "")
         path = self._folder / location
         if not location or Path(location).is_absolute() or ".." in Path(location).parts:
-            raise FluxonnxError(f"the weights {tensor.name} are said to lie in {location!r}, outside the graph's folder")
+            raise FluxonnxError(
+                f"the weights {tensor.name} are said to lie in {location!r}, outside the graph's folder"
+            )
         try:
             if location not in self._mapped:
                 self._mapped[location] = np.memmap(path, np.uint8, "r")

@@ -90,6 +90,8 @@ def fused_attention(call: Call) -> np.ndarray:
     The result is laid out as [batch, rows, heads, width], which is what follows.
     """
     q, keys, v = call.inputs[:3]
+    if q.ndim != 4 or keys.ndim != 4 or v.ndim != 4:
+        raise Unsupported("attention is only computed by head, in 4 dimensions")
     out = call.empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), v.dtype).transpose(0, 2, 1, 3)
     attend(call, q, keys.transpose(0, 1, 3, 2), v, call.input(3), 1.0, out)
     return out

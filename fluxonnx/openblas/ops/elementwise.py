@@ -37,7 +37,8 @@ def pointwise(call: Call, compute: Callable[..., Any], *arrays: np.ndarray, dtyp
     out = call.result(shape, dtype, *range(len(arrays)))
 
     def piece(index: tuple[slice, ...]) -> None:
-        compute(*(part(array, index) for array in arrays), out=out[index])
+        place: Any = (*index, ...)  # of an array without axes, this is an array, too
+        compute(*(part(array, index) for array in arrays), out=out[place])
 
     call.workers.each(piece, call.workers.pieces(shape))
     return out
@@ -57,7 +58,7 @@ def _sigmoid(x: np.ndarray, out: np.ndarray) -> None:
     np.reciprocal(out, out=out)
 
 
-UNARY = {
+UNARY: dict[str, Callable[..., Any]] = {
     "Abs": np.abs,
     "Ceil": np.ceil,
     "Cos": np.cos,
@@ -73,9 +74,9 @@ UNARY = {
     "Sqrt": np.sqrt,
     "Tanh": np.tanh,
 }
-BINARY = {"Add": np.add, "Div": _divide, "Mul": np.multiply, "Sub": np.subtract}
+BINARY: dict[str, Callable[..., Any]] = {"Add": np.add, "Div": _divide, "Mul": np.multiply, "Sub": np.subtract}
 # Results are booleans.
-COMPARISONS = {
+COMPARISONS: dict[str, Callable[..., Any]] = {
     "And": np.logical_and,
     "Equal": np.equal,
     "Greater": np.greater,
@@ -206,7 +207,12 @@ def halve(x: np.ndarray, out: np.ndarray) -> None:
     out.view(np.uint16)[...] = rounded
 
 
-REDUCTIONS = {"ReduceMax": np.max, "ReduceMean": np.mean, "ReduceMin": np.min, "ReduceSum": np.sum}
+REDUCTIONS: dict[str, Callable[..., Any]] = {
+    "ReduceMax": np.max,
+    "ReduceMean": np.mean,
+    "ReduceMin": np.min,
+    "ReduceSum": np.sum,
+}
 
 
 @operator(*REDUCTIONS)

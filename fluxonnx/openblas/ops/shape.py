@@ -186,7 +186,7 @@ def gather(call: Call) -> np.ndarray:
 def pad(call: Call) -> np.ndarray:
     """Put a constant around an array."""
     x, pads, value = call.inputs[0], call.inputs[1], call.input(2)
-    if call.attribute("mode", b"constant") not in (b"constant", "constant"):
+    if _text(call.attribute("mode", "constant")) != "constant":
         raise Unsupported("Pad only puts constants around an array")
     axes = [int(axis) % x.ndim for axis in call.input(3)] if call.input(3) is not None else list(range(x.ndim))
     widths = dict(zip(axes, zip(pads[: len(axes)], pads[len(axes) :], strict=True), strict=True))
@@ -203,7 +203,7 @@ def depth_to_space(call: Call) -> np.ndarray:
     """Lay channels out as squares of pixels."""
     x, size = call.inputs[0], call.attribute("blocksize")
     batch, channels, height, width = x.shape
-    if call.attribute("mode", b"DCR") in (b"DCR", "DCR"):
+    if _text(call.attribute("mode", "DCR")) == "DCR":
         split = x.reshape(batch, size, size, -1, height, width).transpose(0, 3, 4, 1, 5, 2)
     else:
         split = x.reshape(batch, -1, size, size, height, width).transpose(0, 1, 4, 2, 5, 3)
@@ -215,7 +215,8 @@ def space_to_depth(call: Call) -> np.ndarray:
     """Lay squares of pixels out as channels."""
     x, size = call.inputs[0], call.attribute("blocksize")
     batch, channels, height, width = x.shape
-    split = x.reshape(batch, channels, height // size, size, width // size, size).transpose(0, 3, 5, 1, 2, 4)
+    order = (0, 3, 5, 1, 2, 4) if _text(call.attribute("mode", "DCR")) == "DCR" else (0, 1, 3, 5, 2, 4)
+    split = x.reshape(batch, channels, height // size, size, width // size, size).transpose(order)
     return moved(call, split, (batch, channels * size**2, height // size, width // size))
 
 
