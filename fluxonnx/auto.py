@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.machine import available_memory, has_exact_int8_dot
 from fluxonnx.runtime.memory import SMALL, int8_bytes
-from fluxonnx.runtime.providers import CPU, available, traits, works
+from fluxonnx.runtime.providers import CPU, OPENBLAS, available, traits, works
 
 # Providers that are chosen unasked where they work. Others may be slower than the CPU.
 FASTER_THAN_CPU = ("cuda",)
@@ -77,6 +77,8 @@ def choose_for(weights: int, quantised: bool, provider: str | None, here: Surrou
         return Choice("bf16", provider or CPU, reason)
     if provider is None:
         provider = next((name for name in FASTER_THAN_CPU if name in here.providers and here.works(name)), CPU)
+    if provider == OPENBLAS:
+        return Choice("bf16", provider, "BLAS multiplies in float32, so integers would be no faster")
     if precision := traits(provider).precision:
         return Choice(precision, provider, f"{provider} computes faster in 16 bits than in 32")
     needed = int8_bytes(weights)

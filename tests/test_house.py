@@ -12,7 +12,19 @@ PACKAGE = ROOT / "fluxonnx"
 
 # Each room may import from those behind it. `auto`, `machine` and the version belong to no layer but the lowest they
 # are used in.
-LAYERS = ["cli", "check", "measure", "api", "auto", ("export", "runtime"), "contract", "checkpoint", "files", "errors"]
+LAYERS = [
+    "cli",
+    "check",
+    "measure",
+    "api",
+    "auto",
+    ("export", "runtime"),
+    "openblas",
+    "contract",
+    "checkpoint",
+    "files",
+    "errors",
+]
 # Inside export: exporter -> models -> ops -> precisions -> panels -> primitives -> graph.
 EXPORT_LAYERS = [
     "exporter",

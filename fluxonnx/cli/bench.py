@@ -79,7 +79,12 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         help="default: one per core that this process may use",
     )
     varied.add_argument(
-        "--provider", nargs="+", action="extend", default=[], metavar="NAME", help="cpu (default), cuda, coreml, ..."
+        "--provider",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="cpu (default), openblas, cuda, coreml, ...",
     )
     add_text_encoder_precision(parser)
     add_field(parser, "steps")

@@ -109,7 +109,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     model.add_argument(
         "--provider",
         metavar="NAME",
-        help="execution provider: cpu (default), or another that the installed onnxruntime has, such as cuda or coreml",
+        help="execution provider: cpu (default), openblas, or another one of onnxruntime, such as cuda or coreml",
     )
     model.add_argument(
         "--threads", type=thread_count, metavar="N", help="default: one per core that this process may use"

@@ -15,7 +15,7 @@ from fluxonnx.errors import UsageError
 from fluxonnx.runtime.fields import FIELD, FIELDS
 from fluxonnx.runtime.metadata import read_values
 from fluxonnx.runtime.pipeline import random_seed
-from fluxonnx.runtime.providers import CPU, available
+from fluxonnx.runtime.providers import CPU, OPENBLAS, available
 from fluxonnx.runtime.request import Request
 from fluxonnx.runtime.saving import check_output_path
 
@@ -151,7 +151,7 @@ def choose_build(
         warnings.warn(f"{source.path} was made with {known['model']}, not with {model}", stacklevel=2)
     if not provider:
         provider = known.get("provider")
-        if provider and provider not in available():
+        if provider and provider not in (*available(), OPENBLAS):
             warnings.warn(
                 f"{source.path} was made on {provider}, which is not available: on the CPU it will differ a little",
                 stacklevel=2,

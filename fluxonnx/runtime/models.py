@@ -17,11 +17,11 @@ from fluxonnx.checkpoint.reading import check_readable, shown
 from fluxonnx.contract import COMPONENTS, EMBEDDING_TABLE, Architecture, text_ids
 from fluxonnx.errors import CheckpointError
 from fluxonnx.runtime.engine import Runner, SessionOptions
+from fluxonnx.runtime.engines import engine_for
 from fluxonnx.runtime.events import GraphRan
 from fluxonnx.runtime.prefault import Prefault, Span, read_ahead, resident, rows_and_rest, whole_file
 from fluxonnx.runtime.sampler import Velocity
 from fluxonnx.runtime.schedule import timestep
-from fluxonnx.runtime.session import onnxruntime_engine
 from fluxonnx.runtime.tiles import Tiling, in_tiles
 
 # graph(name=input, ...) -> outputs
@@ -68,7 +68,7 @@ class Models:
         if sizes is not None:
             _check_sizes(root, self._builds, sizes)
         self._root, self._options = root, options
-        self._engine = options.engine or onnxruntime_engine
+        self._engine = options.engine or engine_for(options.provider)
         self._resident, self._read_ahead, self._prefault = resident, read_ahead, prefault
         self._kept: dict[str, Runner] = {}
         self._transformer_is_new = False

@@ -1,6 +1,7 @@
 """Execution providers: the CPU, a GPU, or another runtime that onnxruntime hands graphs to.
 
-Their short names are onnxruntime's without the suffix: "cpu", "cuda", "coreml", "dml", "openvino", ...
+Their short names are onnxruntime's without the suffix: "cpu", "cuda", "coreml", "dml", "openvino", ... The provider
+"openblas" is none of onnxruntime's: graphs go to the package's own engine, `fluxonnx.openblas`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import json
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from fluxonnx.errors import FluxonnxError, UsageError
 from fluxonnx.runtime.library import SILENT, VARIABLE, library, log_severity
 
 CPU = "cpu"
+OPENBLAS = "openblas"
 SUFFIX = "ExecutionProvider"
 # Sends whole models to a web service, and computes nothing on this machine.
 REMOTE = "azure"
@@ -47,6 +50,7 @@ KNOWN = {
     # The default, an older format, supports neither float16 nor most of the operators.
     "coreml": Traits("onnxruntime", settings={"ModelFormat": "MLProgram"}),
     "openvino": Traits("onnxruntime-openvino", None),
+    OPENBLAS: Traits("fluxonnx[openblas]", None, "ort"),
     "webgpu": Traits("onnxruntime-webgpu", flavour="ort"),
 }
 
@@ -67,11 +71,16 @@ def _full_names(providers: list[str]) -> dict[str, str]:
 
 
 def check_provider(provider: str) -> None:
-    """Check that the installed onnxruntime has a provider.
+    """Check that the installed onnxruntime has a provider, or that our own engine has what it needs.
 
     Raises:
         UsageError: It does not; the message lists those that it has.
     """
+    if provider == OPENBLAS:
+        if find_spec("threadpoolctl") is None:
+            package = traits(provider).package
+            raise UsageError(f"provider {provider!r} needs threadpoolctl: run pip install '{package}', or choose cpu")
+        return
     if provider == CPU or provider in (names := available()):
         return
     package = traits(provider).package
