@@ -276,6 +276,16 @@ def _transformer_ports(sizes: Architecture) -> Ports:
     )
 
 
+def plain_symbol(dim: str) -> str:
+    """Return a dimension's name in portable graphs: `joint_seq` for text_seq + image_seq, `latent_width` for width/16.
+
+    Other runtimes take arithmetic in a name for a mistake, or for a sum of dimensions that they don't know.
+    """
+    if "+" in dim:
+        return "joint_seq"
+    return f"latent_{dim.partition('/')[0]}" if "/" in dim else dim
+
+
 def _latents(c: VaeConfig, doc: str) -> Port:
     shape = ("batch", c.patch_channels, f"height/{c.scale_factor}", f"width/{c.scale_factor}")
     return Port("latents", "F32", shape, doc)

@@ -18,7 +18,7 @@ import onnx
 from onnx import TensorProto, helper, shape_inference
 
 from fluxonnx.checkpoint.safetensors import Tensor
-from fluxonnx.contract import Port
+from fluxonnx.contract import Port, plain_symbol
 from fluxonnx.errors import CheckpointError
 from fluxonnx.export.initializers import Encode, Entry, Part, StoredWeight, onnx_dtype, scaled
 
@@ -112,18 +112,22 @@ class GraphBuilder:
 
     def input(self, port: Port) -> str:
         """Declare an input of the graph."""
-        info = helper.make_tensor_value_info(port.name, onnx_dtype(port.dtype), list(port.shape), port.doc)
+        info = self._value_info(port)
         self._inputs.append(info)
         self._types[port.name] = info.type
         return port.name
+
+    def _value_info(self, port: Port) -> onnx.ValueInfoProto:
+        """Describe an input or output; other runtimes take arithmetic in the name of a dimension for a mistake."""
+        shape = [dim if self.fused or isinstance(dim, int) else plain_symbol(dim) for dim in port.shape]
+        return helper.make_tensor_value_info(port.name, onnx_dtype(port.dtype), shape, port.doc)
 
     def output(self, port: Port, value: str) -> None:
         """Declare `value` an output of the graph."""
         assert self.dtype(value) == onnx_dtype(port.dtype), port
         with self.outside():
             self.op("Identity", value, output=port.name)
-        info = helper.make_tensor_value_info(port.name, onnx_dtype(port.dtype), list(port.shape), port.doc)
-        self._outputs.append(info)
+        self._outputs.append(self._value_info(port))
 
     def constant(self, value: Any, dtype: Any = np.float32) -> str:
         """Return a constant; equal constants are one initializer."""
@@ -306,7 +310,8 @@ class GraphBuilder:
         nodes = self._weight_nodes + self._nodes
         entries = [entry for weight in self._weights.values() for entry in weight.entries]
         inputs_and_outputs = {info.name for info in (*self._inputs, *self._outputs)}
-        produced = [name for node in nodes for name in node.output if name not in inputs_and_outputs]
+        # Other runtimes infer shapes in their own words, and refuse others'.
+        produced = [name for node in nodes for name in node.output if self.fused and name not in inputs_and_outputs]
         graph = helper.make_graph(
             nodes,
             self.name,

@@ -48,13 +48,16 @@ def panel_width(size: int, unit: int, widths: Sequence[int] = PANEL_WIDTHS) -> i
 
 
 def panel_unit(g: GraphBuilder, x: str, unit: int) -> int | None:
-    """Return the unit for `panel_width`; None for single rows [batch, n], which do not gain from panels."""
-    return unit if len(g.shape(x)) == 3 else None
+    """Return the unit for `panel_width`; None for no panels: single rows [batch, n] do not gain from them."""
+    return unit if len(g.shape(x)) == 3 and g.fused else None
 
 
 def rows_of(g: GraphBuilder, x: str, width: int) -> Columns:
-    """Return a sequence of `width` columns, [panels * batch, seq, width / panels] or [batch, width], as a matrix."""
-    if len(g.shape(x)) == 2:
+    """Return a sequence of `width` columns, [panels * batch, seq, width / panels] or [batch, width], as a matrix.
+
+    Portable graphs have no panels, and multiply sequences as they are: [batch, seq, width].
+    """
+    if len(g.shape(x)) == 2 or not g.fused:
         return Columns(x, width)
     panel = g.width(x)
     panels = width // panel
@@ -96,7 +99,7 @@ def _row_major(g: GraphBuilder, columns: Columns) -> str:
 
 
 def _sequence(g: GraphBuilder, product: str, width: int, panels: int, x: str, x_width: int) -> str:
-    if len(g.shape(x)) == 2:
+    if len(g.shape(x)) == 2 or not g.fused:
         return product
     batch, seq, panel = g.shape(x)[0], g.shape(x)[1], width // panels
 

@@ -24,6 +24,17 @@ def reshape(g: GraphBuilder, x: str, shape: Sequence[int]) -> str:
     return g.op("Reshape", x, g.constant(shape, np.int64))
 
 
+def product(g: GraphBuilder, x: str, weight: str, bias: str | None = None) -> str:
+    """Multiply `x` [..., in] by a float `weight` [out, in], and add `bias` [out].
+
+    Other runtimes plan sequences better as they are than flattened to rows, which Gemm asks for.
+    """
+    if g.fused:
+        return g.op("Gemm", x, weight, *([bias] if bias else []), transB=1)
+    value = g.op("MatMul", x, g.weight_op("Transpose", weight, perm=[1, 0]))
+    return add(g, value, bias) if bias else value
+
+
 def split(g: GraphBuilder, x: str, sizes: Sequence[int], axis: int = -1) -> list[str]:
     """Split along `axis` into values of the given sizes; a single one is `x` itself."""
     if len(sizes) == 1:

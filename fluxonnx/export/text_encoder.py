@@ -131,19 +131,19 @@ def rope_tables(c: TextEncoderConfig) -> RopeTable:
     return np.cos(angles), np.sin(angles)
 
 
-def decoder_layer(g: ModelBuilder, c: TextEncoderConfig, x: str, keys: str, bias: str, rope: RopeTable) -> str:
+def decoder_layer(g: ModelBuilder, c: TextEncoderConfig, x: str, keys: str | None, bias: str, rope: RopeTable) -> str:
     """[batch, seq, hidden] -> same."""
     normal = ops.rms_norm(g, x, "input_layernorm", c.hidden, c.eps)
     x = ops.add(g, x, self_attention(g, c, normal, keys, bias, rope))
     return ops.add(g, x, mlp(g, c, ops.rms_norm(g, x, "post_attention_layernorm", c.hidden, c.eps)))
 
 
-def self_attention(g: ModelBuilder, c: TextEncoderConfig, x: str, keys: str, bias: str, rope: RopeTable) -> str:
+def self_attention(g: ModelBuilder, c: TextEncoderConfig, x: str, keys: str | None, bias: str, rope: RopeTable) -> str:
     """Grouped-query attention over [batch, seq, hidden], of which only the first `keys` tokens are seen by any."""
     with g.scope("self_attn"):
         q_dim, kv_dim = c.heads * c.head_dim, c.kv_heads * c.head_dim
         q = ops.split_heads(g, ops.linear(g, x, "q_proj", c.hidden, q_dim, c.bias), c.head_dim)
-        seen = ops.rows_from(g, x, 0, keys, "keys")
+        seen = ops.first_tokens(g, x, keys)
         k = ops.split_heads(g, ops.linear(g, seen, "k_proj", c.hidden, kv_dim, c.bias), c.head_dim)
         v = ops.linear(g, seen, "v_proj", c.hidden, kv_dim, c.bias)
         q = ops.rope_halves(g, ops.rms_norm(g, q, "q_norm", c.head_dim, c.eps), *rope)

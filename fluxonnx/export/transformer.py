@@ -157,7 +157,7 @@ class Modulation:
 def build(g: ModelBuilder, c: TransformerConfig, ports: Ports) -> None:
     """Add the transformer to `g`."""
     image, text, timestep, cos, sin = (g.input(port) for port in ports.inputs)
-    g.output(ports.outputs[0], transformer(g, c, image, text, timestep, ops.rope_table(g, cos, sin)))
+    g.output(ports.outputs[0], transformer(g, c, image, text, timestep, ops.rope_table(g, cos, sin, text, image)))
 
 
 def transformer(

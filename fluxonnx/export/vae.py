@@ -62,7 +62,7 @@ def build_encoder(g: ModelBuilder, c: VaeConfig, ports: Ports) -> None:
     moments = 2 * c.latent_channels
     if c.quant_conv:
         x = ops.conv(g, x, "quant_conv", moments, moments, kernel=1)
-    mode, _log_variance = ops.split(g, x, [c.latent_channels] * 2, axis=1)
+    mode = ops.first_channels(g, x, c.latent_channels)  # the others are the log of the variance
     mean, std = batch_norm_statistics(g, c)
     patches = ops.patchify(g, mode, c.latent_channels)
     g.output(ports.outputs[0], g.op("Div", g.op("Sub", patches, mean), std))

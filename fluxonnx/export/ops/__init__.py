@@ -7,6 +7,7 @@ they win; the `portable` flavour only ai.onnx ones. The layout of columns and th
 from fluxonnx.export.ops.attention import (
     attention,
     causal_padding_bias,
+    first_tokens,
     merge_heads,
     real_tokens,
     repeat_heads,
@@ -17,7 +18,15 @@ from fluxonnx.export.ops.attention import (
     token_positions,
 )
 from fluxonnx.export.ops.builder import ModelBuilder
-from fluxonnx.export.ops.image import conv, group_norm, norm_conv, patchify, unpatchify, upsample_conv
+from fluxonnx.export.ops.image import (
+    conv,
+    first_channels,
+    group_norm,
+    norm_conv,
+    patchify,
+    unpatchify,
+    upsample_conv,
+)
 from fluxonnx.export.ops.linear import (
     embedding,
     feed_forward,
@@ -41,6 +50,8 @@ __all__ = [
     "conv",
     "embedding",
     "feed_forward",
+    "first_channels",
+    "first_tokens",
     "group_norm",
     "head_projections",
     "layer_norm",

@@ -9,28 +9,40 @@ from onnx import TensorProto, helper
 
 from fluxonnx.export.graph import MICROSOFT, GraphBuilder
 from fluxonnx.export.ops.builder import ModelBuilder
-from fluxonnx.export.primitives import add, mul, reshape, rows_from, size_of, split
+from fluxonnx.export.primitives import add, concat, mul, reshape, rows_from, size_of, split
 
 LOWEST_HALF = float(np.finfo(np.float16).min)
 
 
 def split_heads(g: GraphBuilder, x: str, head_dim: int) -> str:
     """[batch, seq, heads * head_dim] -> [batch, seq, heads, head_dim]."""
-    return reshape(g, x, [0, 0, g.width(x) // head_dim, head_dim])
+    # -1 instead of a second 0: some runtimes know only one.
+    return reshape(g, x, [0, 0 if g.fused else -1, g.width(x) // head_dim, head_dim])
 
 
 def merge_heads(g: GraphBuilder, x: str) -> str:
     """[batch, seq, heads, head_dim] -> [batch, seq, heads * head_dim]."""
     heads, head_dim = g.sizes(x, 2)
-    return reshape(g, x, [0, 0, heads * head_dim])
+    return reshape(g, x, [0, 0 if g.fused else -1, heads * head_dim])
 
 
-def rope_table(g: GraphBuilder, cos: str, sin: str) -> tuple[str, str]:
-    """Prepare interleaved cos and sin [seq, head_dim], each value twice in a row, for `rope_interleaved`."""
+def rope_table(g: GraphBuilder, cos: str, sin: str, text: str, image: str) -> tuple[str, str]:
+    """Prepare interleaved cos and sin [seq, head_dim], each value twice in a row, for `rope_interleaved`.
+
+    Args:
+        g: The graph.
+        cos: The cosines of the tokens of `text`, then of those of `image`.
+        sin: Likewise.
+        text: [batch, text_seq, any].
+        image: [batch, image_seq, any].
+    """
     if not g.fused:
+        # The cut changes nothing, but tells runtimes that plan with symbols that seq is text_seq + image_seq.
+        seq = g.op("Add", size_of(g, text, 1), size_of(g, image, 1))
+        tables = (rows_from(g, table, 0, seq, "joint_seq", axis=0) for table in (cos, sin))
         # [seq, 1, head_dim]: broadcasts over [batch, seq, heads, head_dim]
-        axis = g.constant([1], np.int64)
-        return g.op("Unsqueeze", cos, axis), g.op("Unsqueeze", sin, axis)
+        cos, sin = (g.op("Unsqueeze", table, g.constant([1], np.int64)) for table in tables)
+        return cos, sin
     start, end, axes, steps = (g.constant([n], np.int64) for n in (0, np.iinfo(np.int64).max, 1, 2))
     return g.op("Slice", cos, start, end, axes, steps), g.op("Slice", sin, start, end, axes, steps)
 
@@ -43,11 +55,8 @@ def rope_interleaved(g: GraphBuilder, x: str, table: tuple[str, str]) -> str:
     cos, sin = table
     if g.fused:
         return _rotary_embedding(g, x, cos, sin, interleaved=1)
-    heads, head_dim = g.sizes(x, 2)
-    pairs = g.op("Reshape", x, g.constant([0, 0, heads, head_dim // 2, 2], np.int64))
-    real, imaginary = split(g, pairs, [1, 1])
-    rotated = reshape(g, g.op("Concat", g.op("Neg", imaginary), real, axis=-1), [0, 0, heads, head_dim])
-    return merge_heads(g, add(g, mul(g, x, cos), mul(g, rotated, sin)))
+    turn = np.kron(np.eye(g.width(x) // 2), [[0, 1], [-1, 0]])  # (a, b) -> (-b, a)
+    return _rotated(g, x, turn, cos, sin)
 
 
 def rope_halves(g: GraphBuilder, x: str, cos: np.ndarray, sin: np.ndarray) -> str:
@@ -63,15 +72,21 @@ def rope_halves(g: GraphBuilder, x: str, cos: np.ndarray, sin: np.ndarray) -> st
     """
     if g.fused:
         return _rotary_embedding(g, x, g.constant(cos), g.constant(sin), interleaved=0)
-    half = g.width(x) // 2
     # [positions, 1, head_dim], cut to [seq, 1, head_dim]
     tables = [g.constant(np.concatenate([table, table], axis=-1)[:, None, :]) for table in (cos, sin)]
     end = size_of(g, x, 1)
     symbol = str(g.shape(x)[1])
     cos_rows, sin_rows = (rows_from(g, table, 0, end, symbol, axis=0) for table in tables)
-    first, second = split(g, x, [half, half])
-    rotated = g.op("Concat", g.op("Neg", second), first, axis=-1)
-    return merge_heads(g, add(g, mul(g, x, cos_rows), mul(g, rotated, sin_rows)))
+    turn = np.kron([[0, 1], [-1, 0]], np.eye(g.width(x) // 2))
+    return _rotated(g, x, turn, cos_rows, sin_rows)
+
+
+def _rotated(g: GraphBuilder, x: str, turn: np.ndarray, cos: str, sin: str) -> str:
+    """Return x * cos + (x @ turn) * sin, heads merged; `turn` moves each value to its partner's place, exactly.
+
+    All runtimes have a product; taking pairs apart needs five dimensions, which some don't have.
+    """
+    return merge_heads(g, add(g, mul(g, x, cos), mul(g, g.op("MatMul", x, g.constant(turn)), sin)))
 
 
 def _rotary_embedding(g: GraphBuilder, x: str, cos: str, sin: str, interleaved: int) -> str:
@@ -95,6 +110,9 @@ def repeat_heads(g: GraphBuilder, x: str, kv_heads: int, times: int, head_dim: i
     """Repeat each key or value head: [batch, seq, kv_heads * head_dim] -> [batch, seq, kv_heads * times * head_dim]."""
     if times == 1:
         return x
+    if not g.fused:  # at most three dimensions
+        heads = split(g, x, [head_dim] * kv_heads)
+        return concat(g, *(head for head in heads for _ in range(times)), axis=-1)
     grouped = reshape(g, x, [0, 0, kv_heads, 1, head_dim])
     repeated = g.op("Expand", grouped, g.constant([1, 1, 1, times, 1], np.int64))
     return reshape(g, repeated, [0, 0, kv_heads * times * head_dim])
@@ -136,28 +154,42 @@ def token_positions(g: GraphBuilder, attention_mask: str, max_positions: int) ->
     return rows_from(g, positions, 0, size_of(g, attention_mask, 1), str(g.shape(attention_mask)[1]), axis=0)
 
 
-def real_tokens(g: GraphBuilder, attention_mask: str, positions: str) -> str:
-    """Return the number of tokens up to the last one that is no padding in some row, at least 1: int64 [1]."""
+def real_tokens(g: GraphBuilder, attention_mask: str, positions: str) -> str | None:
+    """Return the number of tokens up to the last one that is no padding in some row, at least 1: int64 [1].
+
+    None stands for all: few runtimes can plan for sizes that depend on values, so portable graphs only mask padding.
+    """
+    if not g.fused:
+        return None
     one = g.constant([1], np.int64)
     ends = g.op("Mul", attention_mask, g.op("Add", positions, one))
     return g.op("Reshape", g.op("Max", g.reduce("ReduceMax", ends, [0, 1]), one), one)
 
 
-def causal_padding_bias(g: GraphBuilder, attention_mask: str, positions: str, keys: str) -> str:
+def first_tokens(g: GraphBuilder, x: str, count: str | None, axis: int = 1) -> str:
+    """Return the first `count` rows of `x` along `axis`: `count` is int64 [1], or None for all of them."""
+    return x if count is None else rows_from(g, x, 0, count, "keys", axis)
+
+
+def causal_padding_bias(g: GraphBuilder, attention_mask: str, positions: str, keys: str | None) -> str:
     """Return the bias of attention scores with which a token sees only real tokens up to itself.
 
     Args:
         g: The graph.
         attention_mask: int64 [batch, seq], 1 for real tokens, 0 for padding.
         positions: int64 [seq], see `token_positions`.
-        keys: int64 [1], the number of tokens that can be seen.
+        keys: int64 [1], the number of tokens that can be seen; None for all.
 
     Returns:
         float32 [batch, 1, seq, keys]: 0 where attention is allowed, the lowest float32 elsewhere.
     """
     column = g.op("Unsqueeze", positions, g.constant([1], np.int64))
-    causal = g.op("LessOrEqual", rows_from(g, positions, 0, keys, "keys", axis=0), column)  # [seq, keys]
-    real = g.op("Cast", rows_from(g, attention_mask, 0, keys, "keys"), to=TensorProto.BOOL)
+    seen = first_tokens(g, positions, keys, axis=0)
+    if g.fused:
+        causal = g.op("LessOrEqual", seen, column)  # [seq, keys]
+    else:  # some runtimes have no LessOrEqual
+        causal = g.op("Less", seen, g.op("Add", column, g.constant([1], np.int64)))
+    real = g.op("Cast", first_tokens(g, attention_mask, keys), to=TensorProto.BOOL)
     real = g.op("Unsqueeze", real, g.constant([1, 2], np.int64))  # [batch, 1, 1, keys]
     allowed = g.op("And", causal, real)
     return g.op("Where", allowed, g.constant(0.0), g.constant(np.finfo(np.float32).min))

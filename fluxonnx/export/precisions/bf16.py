@@ -112,9 +112,8 @@ class Precision:
         return [Columns(value, size) for value, size in zip(values, sizes, strict=True)]
 
     def product(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str | None) -> str:
-        """Multiply `x` [rows, in] by `tensor` [out, in], and add `bias` [out]."""
-        weight = self.weight(g, tensor)
-        return g.op("Gemm", x, weight, *([bias] if bias else []), transB=1)
+        """Multiply `x` [..., in] by `tensor` [out, in], and add `bias` [out]."""
+        return primitives.product(g, x, self.weight(g, tensor), bias)
 
     def embedding(self, g: GraphBuilder, ids: str, tensor: Tensor) -> str:
         """Look up rows of `tensor` [entries, dim] by int64 `ids`, as float32; only these rows are cast."""

@@ -22,6 +22,7 @@ import numpy as np
 from onnx import TensorProto
 
 from fluxonnx.checkpoint.safetensors import Tensor
+from fluxonnx.export import primitives
 from fluxonnx.export.graph import GraphBuilder
 from fluxonnx.export.initializers import Part
 from fluxonnx.export.precisions import rounding
@@ -51,7 +52,7 @@ class Float16(Precision):
         """Multiply as `Precision.product` does."""
         if not tensor.name.startswith(BLOCKS):
             return super().product(g, x, tensor, bias)
-        return _product(g, x, [-1], tensor, bias, lambda rows, weights: g.op("Gemm", rows, weights, transB=1))
+        return _product(g, x, [-1], tensor, bias, lambda rows, weights: primitives.product(g, rows, weights))
 
     def embedding(self, g: GraphBuilder, ids: str, tensor: Tensor) -> str:
         """Look rows up as `Precision.embedding` does."""

@@ -10,6 +10,7 @@ from onnx import TensorProto
 
 from fluxonnx.checkpoint.safetensors import Tensor
 from fluxonnx.errors import UsageError
+from fluxonnx.export import primitives
 from fluxonnx.export.graph import MICROSOFT, GraphBuilder
 from fluxonnx.export.initializers import Part
 from fluxonnx.export.precisions import rounding
@@ -85,7 +86,7 @@ class Int4(Quantised):
             shape = [*g.shape(x)[:-1], n_out]
             return g.op("MatMulNBits", x, weight, scale, domain=MICROSOFT, like=x, shape=shape, **sizes)
         floats = g.weight_op("DequantizeLinear", weight, scale, axis=1, block_size=block)
-        return g.op("Gemm", x, floats, transB=1)
+        return primitives.product(g, x, floats)
 
     def embedding(self, g: GraphBuilder, ids: str, tensor: Tensor) -> str:
         """Look rows up and scale them."""
