@@ -245,7 +245,7 @@ class GraphBuilder:
     def stored(self, tensor: Tensor, dtype: str, in_place: bool) -> str:
         """Return an initializer of `dtype` for `tensor`, whose bytes may stay `in_place` if they are of that dtype."""
         if tensor.scaling:
-            self.encoded(tensor, [Part("", dtype, tensor.shape)], lambda source: [scaled(source)])
+            self.encoded(tensor, [Part("", dtype, tensor.shape)], lambda source: [scaled(source, dtype)])
         elif tensor.name not in self._weights:
             entry = self._entry(tensor.name, dtype, tensor.shape, onnx_dtype(dtype), tensor.shape)
             in_place = in_place and dtype == tensor.dtype and not tensor.swapped and not tensor.quantisation

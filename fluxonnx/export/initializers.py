@@ -120,9 +120,9 @@ def float_rows(
     return values
 
 
-def scaled(tensor: Tensor) -> np.ndarray:
-    """Return a tensor's scaled values in its own dtype."""
-    values = np.empty(tensor.shape, DTYPES[tensor.dtype])
+def scaled(tensor: Tensor, dtype: str) -> np.ndarray:
+    """Return a tensor's scaled values as a safetensors dtype."""
+    values = np.empty(tensor.shape, DTYPES[dtype])
     for i in range(0, tensor.shape[0], ROWS):
         values[i : i + ROWS] = float_rows(tensor, i, i + ROWS)
     return values

@@ -43,10 +43,7 @@ class Float16(Precision):
 
     def weight(self, g: GraphBuilder, tensor: Tensor) -> str:
         """Return `tensor` as a float32 value."""
-        if len(tensor.shape) < 2:
-            return super().weight(g, tensor)
-        value, scale = half(g, tensor)
-        return g.weight_op("Mul", g.weight_op("Cast", value, to=TensorProto.FLOAT), scale)
+        return half_weight(g, tensor) if len(tensor.shape) > 1 else super().weight(g, tensor)
 
     def product(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str | None) -> str:
         """Multiply as `Precision.product` does."""
@@ -56,8 +53,7 @@ class Float16(Precision):
 
     def embedding(self, g: GraphBuilder, ids: str, tensor: Tensor) -> str:
         """Look rows up as `Precision.embedding` does."""
-        table, scale = half(g, tensor)
-        return g.op("Mul", g.cast(g.op("Gather", table, ids, axis=0), TensorProto.FLOAT), scale)
+        return half_rows(g, ids, tensor)
 
     def conv(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str, bands: int | None, **attributes: Any) -> str:
         """Convolve as `Precision.conv` does."""
@@ -85,6 +81,18 @@ def half(g: GraphBuilder, tensor: Tensor) -> tuple[str, str]:
         return g.weight_rows(value, tensor), scale
     g.encoded(tensor, (Part("", "F16", tensor.shape), Part(".scale", "F32", ())), rounding.half)
     return tensor.name, tensor.name + ".scale"
+
+
+def half_weight(g: GraphBuilder, tensor: Tensor) -> str:
+    """Return `tensor`, stored as float16, as a float32 value."""
+    value, scale = half(g, tensor)
+    return g.weight_op("Mul", g.weight_op("Cast", value, to=TensorProto.FLOAT), scale)
+
+
+def half_rows(g: GraphBuilder, ids: str, tensor: Tensor) -> str:
+    """Look up rows of `tensor`, stored as float16, by int64 `ids`, as float32."""
+    table, scale = half(g, tensor)
+    return g.op("Mul", g.cast(g.op("Gather", table, ids, axis=0), TensorProto.FLOAT), scale)
 
 
 def _product(

@@ -91,6 +91,10 @@ class Int8(Quantised):
         products = "pairs" if self.saturating else "exact"
         return {**super().settings(), "rotate": str(self.rotate).lower(), "products": products}
 
+    def file_label(self, flavour: str) -> str:
+        """Return a label per flavour: portable graphs have no panels."""
+        return self.name if flavour == "ort" else f"{self.name}.{flavour}"
+
     def rotation(self, tensor: Tensor) -> int:
         """Return how many inputs of a linear are mixed at a time, 0 for none.
 
@@ -131,6 +135,8 @@ class Int8(Quantised):
         """
         if not self.quantises(tensor):
             return super().linear(g, xs, tensor, bias, sizes, unit)
+        if not g.fused:
+            return self._portable(g, xs, tensor, bias, sizes)
         levels, rotation = 127 if tensor.quantisation else self.levels, self.rotation(tensor)
         if rotation:
             xs = g.once(("rotated", rotation, tuple(xs)), lambda: _rotated(g, xs, rotation))
@@ -144,22 +150,40 @@ class Int8(Quantised):
         products = []
         for suffix, size, count, added in zip(suffixes, sizes, counts, biases, strict=True):
             weight, scale = tensor.name + suffix, f"{tensor.name}{suffix}.scale"
-            if g.fused:
-                shape = [*([] if count == 1 else [count]), *g.shape(rows)[:-1], size // count]
-                inputs = [rows, weight, g.constant(1.0), scale, *zero_points]
-                product = g.op("MatMulIntegerToFloat", *inputs, domain=MICROSOFT, like=row_scale, shape=shape)
-                product = g.op("Mul", product, row_scale)
-            else:
-                product = g.op("Cast", g.op("MatMulInteger", rows, weight, *zero_points), to=TensorProto.FLOAT)
-                product = g.op("Mul", g.op("Mul", product, row_scale), scale)
+            shape = [*([] if count == 1 else [count]), *g.shape(rows)[:-1], size // count]
+            inputs = [rows, weight, g.constant(1.0), scale, *zero_points]
+            product = g.op("MatMulIntegerToFloat", *inputs, domain=MICROSOFT, like=row_scale, shape=shape)
+            product = g.op("Mul", product, row_scale)
             if added and count > 1:
                 added = g.op("Reshape", added, g.constant([count, 1, size // count], np.int64))
             products.append(Columns(primitives.add(g, product, added) if added else product, size, count))
         return products
 
+    def _portable(
+        self, g: GraphBuilder, xs: Sequence[Columns], tensor: Tensor, bias: str | None, sizes: Sequence[int]
+    ) -> list[Columns]:
+        """Multiply as `linear` does, with signed integers around 0 and matrices of two dimensions.
+
+        Other runtimes know no others, or turn a product with a zero point into three.
+        """
+        levels, rotation = 127 if tensor.quantisation else self.levels, self.rotation(tensor)
+        x = panels.joined(g, xs)
+        if rotation:
+            x = g.once(("rotated", rotation, x), lambda: _rotated_groups(g, x, rotation))
+        rows, row_scale = g.once(("int8", levels, x), lambda: _signed(g, x, levels))
+        self._store(g, tensor, sizes, [1] * len(sizes), rotation)
+        biases = primitives.split(g, bias, sizes) if bias else [None] * len(sizes)
+        products = []
+        for suffix, size, added in zip(_suffixes(sizes), sizes, biases, strict=True):
+            weight, scale = tensor.name + suffix, f"{tensor.name}{suffix}.scale"
+            product = g.op("Cast", g.op("MatMulInteger", rows, weight), to=TensorProto.FLOAT)
+            product = g.op("Mul", g.op("Mul", product, row_scale), scale)
+            products.append(Columns(primitives.add(g, product, added) if added else product, size))
+        return products
+
     def _store(self, g: GraphBuilder, tensor: Tensor, sizes: Sequence[int], counts: list[int], rotation: int) -> bool:
         """Store a weight as matrices of these sizes, each in its count of panels; returns whether it is unsigned."""
-        unsigned = tensor.quantisation is not None and self.saturating
+        unsigned = tensor.quantisation is not None and self.saturating and g.fused
         n_in, parts = tensor.shape[1], []
         for suffix, size, count in zip(_suffixes(sizes), sizes, counts, strict=True):
             width = size // count
@@ -284,13 +308,28 @@ def _rounded(g: GraphBuilder, xs: Sequence[Columns], levels: int) -> tuple[str, 
     if len(g.shape(whole)) == 3:
         whole = g.op("Reshape", whole, g.constant([-1, 1], np.int64))
     scale = g.op("Max", g.op("Mul", whole, g.constant(1 / levels)), g.constant(float(rounding.TINY)))
-    if g.fused:
-        per_row = g.op("Squeeze", scale, g.constant([-1], np.int64))
-        middle = g.op("Expand", g.constant(levels, np.uint8), g.op("Shape", per_row), shape=g.shape(per_row))
-        rows = [g.op("QuantizeLinear", x.value, per_row, middle, axis=len(g.shape(x.value)) - 2) for x in xs]
-    else:
-        # OpenVINO has no QuantizeLinear with a scale per row
-        steps = [g.op("Round", g.op("Div", x.value, scale)) for x in xs]
-        middle = g.constant(float(levels))
-        rows = [g.op("Cast", g.op("Add", step, middle), to=TensorProto.UINT8) for step in steps]
+    per_row = g.op("Squeeze", scale, g.constant([-1], np.int64))
+    middle = g.op("Expand", g.constant(levels, np.uint8), g.op("Shape", per_row), shape=g.shape(per_row))
+    rows = [g.op("QuantizeLinear", x.value, per_row, middle, axis=len(g.shape(x.value)) - 2) for x in xs]
     return panels.joined(g, [replace(x, value=row) for x, row in zip(xs, rows, strict=True)]), scale
+
+
+def _rotated_groups(g: GraphBuilder, x: str, group: int) -> str:
+    """Multiply [..., in] by a Hadamard matrix, `group` columns at a time, in plain operators."""
+    width, sequence = g.width(x), len(g.shape(x)) == 3
+    groups = primitives.reshape(g, x, [0, -1, width // group, group] if sequence else [-1, width // group, group])
+    rotated = g.op("MatMul", groups, g.constant(rounding.hadamard(group)))
+    return primitives.reshape(g, rotated, [0, -1, width] if sequence else [-1, width])
+
+
+def _signed(g: GraphBuilder, x: str, levels: int) -> tuple[str, str]:
+    """Round rows of [..., in] to int8 around 0; the largest magnitude of a row becomes `levels` steps.
+
+    OpenVINO has no QuantizeLinear with a scale per row.
+
+    Returns:
+        int8 [..., in] from -levels to levels, and the steps, float32 [..., 1].
+    """
+    largest = g.reduce("ReduceMax", g.op("Abs", x), [-1])
+    scale = g.op("Max", g.op("Mul", largest, g.constant(1 / levels)), g.constant(float(rounding.TINY)))
+    return g.op("Cast", g.op("Round", g.op("Div", x, scale)), to=TensorProto.INT8), scale

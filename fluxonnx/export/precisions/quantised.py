@@ -16,6 +16,7 @@ from fluxonnx.export.balance import Coupling, balanced
 from fluxonnx.export.graph import GraphBuilder
 from fluxonnx.export.panels import Columns
 from fluxonnx.export.precisions.bf16 import BLOCKS, Precision, Prepared
+from fluxonnx.export.precisions.fp16 import half_rows, half_weight
 from fluxonnx.machine import usable_cores
 
 FLOATS = ("BF16", "F16", "F32", "F64")
@@ -81,6 +82,18 @@ class Quantised(Precision):
         It is measured on some of the rows. NaN for a weight of zeros.
         """
         raise NotImplementedError
+
+    def weight(self, g: GraphBuilder, tensor: Tensor) -> str:
+        """Return `tensor` as a float32 value; few runtimes have bfloat16, so portable graphs have float16 instead."""
+        if g.fused or tensor.dtype != "BF16":
+            return super().weight(g, tensor)
+        return half_weight(g, tensor) if len(tensor.shape) > 1 else g.stored(tensor, "F32", in_place=False)
+
+    def embedding(self, g: GraphBuilder, ids: str, tensor: Tensor) -> str:
+        """Look rows up as `Precision.embedding` does; likewise."""
+        if g.fused or tensor.dtype != "BF16":
+            return super().embedding(g, ids, tensor)
+        return half_rows(g, ids, tensor)
 
     def linear(
         self,
