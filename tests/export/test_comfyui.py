@@ -83,20 +83,22 @@ def expected_velocity(root: Path, integers: dict[str, tuple[np.ndarray, np.ndarr
     """What the float32 graph gives with the integers' weights, and with inputs rounded as ComfyUI does."""
     weights = {f"{layer}.weight": (q * s[:, None]).astype(np.float32) for layer, (q, s) in integers.items()}
 
-    class Gemm(OpRun):
+    export(root, precision="fp32", flavour="portable", components=["transformer"])
+    model = onnx.load(root / graph_file("transformer", "fp32", "portable"))
+    sources = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Transpose"}
+
+    class MatMul(OpRun):
         op_domain = ""
 
         def _run(self, a, b, **attributes):
-            name = self.onnx_node.input[1]
-            if name in weights:
-                a, b = comfyui.rotate(a, group), weights[name]
-                step = np.maximum(np.abs(a).max(1, keepdims=True), 1e-30) / np.float32(127)
+            weight = weights.get(sources.get(self.onnx_node.input[1]))
+            if weight is not None:
+                a, b = comfyui.rotate(a, group), weight.T
+                step = np.maximum(np.abs(a).max(-1, keepdims=True), 1e-30) / np.float32(127)
                 a = np.rint(a / step) * step
-            return (a @ b.T,)
+            return (a @ b,)
 
-    export(root, precision="fp32", flavour="portable", components=["transformer"])
-    model = onnx.load(root / graph_file("transformer", "fp32", "portable"))
-    return ReferenceEvaluator(model, new_ops=[Gemm]).run(None, golden_inputs("transformer"))[0]
+    return ReferenceEvaluator(model, new_ops=[MatMul]).run(None, golden_inputs("transformer"))[0]
 
 
 @pytest.mark.parametrize("form", COMPUTED, ids=lambda form: form.id)

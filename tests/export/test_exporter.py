@@ -47,7 +47,9 @@ def test_graphs_are_valid_and_describe_themselves(checkpoints, precision, flavou
         assert json.loads(metadata["architecture"])
         assert all(value.doc_string for value in (*model.graph.input, *model.graph.output))
         typed = {info.name for info in (*model.graph.value_info, *model.graph.output)}
-        assert {name for node in model.graph.node for name in node.output} <= typed
+        # Other runtimes infer types themselves, and refuse what they would put otherwise.
+        assert flavour == "ort" or not model.graph.value_info
+        assert flavour == "portable" or {name for node in model.graph.node for name in node.output} <= typed
         for initializer in model.graph.initializer:
             if initializer.data_location != onnx.TensorProto.EXTERNAL:
                 continue
