@@ -24,9 +24,10 @@ from fluxonnx.checkpoint.manifest import (
     is_current,
     read_manifest,
 )
+from fluxonnx.checkpoint.reading import is_file
 from fluxonnx.contract import COMPONENTS, GRAPH_FORMAT, OLDEST_RUNNABLE_FORMAT, open_checkpoint
 from fluxonnx.errors import CheckpointError, ExportError
-from fluxonnx.files import atomic_folder, describe_os_error, exclusive, require_text
+from fluxonnx.files import atomic_folder, atomic_write, describe_os_error, exclusive, require_text
 from fluxonnx.runtime.engine import Engine, SessionOptions
 from fluxonnx.runtime.events import Watch
 from fluxonnx.runtime.providers import CPU, traits
@@ -66,25 +67,37 @@ def find_model(path: str | Path | None = None) -> Path:
     # The digest tells models apart that were trained under the same version.
     copy = _caches() / "fluxonnx" / f"{__version__}-{_digest(bundled)}" / DEMO_MODEL
     try:
-        if not copy.is_dir():
+        if _lacking(bundled, copy):
             copy.parent.mkdir(parents=True, exist_ok=True)
             with exclusive(copy.parent):
-                if not copy.is_dir():
-                    _copy_demo(bundled, copy)
+                _copy_demo(bundled, copy)
     except OSError as error:
         cure = "set XDG_CACHE_HOME, or pass a model directory with -d"
         raise CheckpointError(describe_os_error(error, copy, cure)) from None
     return copy
 
 
+def _lacking(bundled: Path, copy: Path) -> list[Path]:
+    """Return the files of the demo model that its copy lacks, all or those that a cleaner of caches has removed."""
+    files = [
+        file.relative_to(bundled)
+        for file in bundled.rglob("*")
+        if file.is_file() and file.suffix not in (".png", ".onnx") and bundled / "training" not in file.parents
+    ]
+    return [name for name in files if not is_file(copy / name)]
+
+
 def _copy_demo(bundled: Path, copy: Path) -> None:
     # Not `copytree`, which hides why a file can't be copied, and makes the copy of a read-only package read-only, too.
-    with atomic_folder(copy) as temporary:
-        for file in bundled.rglob("*"):
-            target = temporary / file.relative_to(bundled)
-            if file.is_file() and file.suffix not in (".png", ".onnx") and bundled / "training" not in file.parents:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, target)
+    if not copy.is_dir():
+        with atomic_folder(copy) as temporary:
+            for name in _lacking(bundled, temporary):
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(bundled / name, temporary / name)
+    for name in _lacking(bundled, copy):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(copy / name) as whole:
+            shutil.copyfile(bundled / name, whole)
 
 
 def _caches() -> Path:

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 import fluxonnx
+from fluxonnx.api import find_model
 from fluxonnx.checkpoint.manifest import read_manifest
 from fluxonnx.cli import main
 from fluxonnx.errors import ExportError
@@ -173,6 +174,20 @@ def test_saving_of_a_picture(tmp_path, numbered):
         assert leftovers(folder) == []
         assert len(list(folder.iterdir())) == taken + numbered
     assert left >= 2
+
+
+def test_a_copy_of_the_demo_model_of_which_files_were_removed(tmp_path, monkeypatch):
+    """As a cleaner of caches does with what was not used for weeks."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("FLUXONNX_MODEL", raising=False)
+    monkeypatch.chdir(tmp_path)
+    model = find_model()
+    before = sorted(model.rglob("*"))
+    shutil.rmtree(model / "tokenizer")
+    (model / "model_index.json").unlink()
+    assert find_model() == model
+    assert sorted(model.rglob("*")) == before
+    assert leftovers(tmp_path) == []
 
 
 def at_once(folder: Path, *calls: str) -> None:

@@ -1,4 +1,4 @@
-"""Pipes, folders and links in a model directory, where files belong: nothing hangs, and one line says what is wrong."""
+"""Pipes and folders in a model directory, where files belong: nothing hangs, and one line says what is wrong."""
 
 from __future__ import annotations
 
@@ -16,11 +16,7 @@ from tests.support import Case
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no such files")]
 
 
-def dangling(path: Path) -> None:
-    path.symlink_to("nowhere")
-
-
-@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, dangling])
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
 def test_in_the_place_of_files(copy_of, make):
     """A pipe that nobody writes to would be waited for until the end of time."""
     root = copy_of(Case("odd-heads"))
@@ -36,7 +32,7 @@ def test_in_the_place_of_files(copy_of, make):
     manifest = root / FILE_NAME
     make(manifest)
     for call in (fluxonnx.load, export):
-        with pytest.raises(CheckpointError, match=rf"{manifest} (can't be read|is missing)"):
+        with pytest.raises(CheckpointError, match=rf"{manifest} can't be read"):
             call(root)
     if make is Path.mkdir:
         with pytest.raises(ExportError, match="Is a directory"):
