@@ -156,7 +156,7 @@ def test_benchmark(tmp_path, capsys):
 # What int8 and int4 make of outliers: scaling is undone when weights are written.
 HELD = {
     "text_encoder": ("norm-gains", "values", "swiglu", "query-key"),
-    "transformer": ("values", "swiglu", "query-key", "gates"),
+    "transformer": ("values", "swiglu", "query-key", "gates", "modulation"),
 }
 
 
