@@ -24,7 +24,7 @@ __all__ = ["Input", "Plan", "Step", "ops", "plan", "read"]
 OLDEST_OPSET = 6
 OLDEST = {
     **dict.fromkeys(("Add", "And", "Div", "Equal", "Gemm", "Greater", "Less", "Mul", "Or", "Sub", "Xor"), 7),
-    **{"Max": 8, "Min": 8, "Slice": 10, "Resize": 11, "Pad": 11, "Softmax": 13},
+    **{"Not": 1, "Max": 8, "Min": 8, "Slice": 10, "Resize": 11, "Pad": 11, "Softmax": 13},
 }
 
 

@@ -10,8 +10,8 @@ from fluxonnx.openblas.call import FUSED, MICROSOFT, Call, Unsupported, operator
 from fluxonnx.openblas.ops.linear import floats, round_into
 from fluxonnx.openblas.workers import part
 
-# Scores of a block, about: 1 MB.
-SCORES = 1 << 18
+# Scores of a block, about: 2 MB.
+SCORES = 1 << 19
 FEWEST_ROWS, MOST_ROWS = 32, 512
 
 

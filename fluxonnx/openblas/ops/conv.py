@@ -11,8 +11,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from fluxonnx.openblas.call import Call, Unsupported, operator, whole
 from fluxonnx.openblas.ops.linear import floats, product, round_into
 
-# Values of a band's result, about: 4 MB, which stay in the caches while the kernel's places are added up.
-BAND = 1 << 20
+# Values of a band's result, about: 8 MB. Smaller bands repeat more rows, and their products are less efficient
+# (measured: 512 channels of 64x64 pixels in 407 ms with 1 MB, 330 with 8).
+BAND = 1 << 21
 
 
 @operator("Conv", wide=True)
