@@ -96,7 +96,9 @@ def test_right_picture():
     assert (request.steps, request.noise, request.max_sequence_length, seeds) == (2, "flux2c", 512, [42])
 
 
-@pytest.mark.parametrize("wrong", [lambda c: c * 0 + 128, lambda c: c[:, ::-1], lambda c: 255 - c], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [lambda c: c * 0 + 128, lambda c: c[:, ::-1], lambda c: 255 - c], ids=["grey", "mirrored", "negative"]
+)
 def test_wrong_picture(wrong):
     """A grey one, a mirrored one and a negative are all over the bound."""
     findings, drawers = drawn({"bf16": wrong})

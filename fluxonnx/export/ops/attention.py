@@ -37,8 +37,10 @@ def rope_table(g: GraphBuilder, cos: str, sin: str, text: str, image: str) -> tu
         image: [batch, image_seq, any].
     """
     if not g.fused:
-        # The cut changes nothing, but tells runtimes that plan with symbols that seq is text_seq + image_seq.
-        seq = g.op("Add", size_of(g, text, 1), size_of(g, image, 1))
+        # The cut changes nothing, but tells runtimes that plan with symbols that seq is text_seq + image_seq. Few can
+        # add sizes, so this is the size of something that has as many rows.
+        columns = [g.op("Slice", x, *(g.constant([n], np.int64) for n in (0, 1, 2))) for x in (text, image)]
+        seq = size_of(g, concat(g, *columns, axis=1), 1)
         tables = (rows_from(g, table, 0, seq, "joint_seq", axis=0) for table in (cos, sin))
         # [seq, 1, head_dim]: broadcasts over [batch, seq, heads, head_dim]
         cos, sin = (g.op("Unsqueeze", table, g.constant([1], np.int64)) for table in tables)
