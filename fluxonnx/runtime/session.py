@@ -177,11 +177,11 @@ class Session:
             # Outputs are views into the session's arena. One that is kept would keep all of it (measured: 0.3 GB for
             # the 0.3 MB of a short prompt), so they are copied.
             return [output.copy() for output in outputs]
-        except KeyboardInterrupt:
-            options.terminate = True
-            raise
         except Exception as error:
             raise FluxonnxError(f"{self._path.name} failed: {_first_line(error)}") from error
+        except BaseException:  # Ctrl-C, or another signal that ends the program
+            options.terminate = True
+            raise
 
     def close(self) -> None:
         """Free the graph's memory, once a run that was interrupted has ended; report the profile, if there is one.

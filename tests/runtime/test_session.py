@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import threading
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper
 
 from fluxonnx.checkpoint.manifest import Build, read_manifest
 from fluxonnx.contract import COMPONENTS
@@ -187,3 +192,47 @@ def test_onnxruntime_prints_nothing_of_its_own(checkpoints, tmp_path, capfd):
     ):
         session.run(input_ids=ids, attention_mask=np.ones_like(ids))
     assert capfd.readouterr() == ("", "")
+
+
+def endless(path: Path) -> Path:
+    """Write a graph that counts until it is told to stop."""
+    value, flag = (helper.make_tensor_value_info(name, kind, []) for name, kind in (("x", 1), ("go", TensorProto.BOOL)))
+    turn = helper.make_tensor_value_info("turn", TensorProto.INT64, [])
+    following, again = (
+        helper.make_tensor_value_info(f"{i.name}_after", i.type.tensor_type.elem_type, []) for i in (value, flag)
+    )
+    nodes = [helper.make_node("Add", ["x", "x"], ["x_after"]), helper.make_node("Identity", ["go"], ["go_after"])]
+    body = helper.make_graph(nodes, "body", [turn, flag, value], [again, following])
+    start = helper.make_tensor_value_info("start", TensorProto.FLOAT, [])
+    end = helper.make_tensor_value_info("end", TensorProto.FLOAT, [])
+    often = helper.make_tensor("often", TensorProto.INT64, [], [2**62])
+    loop = helper.make_node("Loop", ["often", "", "start"], ["end"], body=body)
+    graph = helper.make_graph([loop], "endless", [start], [end], [often])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signals")
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemExit, type("Ended", (BaseException,), {})])
+def test_every_end_of_the_program_stops_a_run(tmp_path, ending):
+    """Ctrl-C and other signals: a run that went on would keep the process alive for minutes."""
+
+    def end(number, frame):
+        raise ending
+
+    def send():
+        while threading.active_count() == threads:
+            os.sched_yield()
+        os.kill(os.getpid(), signal.SIGUSR1)  # the thread that runs the graph is there
+
+    before = signal.signal(signal.SIGUSR1, end)
+    try:
+        with Session(endless(tmp_path / "endless.onnx"), "vae_decoder", SessionOptions()) as session:
+            sender = threading.Thread(target=send)
+            threads = threading.active_count() + 1
+            sender.start()
+            with pytest.raises(ending):
+                session.run(start=np.ones((), np.float32))
+        sender.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
