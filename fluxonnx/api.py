@@ -24,7 +24,6 @@ from fluxonnx.checkpoint.manifest import (
     is_current,
     read_manifest,
 )
-from fluxonnx.checkpoint.reading import is_file
 from fluxonnx.contract import COMPONENTS, GRAPH_FORMAT, OLDEST_RUNNABLE_FORMAT, open_checkpoint
 from fluxonnx.errors import CheckpointError, ExportError
 from fluxonnx.files import atomic_folder, atomic_write, describe_os_error, exclusive, require_text
@@ -84,7 +83,7 @@ def _lacking(bundled: Path, copy: Path) -> list[Path]:
         for file in bundled.rglob("*")
         if file.is_file() and file.suffix not in (".png", ".onnx") and bundled / "training" not in file.parents
     ]
-    return [name for name in files if not is_file(copy / name)]
+    return [name for name in files if not (copy / name).is_file()]
 
 
 def _copy_demo(bundled: Path, copy: Path) -> None:

@@ -175,7 +175,8 @@ def test_seconds_of_an_export_are_printed_on_request(model, capsys):
 def test_a_signal_keeps_what_is_done_and_leaves_nothing_else(model, environment, tmp_path, number, code):
     """The signal comes while the third of 1000 pictures is made."""
     command = [sys.executable, "-m", "fluxonnx", "generate", "-d", model, "-p", "a", "-W", "64", "-H", "64"]
-    command += ["-s", "1", "-n", "1000", "-o", "cat.png"]
+    # On one core several small pictures would be made at a time.
+    command += ["-s", "1", "-n", "1000", "-o", "cat.png", "--threads", "2"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         announced = 0

@@ -70,7 +70,9 @@ def mode(path: Path, bits: int) -> Iterator[None]:
 def exported(checkpoints, tmp_path_factory) -> Path:
     """A model with a build, whose permissions the tests change and restore."""
     root = tmp_path_factory.mktemp("permissions") / "model"
-    return Path(shutil.copytree(checkpoints.exported(CASE), root))
+    shutil.copytree(checkpoints.get(CASE), root)
+    export(root)
+    return root
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ def test_fp32_weights_are_valid_safetensors(checkpoints):
         assert np.array_equal(found[name], tensor.array().astype(np.float32)), name
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_flavours_share_weight_files(checkpoints, tmp_path, precision):
     """Byte for byte, also in which order: the second export must not move the weights under the first one's graphs."""
     root = Path(shutil.copytree(checkpoints.get(CASE), tmp_path / "model"))

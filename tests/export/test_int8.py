@@ -102,17 +102,16 @@ def test_activations_are_rounded_once_for_all_linears_that_share_them(built):
 
 @pytest.mark.parametrize("name", ["odd-heads", "one-double-three-single"])
 @pytest.mark.parametrize("component", ["text_encoder", "transformer"])
-@pytest.mark.parametrize("flavour", ["ort", "portable"])
-def test_panels_are_the_whole(checkpoints, tmp_path, name, component, flavour):
+def test_panels_are_the_whole(checkpoints, tmp_path, name, component):
     """Wide products are computed in panels; neither integers nor scales depend on where they are cut."""
     root = Path(shutil.copytree(checkpoints.get(Case(name)), tmp_path / "model"))
     found = []
     for widths in ((), (48, 32, 16)):
         precision = Int8(tuning=Tuning(panel_widths=widths, panels_at_once=2))
-        export(root, precision=precision, flavour=flavour, components=[component], force=True)
-        found.append((run_graph(root, component, "int8", flavour), operators(root, component, "int8", flavour)))
+        export(root, precision=precision, components=[component], force=True)
+        found.append((run_graph(root, component, "int8"), operators(root, component, "int8")))
     (whole, few), (panels, many) = found
-    assert many["MatMulIntegerToFloat"] + many["MatMulInteger"] > few["MatMulIntegerToFloat"] + few["MatMulInteger"]
+    assert many["MatMulIntegerToFloat"] > few["MatMulIntegerToFloat"]
     assert many["Transpose"] > few["Transpose"]
     assert relative_error(panels, whole) < 1e-6
 
@@ -167,16 +166,13 @@ def test_convolutions_stay_floats_where_integers_overflow(copy):
 
 @pytest.mark.parametrize("flavour", ["ort", "portable"])
 def test_rotation_takes_outliers_out(checkpoints, tmp_path, flavour):
-    """A few channels of the text encoder's norms that are fifty times as large as the rest, and no smaller weights.
-
-    Half of that is in the weights by then (see `export.balance`).
-    """
+    """A few channels of the residual stream that are fifty times as large as the rest, which no weight shows."""
     root = Path(shutil.copytree(checkpoints.get(Case("odd-heads", "fp32")), tmp_path / "model"))
     path = root / "text_encoder/model.safetensors"
     tensors = load_file(path)
     for name in tensors:
-        if "layernorm" in name:
-            tensors[name][[3, 17]] *= 50
+        if "embed_tokens" in name:
+            tensors[name][:, [3, 17]] *= 50
     save_file(tensors, path)
     export(root, precision="fp32", components=["text_encoder"])
     # rows of 48 are no multiple of 256; nothing is rotated without `rotate`; the limit on pairs is another matter
@@ -187,7 +183,7 @@ def test_rotation_takes_outliers_out(checkpoints, tmp_path, flavour):
         export(root, precision=precision, flavour=flavour, components=["text_encoder"], force=True)
         expected = run_graph(root, "text_encoder", "fp32")
         found.append(relative_error(run_graph(root, "text_encoder", "int8", flavour), expected))
-    assert found[1] < 0.85 * found[0]
+    assert found[1] < 0.7 * found[0]
 
 
 def test_linears_that_narrow_are_rotated(checkpoints, tmp_path):

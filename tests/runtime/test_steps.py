@@ -25,7 +25,8 @@ REQUEST = Request(prompt="a", width=64, height=96, steps=3)
 
 @pytest.fixture
 def flux(checkpoints, engine):
-    with fluxonnx.load(checkpoints.exported(CASE), engine=engine) as flux:
+    # Of so many threads that a narrow model draws one picture at a time.
+    with fluxonnx.load(checkpoints.exported(CASE), threads=2, engine=engine) as flux:
         yield flux
 
 
