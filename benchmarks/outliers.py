@@ -176,6 +176,8 @@ def render(rows: Sequence[Row], scales: Sequence[float]) -> str:
 def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
     """Measure everything that is asked for."""
     rows = []
+    if arguments.work:
+        Path(arguments.work).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.work, prefix="outliers-") as work:
         for kind in arguments.kind:
             for scale in arguments.scale:
