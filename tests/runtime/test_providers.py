@@ -6,7 +6,6 @@ plugins, are played by stand-ins.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections import Counter
 from types import SimpleNamespace
@@ -25,6 +24,11 @@ from fluxonnx.runtime.providers.assignment import RECORD
 from tests.support import Case
 
 CASE = Case("odd-heads")
+# The source of a plugin's package.
+WHOLE = """
+def get_library_path(): return {path!r}
+def get_ep_name(): return "MLXExecutionProvider"
+"""
 PICTURE = ["-p", "x", "-W", "64", "-H", "64", "-s", "1", "-S", "1"]
 OTHERS = [name for name in providers.available() if name != providers.CPU]
 
@@ -126,30 +130,6 @@ def test_the_probe_allows_for_16_bits():
     assert providers.Trial(probe.compared(lambda inputs: rounded)).fault is None
 
 
-@pytest.fixture
-def stand_in(monkeypatch):
-    """stand_in(name, error): an onnxruntime with this provider, whose results are off by so much; its sessions."""
-    real, made = onnxruntime.InferenceSession, []
-
-    def stand_in(name: str, error: float) -> list:
-        class Wrong:
-            def __init__(self, model, options, providers, **others):
-                self.session, self.chosen = real(model, options, providers=["CPUExecutionProvider"]), providers
-                made.append(self)
-
-            def get_providers(self):
-                return [name, "CPUExecutionProvider"]
-
-            def run(self, *words):
-                return [value + np.float32(error) for value in self.session.run(*words)]
-
-        monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
-        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [name, "CPUExecutionProvider"])
-        return made
-
-    return stand_in
-
-
 def test_a_provider_that_is_wrong_is_refused(stand_in, copy_of, fails):
     made = stand_in("WebGpuExecutionProvider", 0.2)
     assert not providers.works("webgpu")
@@ -201,28 +181,6 @@ def test_fallback_is_told_once():
         warnings.simplefilter("error")
         providers.tell_of_fallback(session, "a graph", "coreml")
         providers.tell_of_fallback(ran(CoreML={"MatMul": 6}), "another graph", "coreml")
-
-
-@pytest.fixture
-def plugin(monkeypatch, tmp_path):
-    """plugin(source): a package onnxruntime_ep_mlx with this source is installed."""
-
-    def plugin(source: str) -> None:
-        folder = tmp_path / "packages/onnxruntime_ep_mlx"
-        folder.mkdir(parents=True)
-        (folder / "__init__.py").write_text(source, "utf-8")
-        monkeypatch.syspath_prepend(folder.parent)
-        monkeypatch.delitem(sys.modules, "onnxruntime_ep_mlx", raising=False)
-        providers.plugins.cache_clear()
-
-    yield plugin
-    providers.plugins.cache_clear()
-
-
-WHOLE = """
-def get_library_path(): return {path!r}
-def get_ep_name(): return "MLXExecutionProvider"
-"""
 
 
 @pytest.mark.parametrize(

@@ -30,13 +30,20 @@ def traits(provider: str) -> Traits:
     return KNOWN.get(provider, Traits("onnxruntime"))
 
 
-def installation(provider: str) -> str:
-    """Return the command that adds a provider to this Python; "" for one of which none is known."""
+def installation(provider: str, plugin: bool = True) -> str:
+    """Return the command that adds a provider to this Python; "" if there is none, or none is known.
+
+    Args:
+        provider: The provider.
+        plugin: Whether it may be a plugin.
+    """
     known = traits(provider)
-    if known.plugin:
+    if provider not in KNOWN or (not plugin and known.package == known.plugin):
+        return ""
+    if known.plugin and plugin:
         return f"pip install {known.plugin}"
     if known.package == "onnxruntime":
-        return "" if provider not in KNOWN else "pip install onnxruntime"
+        return "pip install onnxruntime"
     if known.package.startswith("fluxonnx"):
         return f"pip install '{known.package}'"
     return f"pip uninstall onnxruntime && pip install {known.package}"
