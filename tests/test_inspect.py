@@ -294,3 +294,64 @@ def test_wrong_numbers(tmp_path, capsys, flags):
     with pytest.raises(SystemExit, match="2"):
         main(["inspect", str(tmp_path), *flags])
     assert flags[0] in capsys.readouterr().err
+
+
+def test_changed_bytes_are_never_a_traceback(exported, tmp_path, capsys):
+    """Any byte of a graph may be another: the report is printed, or one line says what is wrong."""
+    shutil.copytree(exported / "vae", tmp_path / "vae")
+    shutil.copyfile(exported / "fluxonnx.json", tmp_path / "fluxonnx.json")
+    content = (exported / "vae_encoder.onnx").read_bytes()
+    random = np.random.default_rng(3)
+    for name in ("vae_encoder.onnx", "unknown.onnx") * 10:
+        changed = bytearray(content)
+        for place in random.integers(0, len(content), 30):
+            changed[place] = random.integers(256)
+        (tmp_path / name).write_bytes(changed)
+        code = main(["inspect", "--json", str(tmp_path / name)])
+        captured = capsys.readouterr()
+        assert "internal error" not in captured.err
+        assert (code == 0) == (captured.err == "")
+        if captured.out:
+            assert json.loads(captured.out)["intact"] == (code == 0)
+
+
+@pytest.mark.parametrize(
+    "text", [b"hidden_states", b"bf16", b"transformer/diffusion_pytorch_model.safetensors", b"Gemm"]
+)
+def test_names_that_are_no_text(model, fails, text):
+    """protobuf returns bytes in the place of text then."""
+    path = model / "transformer.onnx"
+    content = path.read_bytes()
+    assert text in content
+    path.write_bytes(content.replace(text, b"\xff" + text[1:], 1))
+    fails(1, "is a damaged ONNX file, with names that are no text", "inspect", path)
+
+
+@pytest.mark.parametrize("dims", [(2**62,) * 70, (-1, 4), (2**63 - 1,) * 3])
+def test_shapes_that_cannot_be(tmp_path, fails, capsys, dims):
+    tensor = TensorProto(name="w", dims=dims, data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="data.bin")
+    (tmp_path / "data.bin").write_bytes(bytes(10))
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    path = write(tmp_path / "g.onnx", nodes, [value("x", 2**62, 2**62)], [value("y", "n")], (tensor,))
+    assert main(["inspect", str(path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "has a shape that can't be" in line or "is truncated" in line
+
+
+def test_a_large_constant_is_not_made(tmp_path):
+    """A small file may ask for an array of terabytes."""
+    shape = numpy_helper.from_array(np.array([2**40, 2**20]), "shape")
+    nodes = [helper.make_node("ConstantOfShape", ["shape"], ["c"]), helper.make_node("MatMul", ["c", "c"], ["y"])]
+    found = inspect(write(tmp_path / "g.onnx", nodes, [], [value("y", "n")], (shape,)))
+    assert found.work.by_operator == {"MatMul": 2**40 * 2**20 * 2**20}
+
+
+def test_functions_are_not_counted(tmp_path):
+    inner = helper.make_node("MatMul", ["a", "a"], ["b"])
+    function = helper.make_function("mine", "Square", ["a"], ["b"], [inner], [helper.make_opsetid("", 17)])
+    nodes = [helper.make_node("Square", ["x"], ["y"], domain="mine")]
+    path = write(tmp_path / "g.onnx", nodes, [value("x", 4, 4)], [value("y", 4, 4)], functions=[function])
+    found = inspect(path)
+    assert found.operators == {"MatMul": 1, "mine.Square": 1}
+    assert found.work.unknown == {"Square": 1}

@@ -15,6 +15,7 @@ import onnx
 from onnx import AttributeProto, TensorProto
 
 from fluxonnx.check.external import ExternalFile, external_files, needed_bytes
+from fluxonnx.check.shapes import MOST_DIMENSIONS
 from fluxonnx.check.work import SCALE_FACTOR, Work, count, symbols
 from fluxonnx.checkpoint.reading import foreign, open_regular, parse_json, shown
 from fluxonnx.errors import CheckpointError
@@ -98,8 +99,14 @@ def inspect(
     model = read(path)
     metadata = {item.key: item.value for item in model.metadata_props}
     known = symbols(width, height, text_seq, _scale_factor(metadata)) | dict(dims or {})
-    tensors = list(_tensors(model.graph))
-    external, problems = external_files(path, tensors)
+    tensors, problems = [], []
+    for tensor in _tensors(model.graph):
+        if len(tensor.dims) > MOST_DIMENSIONS or any(size < 0 for size in tensor.dims):
+            problems.append(f"tensor {shown(tensor.name)} has a shape that can't be: {shown(list(tensor.dims))}")
+        else:
+            tensors.append(tensor)
+    external, others = external_files(path, tensors)
+    problems += others
     problems += [file.problem for file in external if file.problem]
     problems += list(_dangling(model.graph, set()))
     constants = {item.name for item in model.graph.initializer}
@@ -145,7 +152,24 @@ def read(path: Path) -> onnx.ModelProto:
         raise CheckpointError(f"{path} is no ONNX file, or a damaged one: export or download it again") from None
     if not model.HasField("graph") or not model.ir_version:
         raise CheckpointError(f"{path} is no ONNX file, or a damaged one: export or download it again")
+    if not _is_text(model):
+        raise CheckpointError(
+            f"{path} is a damaged ONNX file, with names that are no text: export or download it again"
+        )
     return model
+
+
+def _is_text(model: onnx.ModelProto) -> bool:
+    """Whether all texts in a message are; protobuf returns what is not UTF-8 as bytes."""
+    pending: list[Any] = [model]
+    while pending:
+        for field, value in pending.pop().ListFields():
+            values = [value] if isinstance(value, str | bytes | int | float) or hasattr(value, "ListFields") else value
+            if field.type == field.TYPE_MESSAGE:
+                pending += values
+            elif field.type == field.TYPE_STRING and any(isinstance(text, bytes) for text in values):
+                return False
+    return True
 
 
 def _scale_factor(metadata: Mapping[str, str]) -> int:

@@ -32,8 +32,30 @@ ARITHMETIC: dict[type, Callable[[int, int], int]] = {
 LONGEST = 100
 # Constants of at most this many values may decide a shape.
 SMALL = 4096
-# Results of at most this many values are computed.
+# Results of at most this many values are computed, by operators whose results are no larger than what they take.
 COMPUTED = 64
+BOUNDED = (
+    *(
+        "Abs",
+        "Add",
+        "Cast",
+        "Ceil",
+        "Concat",
+        "Div",
+        "Equal",
+        "Floor",
+        "Gather",
+        "Identity",
+        "Max",
+        "Min",
+        "Mod",
+        "Mul",
+    ),
+    *("Neg", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSum", "Reshape", "Slice", "Sqrt", "Squeeze", "Sub"),
+    *("Unsqueeze", "Where"),
+)
+# numpy has no more dimensions.
+MOST_DIMENSIONS = 64
 
 
 def evaluate(name: str, dims: Mapping[str, int]) -> int | None:
@@ -71,7 +93,8 @@ def shapes(model: onnx.ModelProto, dims: Mapping[str, int]) -> tuple[dict[str, S
     found = {}
     for name, kind in walk.types.items():
         sizes = kind.tensor_type.shape.dim
-        if kind.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in sizes):
+        known = kind.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in sizes)
+        if known and len(sizes) <= MOST_DIMENSIONS:
             found[name] = tuple(dim.dim_value for dim in sizes)
     return found, walk.used, walk.free
 
@@ -152,7 +175,7 @@ class _Walk:
             if len(sizes) < len(self.types[node.input[0]].tensor_type.shape.dim):
                 return
             feeds = {node.input[0]: np.broadcast_to(np.float32(0), sizes)}
-        elif node.input and all(name in self._constants for name in node.input if name):
+        elif node.op_type in BOUNDED and all(name in self._constants for name in node.input if name):
             feeds = {name: numpy_helper.to_array(self._constants[name]) for name in node.input if name}
             if any(value.size > COMPUTED for value in feeds.values()):
                 return

@@ -65,7 +65,7 @@ def symbols(width: int, height: int, text_seq: int, scale_factor: int = SCALE_FA
 def count(model: onnx.ModelProto, dims: Mapping[str, int]) -> Work:
     """Count the multiply-adds of a graph's matrix products, convolutions and attention.
 
-    Nodes inside loops and branches are not looked at.
+    Nodes inside loops, branches and functions are not looked at.
 
     Args:
         model: The graph; it is not changed.
@@ -74,10 +74,11 @@ def count(model: onnx.ModelProto, dims: Mapping[str, int]) -> Work:
     known, used, free = shapes(model, dims)
     done: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
+    functions = {(item.domain, item.name) for item in model.functions}
     for node in model.graph.node:
         rule = RULES.get(node.op_type)
-        if rule is None:
-            if node.op_type in NOT_COUNTED:
+        if rule is None or (node.domain, node.op_type) in functions:
+            if node.op_type in NOT_COUNTED or (node.domain, node.op_type) in functions:
                 unknown[node.op_type] += 1
             continue
         try:
