@@ -271,6 +271,9 @@ def test_other_files(tmp_path, fails, content, pattern):
 def test_no_file(tmp_path, fails):
     fails(1, "is a folder: name one of its .onnx files", "inspect", tmp_path)
     fails(1, "can't be read: No such file", "inspect", tmp_path / "none.onnx")
+    with (tmp_path / "large.onnx").open("wb") as file:
+        file.truncate(2**31)  # sparse: it takes no room
+    fails(1, "has 2147483648 bytes, but an ONNX file has at most 2 GB", "inspect", tmp_path / "large.onnx")
     fails(2, "size 'big' is not a size", "inspect", tmp_path, "--size", "big")
 
 
