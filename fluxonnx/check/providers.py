@@ -61,7 +61,7 @@ VARIABLES = (
 PACKAGES = ("onnx", "numpy", "threadpoolctl")
 
 AUTO = (
-    f"--precision auto takes {', '.join(FASTER_THAN_CPU)} where it works, as it is faster than the CPU, and else cpu; "
+    f"--precision auto takes {', '.join(FASTER_THAN_CPU)} where it works, as GPUs compute faster than CPUs, and else cpu; "
     "others may be slower and have to be named"
 )
 
