@@ -61,8 +61,8 @@ VARIABLES = (
 PACKAGES = ("onnx", "numpy", "threadpoolctl")
 
 AUTO = (
-    f"--precision auto takes {', '.join(FASTER_THAN_CPU)} where it works, as GPUs compute faster than CPUs, and else cpu; "
-    "others may be slower and have to be named"
+    f"--precision auto takes {', '.join(FASTER_THAN_CPU)} where it works, as GPUs compute faster than CPUs, "
+    "and else cpu; others may be slower and have to be named"
 )
 
 
