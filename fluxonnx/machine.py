@@ -48,6 +48,30 @@ def available_memory(root: Path = ROOT) -> int:
     return max(0, min([*(free or [1 << 32]), *_left_by_cgroups(root)]))
 
 
+def total_memory(root: Path = ROOT) -> int | None:
+    """Return the bytes of memory that the machine has; None where the system does not tell."""
+    found = re.search(r"^MemTotal: +(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def memory_limit(root: Path = ROOT) -> int | None:
+    """Return the least limit, in bytes, of the control groups that this process is in; None if there is none."""
+    names = {2: ("memory.max", "memory.high"), 1: ("memory.limit_in_bytes",)}
+    found = [
+        _number(folder / name)
+        for version in names
+        for folder in _groups(root, "memory", version)
+        for name in names[version]
+    ]
+    # version 1 writes "no limit" as a number of pages near 2**63
+    return min((limit for limit in found if limit is not None and limit < 1 << 60), default=None)
+
+
+def processor_time_limit(root: Path = ROOT) -> float | None:
+    """Return the least limit on processor time of these groups, in processors; None if there is none."""
+    return min(_shares_of_time(root), default=None)
+
+
 def _left_by_cgroups(root: Path) -> Iterator[int]:
     """Yield what each group that this process is in leaves of its limit.
 

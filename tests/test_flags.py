@@ -73,10 +73,11 @@ def base(checkpoints, tmp_path, monkeypatch) -> Callable[[str, str], list[str]]:
             "check": {"--dir": "empty"},
             "compare": {"--dir": "empty", "--precision": "none"},
             "info": {},
+            "inspect": {"": f"{model}/conditioning.onnx"},
         }[command]
         if flag in ("--prompt-file", "--from"):
             known.pop("--prompt")
-        return [word for name, value in known.items() if name != flag for word in (name, value)]
+        return [word for name, value in known.items() if name != flag for word in (name, value) if word]
 
     return base
 

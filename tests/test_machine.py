@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fluxonnx.machine import available_memory, thread_limit, usable_cores
+from fluxonnx.machine import (
+    available_memory,
+    memory_limit,
+    processor_time_limit,
+    thread_limit,
+    total_memory,
+    usable_cores,
+)
 from tests.support import Case
 
 GB = 1 << 30
@@ -196,3 +203,13 @@ def test_one_core_runs_one_thread(checkpoints):
     one, limited, three = map(int, done.stdout.split())
     assert one == limited < three
     assert done.stderr == ""
+
+
+def test_limits_as_they_are_told(tmp_path):
+    root = v2(tmp_path / "2", {"a/memory.max": 8 * GB, "a/b/memory.high": 3 * GB, "a/cpu.max": "150000 100000"})
+    assert (total_memory(root), memory_limit(root), processor_time_limit(root)) == (64 * GB, 3 * GB, 1.5)
+    root = v1(tmp_path / "1", {"memory/jobs/7/memory.limit_in_bytes": 2 * GB, "memory/memory.limit_in_bytes": NO_LIMIT})
+    assert memory_limit(root) == 2 * GB
+    root = v1(tmp_path / "none", {"memory/memory.limit_in_bytes": NO_LIMIT})
+    assert (memory_limit(root), processor_time_limit(root)) == (None, None)
+    assert total_memory(tmp_path / "nowhere") is None

@@ -9,7 +9,7 @@ import numpy as np
 from fluxonnx.checkpoint.manifest import Build
 from fluxonnx.runtime.engine import Engine, Runner, SessionOptions
 from fluxonnx.runtime.events import OperatorsTimed, ranked
-from fluxonnx.runtime.providers import OPENBLAS
+from fluxonnx.runtime.providers import OPENBLAS, check_right
 from fluxonnx.runtime.session import give_back_free_memory, onnxruntime_engine
 
 
@@ -51,6 +51,7 @@ class BlasRunner:
 
 def openblas_engine(path: Path, component: str, build: Build, options: SessionOptions) -> Runner:
     """The `Engine` of the openblas provider."""
+    check_right(OPENBLAS, build.flavour)
     return BlasRunner(path, component, options)
 
 

@@ -21,7 +21,7 @@ from fluxonnx.runtime.engine import Runner, SessionOptions
 from fluxonnx.runtime.events import OperatorsTimed
 from fluxonnx.runtime.library import library, log_severity
 from fluxonnx.runtime.profile import Profile
-from fluxonnx.runtime.providers import CPU, check_started, session_providers
+from fluxonnx.runtime.providers import CPU, check_right, check_started, session_providers, tell_of_fallback
 
 # Sinusoids of large numbers, which a provider that computes in half precision would ruin. They take no time.
 ALWAYS_ON_CPU = ("conditioning",)
@@ -143,6 +143,7 @@ class Session:
         chosen = override or settings(component, build, options, has_exact_int8_dot())
         if chosen.threads is None:
             chosen = replace(chosen, threads=thread_limit())
+        check_right(chosen.provider, build.flavour if build is not None else None)
         told = native(chosen)
         self._path, self._component, self._watch = path, component, options.watch
         self._profile = Profile(told) if options.profile else None
@@ -150,7 +151,7 @@ class Session:
             self._session = onnxruntime.InferenceSession(
                 str(path),
                 told,
-                providers=session_providers(chosen.provider, chosen.threads),
+                providers=session_providers(chosen.provider, chosen.threads, told),
                 disabled_optimizers=list(chosen.disabled_optimizers) or None,
                 enable_fallback=0,
             )
@@ -159,6 +160,8 @@ class Session:
                 self._profile.discard()
             raise FluxonnxError(f"{path} can't be loaded: {_first_line(error)}; export again with --force") from error
         check_started(self._session, chosen.provider)
+        if chosen.provider != CPU:
+            tell_of_fallback(self._session, component, chosen.provider)
         give_back_free_memory()  # what was used to load: 0.4 GB for the VAE decoder
         self._worker = ThreadPoolExecutor(1)
 

@@ -1,16 +1,19 @@
-"""An engine that records what is loaded and run, and models that are opened with options of a test's own."""
+"""An engine that records what is run, models that are opened with options of a test's own, stand-ins for providers."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from fluxonnx.checkpoint.manifest import Build, build_name, read_manifest
 from fluxonnx.contract import open_checkpoint
+from fluxonnx.runtime import providers
 from fluxonnx.runtime.engine import Runner, SessionOptions
 from fluxonnx.runtime.pipeline import Flux
 from fluxonnx.runtime.session import onnxruntime_engine
@@ -80,3 +83,44 @@ def open_flux() -> Iterator[OpenFlux]:
     yield open_flux
     for flux in opened:
         flux.close()
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """stand_in(name, error): an onnxruntime with this provider, whose results are off by so much; its sessions."""
+    real, made = onnxruntime.InferenceSession, []
+
+    def stand_in(name: str, error: float) -> list:
+        class Wrong:
+            def __init__(self, model, options, providers, **others):
+                self.session, self.chosen = real(model, options, providers=["CPUExecutionProvider"]), providers
+                made.append(self)
+
+            def get_providers(self):
+                return [name, "CPUExecutionProvider"]
+
+            def run(self, *words):
+                off = np.float32(0 if self.chosen == ["CPUExecutionProvider"] else error)
+                return [value + off for value in self.session.run(*words)]
+
+        monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [name, "CPUExecutionProvider"])
+        return made
+
+    return stand_in
+
+
+@pytest.fixture
+def plugin(monkeypatch, tmp_path):
+    """plugin(source): a package onnxruntime_ep_mlx with this source is installed."""
+
+    def plugin(source: str) -> None:
+        folder = tmp_path / "packages/onnxruntime_ep_mlx"
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text(source, "utf-8")
+        monkeypatch.syspath_prepend(folder.parent)
+        monkeypatch.delitem(sys.modules, "onnxruntime_ep_mlx", raising=False)
+        providers.plugins.cache_clear()
+
+    yield plugin
+    providers.plugins.cache_clear()

@@ -1,0 +1,5 @@
+"""DirectML: any GPU, on Windows."""
+
+from fluxonnx.runtime.providers.description import Traits
+
+DML = Traits("onnxruntime-directml", flavour="ort", needs="Windows and a GPU for DirectX 12")
