@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 
 from tests.conformance.graphs import Inputs
 
@@ -14,4 +15,4 @@ TITLE, PACKAGE, MODULES, SIZES = "ONNX ReferenceEvaluator", "onnx", ("onnx",), "
 def run(file: Path, inputs: Inputs) -> list[np.ndarray]:
     from onnx.reference import ReferenceEvaluator
 
-    return ReferenceEvaluator(file).run(None, inputs)
+    return ReferenceEvaluator(onnx.load(file)).run(None, inputs)
