@@ -14,12 +14,12 @@ from types import ModuleType
 from tests.conformance import iree, node, onnx2torch, opencv, openvino, reference, tract, tvm, web
 
 RUNTIMES: dict[str, ModuleType] = {
+    "iree": iree,
+    "tvm": tvm,
     "reference": reference,
     "openvino": openvino,
     "opencv": opencv,
     "tract": tract,
-    "tvm": tvm,
-    "iree": iree,
     "onnx2torch": onnx2torch,
     "node": node,
     "web": web,
