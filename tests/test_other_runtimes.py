@@ -52,11 +52,6 @@ def test_bfloat16(checkpoints, runtime, component):
     check(component, RUNTIMES[runtime].run(graph_of(checkpoints, component, "bf16"), golden_inputs(component)))
 
 
-def test_the_page_names_every_runtime():
-    page = (Path(__file__).parent.parent / "docs/runtimes.md").read_text("utf-8")
-    assert [runtime.TITLE for runtime in RUNTIMES.values() if f"| {runtime.TITLE} | " not in page] == []
-
-
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 def test_graphs_keep_to_what_others_know(checkpoints, precision):
     """What runtimes were seen to stumble over; bf16 graphs have the checkpoint's bfloat16, and the rest in common."""

@@ -1,7 +1,7 @@
 """Measure portable graphs in every runtime that is installed.
 
 `python -m tests.conformance --write` writes the tables of docs/runtimes.md, which takes some minutes. Without `--write`
-it prints them. `python -m tests.conformance --only RUNTIME PRECISION FOLDER` prints one runtime's results as JSON.
+it prints them. Names of runtimes choose some: `--write openvino tract`. `python -m tests.conformance --only RUNTIME PRECISION FOLDER` prints one runtime's results as JSON.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def main(arguments: list[str]) -> None:
         name, precision, folder = arguments[1:]
         measure(name, precision, Path(folder))
         return
-    names = [name for name in RUNTIMES if not missing(name)]
+    chosen = [name for name in arguments if name != "--write"] or list(RUNTIMES)
+    names = [name for name in chosen if not missing(name)]
     print(f"not installed: {', '.join(sorted(set(RUNTIMES) - set(names))) or 'none'}", file=sys.stderr)
     results: dict[str, dict[str, dict[str, Result]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
