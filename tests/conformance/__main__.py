@@ -1,7 +1,8 @@
 """Measure portable graphs in every runtime that is installed.
 
 `python -m tests.conformance --write` writes the tables of docs/runtimes.md, which takes some minutes. Without `--write`
-it prints them. Names of runtimes choose some: `--write openvino tract`. `python -m tests.conformance --only RUNTIME PRECISION FOLDER` prints one runtime's results as JSON.
+it prints them. Names of runtimes choose some: `--write openvino tract`.
+`python -m tests.conformance --only RUNTIME PRECISION FOLDER` prints one runtime's results as JSON.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def tables(results: dict[str, dict[str, dict[str, Result]]]) -> str:
             "",
             f"All five graphs within {GRAPH_TOLERANCE:.0e}: {whole} of {sum(map(bool, rows.values()))} runtimes.",
         ]
-    lines += ["", "### What they said", "", "| runtime | precision | graphs | message |", "|---|---|---|---|"]
+    if faults:
+        lines += ["", "### What they said", "", "| runtime | precision | graphs | message |", "|---|---|---|---|"]
     for (title, precision, fault), components in faults.items():
         lines.append(f"| {title} | {precision} | {', '.join(components)} | `{fault}` |")
     return "\n".join(lines) + "\n"
