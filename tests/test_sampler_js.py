@@ -33,5 +33,5 @@ def test_the_same_noise_makes_the_same_picture(tmp_path):
     assert output.read_bytes().startswith(header)
     found = np.frombuffer(output.read_bytes()[len(header) :], np.uint8).reshape(64, 96, 3)
     with fluxonnx.load(tmp_path / "graphs", provider="cpu") as flux:
-        expected = np.asarray(flux.generate(PROMPT, 64, 96, 4, 42))
+        expected = np.asarray(flux.generate(PROMPT, 96, 64, 4, 42))
     assert np.abs(found.astype(int) - expected).max() <= IMAGE_TOLERANCE
