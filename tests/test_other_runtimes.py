@@ -12,7 +12,8 @@ from onnx import TensorProto
 
 from fluxonnx.checkpoint.manifest import graph_file
 from fluxonnx.contract import COMPONENTS
-from tests.support import GRAPH_TOLERANCE, Case, golden_inputs, golden_outputs, optional, relative_error
+from tests.conformance.runtimes import RUNTIMES, missing
+from tests.support import GRAPH_TOLERANCE, Case, golden_inputs, golden_outputs, relative_error
 
 pytestmark = pytest.mark.slow
 
@@ -24,70 +25,31 @@ def graph_of(checkpoints, component: str, precision: str) -> Path:
     return checkpoints.exported(CASE, precision, "portable") / graph_file(component, precision, "portable")
 
 
-def with_weights(path: Path, target: Path, static: bool = False) -> Path:
-    """Write a graph whose weights are inside, and whose dimensions are those of the golden values if `static`."""
-    model = onnx.load(path)
-    component = path.name.partition(".")[0]
-    if static:
-        arrays = [*golden_inputs(component).values(), *golden_outputs(component)]
-        for value, array in zip((*model.graph.input, *model.graph.output), arrays, strict=True):
-            for dim, size in zip(value.type.tensor_type.shape.dim, array.shape, strict=True):
-                dim.dim_value = size
-    onnx.save(model, target)
-    return target
-
-
 def check(component: str, found: Sequence[np.ndarray], tolerance: float = GRAPH_TOLERANCE) -> None:
     for output, expected in zip(found, golden_outputs(component), strict=True):
         assert relative_error(output, expected) < tolerance
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("component", WITHOUT_VAE)
-def test_onnx_reference_evaluator(checkpoints, precision, component):
-    """ONNX's own definition of each operator, in numpy; the VAE is left out, since its convolutions take minutes."""
-    from onnx.reference import ReferenceEvaluator
-
-    model = onnx.load(graph_of(checkpoints, component, precision))
-    check(component, ReferenceEvaluator(model).run(None, golden_inputs(component)))
-
-
-@optional("openvino")
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_openvino(checkpoints, precision, component):
-    """In float32; its default on some machines is bfloat16."""
-    import openvino
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_float32(checkpoints, runtime, component):
+    """Golden values of diffusers in every runtime that is installed."""
+    if lacking := missing(runtime):
+        pytest.skip(f"{', '.join(lacking)} not installed")
+    if runtime == "reference" and component not in WITHOUT_VAE:
+        pytest.skip("convolutions of the reference evaluator take minutes at this size")
+    check(component, RUNTIMES[runtime].run(graph_of(checkpoints, component, "fp32"), golden_inputs(component)))
 
-    file = graph_of(checkpoints, component, precision)
-    model = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    result = model(golden_inputs(component))
-    check(component, [result[output] for output in model.outputs])
 
-
-@optional("tract")
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_tract(checkpoints, tmp_path, component):
-    """With any sizes; the VAE with fixed ones, since tract takes minutes to plan it otherwise."""
-    import tract
-
-    static = component not in WITHOUT_VAE
-    file = with_weights(graph_of(checkpoints, component, "fp32"), tmp_path / "graph.onnx", static)
-    model = tract.onnx().load(str(file)).into_model().into_runnable()
-    check(component, [output.to_numpy() for output in model.run(list(golden_inputs(component).values()))])
-
-
-@optional("cv2")
-@pytest.mark.parametrize("component", COMPONENTS)
-def test_opencv(checkpoints, tmp_path, component):
-    import cv2
-
-    file = with_weights(graph_of(checkpoints, component, "fp32"), tmp_path / "graph.onnx")
-    net = cv2.dnn.readNetFromONNX(str(file))
-    for name, value in golden_inputs(component).items():
-        net.setInput(value, name)
-    names = [output.name for output in onnx.load(file).graph.output]
-    check(component, net.forward(names))
+@pytest.mark.parametrize("runtime", ["reference", "openvino", "opencv", "node", "web"])
+def test_bfloat16(checkpoints, runtime, component):
+    """Runtimes that know bfloat16 widen it to the same float32 values."""
+    if lacking := missing(runtime):
+        pytest.skip(f"{', '.join(lacking)} not installed")
+    if runtime == "reference" and component not in WITHOUT_VAE:
+        pytest.skip("convolutions of the reference evaluator take minutes at this size")
+    check(component, RUNTIMES[runtime].run(graph_of(checkpoints, component, "bf16"), golden_inputs(component)))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])

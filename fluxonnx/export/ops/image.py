@@ -188,7 +188,14 @@ def patchify(g: GraphBuilder, x: str, channels: int) -> str:
 def unpatchify(g: GraphBuilder, x: str, channels: int) -> str:
     """[batch, 4 * channels, h, w] -> [batch, channels, 2 * h, 2 * w], the inverse of `patchify`."""
     if not g.fused:
-        return g.op("DepthToSpace", x, blocksize=2, mode="CRD")
+        # Columns, then rows, in four dimensions: IREE computes DepthToSpace's mode CRD wrongly, and onnx2torch has no
+        # other.
+        columns = g.op("Transpose", reshape(g, x, [-1, 2, 0, 0]), perm=[0, 2, 3, 1])  # [.., h, w, 2]
+        wide = g.op("Transpose", reshape(g, columns, [0, 0, 1, -1]), perm=[0, 2, 1, 3])  # [.., 1, h, 2 * w]
+        rows = g.op("Transpose", reshape(g, wide, [-1, 2, 0, 0]), perm=[2, 1, 0, 3])  # [h, 2, .., 2 * w]
+        # OpenCV joins one Reshape with another, and reads zeros wrongly then: so none follows another.
+        high = g.op("Transpose", reshape(g, rows, [1, -1, 0, 0]), perm=[0, 2, 1, 3])  # [1, .., 2 * h, 2 * w]
+        return reshape(g, high, [-1, channels, 0, 0])
     height, width = size_of(g, x, 2), size_of(g, x, 3)
     batch, two = size_of(g, x, 0), g.constant([2], np.int64)
     head = g.op("Concat", batch, g.constant([channels, 2, 2], np.int64), height, width, axis=0)

@@ -1,0 +1,22 @@
+"""Apache TVM's Relax, compiled for the CPU with fixed sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from tests.conformance.graphs import Inputs, with_sizes
+
+TITLE, PACKAGE, MODULES, SIZES = "Apache TVM", "apache-tvm", ("tvm",), "fixed"
+
+
+def run(file: Path, inputs: Inputs) -> list[np.ndarray]:
+    import tvm
+    from tvm import relax
+    from tvm.relax.frontend.onnx import from_onnx
+
+    module = from_onnx(with_sizes(file, inputs), keep_params_in_input=False)
+    machine = relax.VirtualMachine(relax.build(relax.transform.LegalizeOps()(module), "llvm"), tvm.cpu())
+    result = machine["main"](*(tvm.runtime.tensor(value) for value in inputs.values()))
+    return [output.numpy() for output in ([result] if hasattr(result, "numpy") else result)]
