@@ -177,13 +177,20 @@ def test_a_signal_keeps_what_is_done_and_leaves_nothing_else(model, environment,
     command = [sys.executable, "-m", "fluxonnx", "generate", "-d", model, "-p", "a", "-W", "64", "-H", "64"]
     # On one core several small pictures would be made at a time.
     command += ["-s", "1", "-n", "1000", "-o", "cat.png", "--threads", "2"]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    number_of = getattr(signal, number)
+
+    def heed() -> None:
+        signal.signal(number_of, signal.SIG_DFL)  # tests may run under nohup or in the background
+
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed
+    ) as process:
         assert process.stderr is not None
         announced = 0
         for line in process.stderr:
             announced += line.startswith("cat-")
             if announced == 2:
-                process.send_signal(getattr(signal, number))
+                process.send_signal(number_of)
                 break
         rest = process.stderr.read().splitlines()
     assert process.returncode == code
