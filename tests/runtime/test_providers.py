@@ -21,7 +21,7 @@ from fluxonnx.errors import FluxonnxError, UsageError
 from fluxonnx.runtime import providers
 from fluxonnx.runtime.providers import probe
 from fluxonnx.runtime.providers.assignment import RECORD
-from tests.support import Case
+from tests.support import Case, optional
 
 CASE = Case("odd-heads")
 # The source of a plugin's package.
@@ -106,7 +106,7 @@ def test_all_providers_are_described():
 
 
 @pytest.mark.parametrize("flavour", ["ort", "portable"])
-@pytest.mark.parametrize("provider", ["cpu", "openblas"])
+@pytest.mark.parametrize("provider", ["cpu", pytest.param("openblas", marks=optional("threadpoolctl"))])
 def test_the_probe_agrees_with_what_is_right(provider, flavour):
     found = providers.trial(provider, flavour)
     assert found.fault is None
