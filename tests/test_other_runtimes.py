@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
@@ -25,31 +23,29 @@ def graph_of(checkpoints, component: str, precision: str) -> Path:
     return checkpoints.exported(CASE, precision, "portable") / graph_file(component, precision, "portable")
 
 
-def check(component: str, found: Sequence[np.ndarray], tolerance: float = GRAPH_TOLERANCE) -> None:
+def agrees(checkpoints, runtime: str, component: str, precision: str) -> None:
+    """Compare a runtime with the golden values, if it is installed."""
+    if lacking := missing(runtime):
+        pytest.skip(f"{', '.join(lacking)} not installed")
+    if runtime == "reference" and component not in WITHOUT_VAE:
+        pytest.skip("convolutions of the reference evaluator take minutes at this size")
+    found = RUNTIMES[runtime].run(graph_of(checkpoints, component, precision), golden_inputs(component))
     for output, expected in zip(found, golden_outputs(component), strict=True):
-        assert relative_error(output, expected) < tolerance
+        assert relative_error(output, expected) < GRAPH_TOLERANCE
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_float32(checkpoints, runtime, component):
     """Golden values of diffusers in every runtime that is installed."""
-    if lacking := missing(runtime):
-        pytest.skip(f"{', '.join(lacking)} not installed")
-    if runtime == "reference" and component not in WITHOUT_VAE:
-        pytest.skip("convolutions of the reference evaluator take minutes at this size")
-    check(component, RUNTIMES[runtime].run(graph_of(checkpoints, component, "fp32"), golden_inputs(component)))
+    agrees(checkpoints, runtime, component, "fp32")
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
 @pytest.mark.parametrize("runtime", ["reference", "openvino", "opencv", "node", "web"])
 def test_bfloat16(checkpoints, runtime, component):
     """Runtimes that know bfloat16 widen it to the same float32 values."""
-    if lacking := missing(runtime):
-        pytest.skip(f"{', '.join(lacking)} not installed")
-    if runtime == "reference" and component not in WITHOUT_VAE:
-        pytest.skip("convolutions of the reference evaluator take minutes at this size")
-    check(component, RUNTIMES[runtime].run(graph_of(checkpoints, component, "bf16"), golden_inputs(component)))
+    agrees(checkpoints, runtime, component, "bf16")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])

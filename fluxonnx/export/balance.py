@@ -25,6 +25,8 @@ from fluxonnx.checkpoint.safetensors import Scaling, Tensor
 from fluxonnx.export.initializers import float_rows
 from fluxonnx.machine import usable_cores
 
+# dtypes that a power of two changes exactly.
+SCALABLE = ("BF16", "F16", "F32")
 # Rows or columns of a matrix by which the magnitudes of its columns or rows are measured, to within 6 %.
 SAMPLES = 128
 # Factors are 1, or at least 2 to the first and at most 2 to the second power. Smaller ones gain nothing, and int4
@@ -141,12 +143,12 @@ def _can_scale(tensors: Mapping[str, Tensor], coupling: Coupling) -> bool:
         if not _can_read(tensors, reader.weight, None, reader.start + coupling.count * reader.repeat):
             return False
     names = {name for w in coupling.writers for name in (w.gain, w.bias) if name}
-    return all(tensors[name].dtype in ("BF16", "F16", "F32") for name in (*coupling.names, *names))
+    return all(tensors[name].dtype in SCALABLE for name in (*coupling.names, *names))
 
 
 def _can_read(tensors: Mapping[str, Tensor], name: str, rows: int | None, columns: int) -> bool:
     tensor = tensors.get(name)
-    if tensor is None or tensor.quantisation or len(tensor.shape) != 2 or tensor.dtype not in ("BF16", "F16", "F32"):
+    if tensor is None or tensor.quantisation or len(tensor.shape) != 2 or tensor.dtype not in SCALABLE:
         return False
     return tensor.shape[1] >= columns and (rows is None or tensor.shape[0] >= rows)
 

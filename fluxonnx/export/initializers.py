@@ -11,6 +11,8 @@ from onnx import TensorProto, helper
 
 from fluxonnx.checkpoint.safetensors import DTYPES, Tensor
 
+# dtypes of weights that need no further description.
+FLOATS = ("BF16", "F16", "F32", "F64")
 # Rows converted at a time: their float32 copy stays in the processor's caches.
 ROWS = 128
 

@@ -8,11 +8,9 @@ from fluxonnx.checkpoint.formats import check_scales
 from fluxonnx.checkpoint.safetensors import Tensor
 from fluxonnx.errors import CheckpointError
 from fluxonnx.export.graph import GraphBuilder
+from fluxonnx.export.initializers import FLOATS
 from fluxonnx.export.precisions import Precision
 from fluxonnx.export.precisions.dequantised import dequantised
-
-# dtypes of weights that need no further description.
-FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 class ModelBuilder(GraphBuilder):

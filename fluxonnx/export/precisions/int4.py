@@ -45,10 +45,6 @@ class Int4(Quantised):
         """Return 21 for portable graphs: int4, and DequantizeLinear by blocks."""
         return 17 if flavour == "ort" else 21
 
-    def file_label(self, flavour: str) -> str:
-        """Return a label per flavour: MatMulNBits has unsigned integers, DequantizeLinear signed ones."""
-        return self.name if flavour == "ort" else f"{self.name}.{flavour}"
-
     def quantises(self, tensor: Tensor) -> bool:
         """Whether the linear with this weight is quantised: its rows must consist of whole blocks."""
         return super().quantises(tensor) and tensor.shape[1] % self.block == 0

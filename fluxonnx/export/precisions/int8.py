@@ -91,10 +91,6 @@ class Int8(Quantised):
         products = "pairs" if self.saturating else "exact"
         return {**super().settings(), "rotate": str(self.rotate).lower(), "products": products}
 
-    def file_label(self, flavour: str) -> str:
-        """Return a label per flavour: portable graphs have no panels."""
-        return self.name if flavour == "ort" else f"{self.name}.{flavour}"
-
     def rotation(self, tensor: Tensor) -> int:
         """Return how many inputs of a linear are mixed at a time, 0 for none.
 

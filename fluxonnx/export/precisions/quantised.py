@@ -14,12 +14,11 @@ from fluxonnx.errors import UsageError
 from fluxonnx.export import panels, primitives
 from fluxonnx.export.balance import Coupling, balanced
 from fluxonnx.export.graph import GraphBuilder
+from fluxonnx.export.initializers import FLOATS
 from fluxonnx.export.panels import Columns
 from fluxonnx.export.precisions.bf16 import BLOCKS, Precision, Prepared
 from fluxonnx.export.precisions.fp16 import half_rows, half_weight
 from fluxonnx.machine import usable_cores
-
-FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 class Quantised(Precision):
@@ -51,6 +50,13 @@ class Quantised(Precision):
     def settings(self) -> dict[str, str]:
         """Return the layers that are kept."""
         return {"keep": self.keep.pattern if self.keep else ""}
+
+    def file_label(self, flavour: str) -> str:
+        """Return a label per flavour.
+
+        Portable graphs have no panels and no bfloat16. MatMulNBits has unsigned integers, DequantizeLinear signed ones.
+        """
+        return self.name if flavour == "ort" else f"{self.name}.{flavour}"
 
     def keeps(self, tensor: Tensor) -> bool:
         """Whether the layer with this weight was asked to stay as the checkpoint has it, or has to."""
