@@ -134,6 +134,7 @@ def load(
     flavour: str | None = None,
     threads: int | None = None,
     low_memory: bool = False,
+    keep_loaded: bool = False,
     cache_dir: str | Path | None = None,
     on_export: Callable[[Path], None] | None = None,
     on_choice: Callable[[Choice], None] | None = None,
@@ -156,6 +157,7 @@ def load(
         flavour: "ort" or "portable"; by default the one that suits the provider.
         threads: Threads per operator; None for one per core that this process may use.
         low_memory: Use less memory, and more time: pictures above 576x576 are encoded and decoded in tiles.
+        keep_loaded: Keep all graphs loaded between pictures; by default each is freed as soon as it has run.
         cache_dir: A folder for prompt embeddings, so that a known prompt never loads the text encoder.
         on_export: Called with the directory if graphs have to be exported.
         on_choice: Called with the precision and the provider that "auto" chose, and the reason.
@@ -171,7 +173,13 @@ def load(
     from fluxonnx.runtime.pipeline import Flux
 
     options = SessionOptions(
-        threads=threads, low_memory=low_memory, provider=provider or CPU, watch=watch, profile=profile, engine=engine
+        threads=threads,
+        low_memory=low_memory,
+        keep_loaded=keep_loaded,
+        provider=provider or CPU,
+        watch=watch,
+        profile=profile,
+        engine=engine,
     )
     model = find_model(path)
     try:

@@ -47,6 +47,8 @@ def make_target(
     chosen = precision if isinstance(precision, Precision) else make_precision(precision, keep, block, rotate)
     if flavour not in FLAVOURS:
         raise UsageError(f"flavour {flavour!r} is unknown: choose one of {', '.join(FLAVOURS)}")
+    if flavour not in chosen.flavours:
+        raise UsageError(f"{chosen.name} graphs are of the flavour {' or '.join(chosen.flavours)}, not {flavour}")
     lowest = max(OPSETS[flavour][0], chosen.lowest_opset(flavour))
     allowed = range(lowest, OPSETS[flavour][-1] + 1)
     opset = max(FLAVOURS[flavour], lowest) if opset is None else opset

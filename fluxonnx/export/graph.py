@@ -51,9 +51,17 @@ class GraphBuilder:
         opset: The ai.onnx opset.
         fused: Whether onnxruntime's own operators (com.microsoft) may be used.
         used: Names of the tensors taken so far.
+        arithmetic: The ONNX type that takes the place of float32 between the inputs and the outputs.
     """
 
-    def __init__(self, name: str, flavour: str, opset: int, tensors: dict[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        flavour: str,
+        opset: int,
+        tensors: dict[str, Tensor] | None = None,
+        arithmetic: int = TensorProto.FLOAT,
+    ) -> None:
         """Start an empty graph.
 
         Args:
@@ -61,8 +69,9 @@ class GraphBuilder:
             flavour: "ort" for onnxruntime, "portable" for ai.onnx operators only.
             opset: The ai.onnx opset.
             tensors: The checkpoint's tensors by name.
+            arithmetic: The ONNX type to compute in.
         """
-        self.name, self.opset, self.fused = name, opset, flavour == "ort"
+        self.name, self.opset, self.fused, self.arithmetic = name, opset, flavour == "ort", arithmetic
         self._tensors = tensors or {}
         self.used: set[str] = set()
         self._opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid(MICROSOFT, 1)]
@@ -111,11 +120,12 @@ class GraphBuilder:
     # Values
 
     def input(self, port: Port) -> str:
-        """Declare an input of the graph."""
+        """Declare an input of the graph; floats are returned in the type that it computes in."""
         info = self._value_info(port)
         self._inputs.append(info)
         self._types[port.name] = info.type
-        return port.name
+        is_float = info.type.tensor_type.elem_type == TensorProto.FLOAT
+        return self.cast(port.name, self.arithmetic) if is_float else port.name
 
     def _value_info(self, port: Port) -> onnx.ValueInfoProto:
         """Describe an input or output; other runtimes take arithmetic in the name of a dimension for a mistake."""
@@ -124,13 +134,19 @@ class GraphBuilder:
 
     def output(self, port: Port, value: str) -> None:
         """Declare `value` an output of the graph."""
-        assert self.dtype(value) == onnx_dtype(port.dtype), port
+        dtype = onnx_dtype(port.dtype)
+        assert self.dtype(value) in (dtype, self.arithmetic), port
         with self.outside():
-            self.op("Identity", value, output=port.name)
+            if self.dtype(value) == dtype:
+                self.op("Identity", value, output=port.name)
+            else:
+                self.op("Cast", value, output=port.name, to=dtype)
         self._outputs.append(self._value_info(port))
 
-    def constant(self, value: Any, dtype: Any = np.float32) -> str:
-        """Return a constant; equal constants are one initializer."""
+    def constant(self, value: Any, dtype: Any = None) -> str:
+        """Return a constant, by default of the type of the graph's arithmetic; equal constants are one initializer."""
+        if dtype is None:
+            dtype = helper.tensor_dtype_to_np_dtype(self.arithmetic)
         array = np.ascontiguousarray(np.asarray(value, dtype)).reshape(np.shape(value))
         digest = hashlib.sha256(array.tobytes()).hexdigest()[:12] if array.size > 4 else ""
         label = digest or "_".join(str(item) for item in array.ravel().tolist())

@@ -34,6 +34,7 @@ class SessionOptions:
         threads: Threads per operator; None for one per core that this process may use.
         low_memory: One picture is made at a time, and large ones are encoded and decoded in tiles.
         provider: The execution provider, see `providers`.
+        keep_loaded: Whether graphs stay loaded between pictures, where there is memory for all of them.
         profile: Whether sessions run under onnxruntime's profiler; each emits `OperatorsTimed` when it is closed.
         watch: Called with every event.
         engine: Loads graphs; None for onnxruntime.
@@ -42,6 +43,7 @@ class SessionOptions:
 
     threads: int | None = None
     low_memory: bool = False
+    keep_loaded: bool = False
     provider: str = CPU
     profile: bool = False
     watch: Watch | None = None

@@ -29,7 +29,11 @@ Graph = Callable[..., list[np.ndarray]]
 
 
 class Models:
-    """A build's graphs. A picture never needs two large ones at once, so at most one of them holds memory at a time."""
+    """A build's graphs.
+
+    A picture never needs two large ones at once, so at most one of them holds memory at a time, unless the options have
+    all of them stay loaded.
+    """
 
     def __init__(
         self,
@@ -98,6 +102,9 @@ class Models:
     @contextmanager
     def _loaded(self, component: str) -> Iterator[Graph]:
         """Load a graph for the length of a `with` block."""
+        if self._options.keep_loaded:
+            yield self._keep(component)
+            return
         runner = self._load(component)
         try:
             yield partial(self._run, component, runner)
@@ -111,10 +118,15 @@ class Models:
         return partial(self._run, component, self._kept[component])
 
     def release(self, component: str) -> None:
-        """Free the memory of a graph that stays loaded; it is loaded again when it is needed."""
-        runner = self._kept.pop(component, None)
-        if runner is not None:
-            runner.close()
+        """Free the memory of a graph that is no more needed for now; it is loaded again when it is."""
+        if not self._options.keep_loaded:
+            self.close(component)
+
+    def close(self, *components: str) -> None:
+        """Free the memory of some graphs, or of all; they are loaded again when they are needed."""
+        for component in components or tuple(self._kept):
+            if component in self._kept:
+                self._kept.pop(component).close()
 
     def prompt_embeds(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         """int64 [batch, seq] twice -> f32 [batch, seq, 3 * hidden]; it stays loaded until released."""
@@ -202,12 +214,16 @@ class Transformer:
             img_ids: int64 [image_seq, 4] of the latent tokens.
         """
         txt_ids = text_ids(prompt_embeds.shape[1])
+        rotary: list[np.ndarray] = []
 
         def velocity(latents: np.ndarray, sigma: np.float32) -> np.ndarray:
             # One row for the whole batch, broadcast in the graph: matrix-vector products are rounded differently from
             # matrix-matrix products, and a picture out of a batch has to be what it is alone.
             time = np.full(1, timestep(sigma), np.float32)
-            timestep_proj, cos, sin = self._conditioning(timestep=time, txt_ids=txt_ids, img_ids=img_ids)
+            timestep_proj, *tables = self._conditioning(timestep=time, txt_ids=txt_ids, img_ids=img_ids)
+            # they are the same at each step, and so may stay in the memory of a device
+            rotary[:] = rotary or tables
+            cos, sin = rotary
             return self._graph(
                 hidden_states=latents,
                 encoder_hidden_states=prompt_embeds,

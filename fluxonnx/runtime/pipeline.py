@@ -377,16 +377,15 @@ class Flux:
     def release_text_encoder(self) -> None:
         """Free the text encoder's memory (about 8 GB of mapped weights); a new prompt loads it again.
 
-        This happens by itself once the prompts of a run are encoded.
+        This happens by itself once the prompts of a run are encoded, unless graphs stay loaded.
         """
         with self._lock:
-            self._models.release("text_encoder")
+            self._models.close("text_encoder")
 
     def close(self) -> None:
         """Free all memory; a new run loads what it needs again."""
         with self._lock:
-            self._models.release("text_encoder")
-            self._models.release("vae_decoder")
+            self._models.close()
             self._prompts.forget()
 
     def __enter__(self) -> Flux:

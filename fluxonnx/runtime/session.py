@@ -21,7 +21,7 @@ from fluxonnx.runtime.engine import Runner, SessionOptions
 from fluxonnx.runtime.events import OperatorsTimed
 from fluxonnx.runtime.library import library, log_severity
 from fluxonnx.runtime.profile import Profile
-from fluxonnx.runtime.providers import CPU, check_right, check_started, session_providers, tell_of_fallback
+from fluxonnx.runtime.providers import CPU, check_right, check_started, session_providers, tell_of_fallback, traits
 
 # Sinusoids of large numbers, which a provider that computes in half precision would ruin. They take no time.
 ALWAYS_ON_CPU = ("conditioning",)
@@ -158,12 +158,13 @@ class Session:
         except Exception as error:  # onnxruntime raises many types, all meaning this
             if self._profile is not None:
                 self._profile.discard()
-            raise FluxonnxError(f"{path} can't be loaded: {_first_line(error)}; export again with --force") from error
+            raise FluxonnxError(f"{path} can't be loaded: {_cured(_first_line(error), chosen.provider)}") from error
         check_started(self._session, chosen.provider)
         if chosen.provider != CPU:
             tell_of_fallback(self._session, component, chosen.provider)
         give_back_free_memory()  # what was used to load: 0.4 GB for the VAE decoder
         self._worker = ThreadPoolExecutor(1)
+        self._inputs = DeviceInputs(traits(chosen.provider).device) if traits(chosen.provider).device else None
 
     def run(self, **inputs: np.ndarray) -> list[np.ndarray]:
         """Run the graph.
@@ -176,7 +177,7 @@ class Session:
         try:
             # A run can take minutes, and Python handles Ctrl-C only between bytecodes. So this thread waits, and
             # onnxruntime works in another one that can be told to stop.
-            outputs = self._worker.submit(self._session.run, None, inputs, options).result()
+            outputs = self._worker.submit(self._start, inputs, options).result()
             # Outputs are views into the session's arena. One that is kept would keep all of it (measured: 0.3 GB for
             # the 0.3 MB of a short prompt), so they are copied.
             return [output.copy() for output in outputs]
@@ -185,6 +186,13 @@ class Session:
         except BaseException:  # Ctrl-C, or another signal that ends the program
             options.terminate = True
             raise
+
+    def _start(self, inputs: Mapping[str, np.ndarray], options: Any) -> list[np.ndarray]:
+        if self._inputs is None:
+            return self._session.run(None, inputs, options)
+        names = [output.name for output in self._session.get_outputs()]
+        found = self._session.run_with_ort_values(names, self._inputs.placed(inputs), options)
+        return [value.numpy() for value in found]
 
     def close(self) -> None:
         """Free the graph's memory, once a run that was interrupted has ended; report the profile, if there is one.
@@ -199,7 +207,7 @@ class Session:
                 if self._watch is not None:
                     self._watch(OperatorsTimed(self._component, operators))
         finally:
-            del self._session
+            del self._session, self._inputs
             give_back_free_memory()
 
     def __enter__(self) -> Session:
@@ -211,6 +219,22 @@ class Session:
         self.close()
 
 
+class DeviceInputs:
+    """Inputs in the memory of a device, where those of the last run stay until another array takes their place."""
+
+    def __init__(self, device: str) -> None:
+        """Nothing is copied yet; `device` is the name that OrtValue knows."""
+        self._device = device
+        self._last: dict[str, tuple[np.ndarray, Any]] = {}
+
+    def placed(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Return the inputs as OrtValues; arrays must not be changed between runs."""
+        for name, array in inputs.items():
+            if name not in self._last or self._last[name][0] is not array:
+                self._last[name] = array, library().OrtValue.ortvalue_from_numpy(array, self._device, 0)
+        return {name: self._last[name][1] for name in inputs}
+
+
 def onnxruntime_engine(path: Path, component: str, build: Build, options: SessionOptions) -> Runner:
     """The default `Engine`."""
     return Session(path, component, options, build)
@@ -220,6 +244,13 @@ def give_back_free_memory() -> None:
     """Have glibc return freed memory to the system, of which it keeps pieces of up to 32 MB; elsewhere, do nothing."""
     with suppress(OSError, AttributeError, TypeError):  # no such library, no such function, Windows
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _cured(problem: str, provider: str) -> str:
+    """Return what is wrong with a graph, and what to do."""
+    if problem.startswith("NOT_IMPLEMENTED"):
+        return f"the {provider} provider can't compute this ({problem}); choose another --precision or --provider"
+    return f"{problem}; export again with --force"
 
 
 def _first_line(error: Exception) -> str:

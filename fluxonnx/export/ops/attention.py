@@ -130,11 +130,11 @@ def attention(g: ModelBuilder, q: str, k: str, v: str, head_dim: int, bias: str 
 
 
 def _attention(g: GraphBuilder, q: str, k: str, v: str, head_dim: int, bias: str) -> str:
-    """Attend with q, k and v of float32 or float16, which is also the type of the result; `bias` is float32."""
+    """Attend with q, k and v of one float type, which is also that of the result; `bias` is float32."""
     scale, dtype, heads = 1.0 / math.sqrt(head_dim), g.dtype(q), g.width(q) // head_dim
     if g.fused:
         if bias and dtype != TensorProto.FLOAT:
-            bias = g.once(("half", bias), lambda: g.cast(g.op("Max", bias, g.constant(LOWEST_HALF)), dtype))
+            bias = g.once(("half", bias), lambda: g.cast(g.op("Max", bias, g.constant(LOWEST_HALF, np.float32)), dtype))
         optional = ["", "", bias] if bias else []
         return g.op("MultiHeadAttention", q, k, v, *optional, domain=MICROSOFT, like=q, num_heads=heads, scale=scale)
 
@@ -194,4 +194,4 @@ def causal_padding_bias(g: GraphBuilder, attention_mask: str, positions: str, ke
     real = g.op("Cast", first_tokens(g, attention_mask, keys), to=TensorProto.BOOL)
     real = g.op("Unsqueeze", real, g.constant([1, 2], np.int64))  # [batch, 1, 1, keys]
     allowed = g.op("And", causal, real)
-    return g.op("Where", allowed, g.constant(0.0), g.constant(np.finfo(np.float32).min))
+    return g.op("Where", allowed, *(g.constant(bias, np.float32) for bias in (0.0, np.finfo(np.float32).min)))

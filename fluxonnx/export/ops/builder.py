@@ -28,7 +28,7 @@ class ModelBuilder(GraphBuilder):
             opset: The ai.onnx opset.
             tensors: The checkpoint's tensors by name.
         """
-        super().__init__(name, flavour, opset, tensors)
+        super().__init__(name, flavour, opset, tensors, precision.arithmetic(name))
         self.precision = precision
 
     def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
@@ -47,5 +47,5 @@ class ModelBuilder(GraphBuilder):
         return tensor
 
     def weight(self, name: str, *shape: int) -> str:
-        """Return a weight of the module in scope as float32."""
+        """Return a weight of the module in scope as a value."""
         return self.precision.weight(self, self.tensor(name, shape))

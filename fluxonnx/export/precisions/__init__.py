@@ -11,11 +11,25 @@ from fluxonnx.export.precisions.fp16 import Float16
 from fluxonnx.export.precisions.fp32 import Float32
 from fluxonnx.export.precisions.int4 import Int4
 from fluxonnx.export.precisions.int8 import Int8
+from fluxonnx.export.precisions.native import NativeBfloat16
 from fluxonnx.export.precisions.quantised import Quantised
 
-__all__ = ["PRECISIONS", "Float16", "Float32", "Int4", "Int8", "Precision", "Prepared", "Quantised", "make_precision"]
+__all__ = [
+    "PRECISIONS",
+    "Float16",
+    "Float32",
+    "Int4",
+    "Int8",
+    "NativeBfloat16",
+    "Precision",
+    "Prepared",
+    "Quantised",
+    "make_precision",
+]
 
-PRECISIONS: dict[str, type[Precision]] = {cls.name: cls for cls in (Precision, Float32, Float16, Int8, Int4)}
+PRECISIONS: dict[str, type[Precision]] = {
+    cls.name: cls for cls in (Precision, Float32, Float16, NativeBfloat16, Int8, Int4)
+}
 
 
 def make_precision(name: str, keep: str | None = None, block: int | None = None, rotate: bool = False) -> Precision:

@@ -53,6 +53,8 @@ class Precision:
     sums_kernels = True
     # The relative error of a product above which the weight of a layer is not rounded.
     most_error = 1.0
+    # The flavours that can be computed so.
+    flavours = ("ort", "portable")
 
     def settings(self) -> dict[str, str]:
         """Return what tells this build from others of the same name."""
@@ -70,6 +72,10 @@ class Precision:
         """Look at all weights of a graph before it is built; `couplings` say which of them belong together."""
         return Prepared(self, tensors)
 
+    def arithmetic(self, component: str) -> int:
+        """Return the ONNX type that a graph computes in."""
+        return TensorProto.FLOAT
+
     def stored_dtype(self, tensor: Tensor) -> str:
         """Return the safetensors dtype under which `tensor` is stored."""
         return tensor.dtype
@@ -78,11 +84,11 @@ class Precision:
         return g.stored(tensor, self.stored_dtype(tensor), in_place=not self.self_contained)
 
     def weight(self, g: GraphBuilder, tensor: Tensor) -> str:
-        """Return `tensor` as a float32 value."""
+        """Return `tensor` as a value of the type that the graph computes in: float32 but for `arithmetic`."""
         value = self._stored(g, tensor)
-        if self.stored_dtype(tensor) == "F32":
+        if g.dtype(value) == g.arithmetic:
             return value
-        return g.weight_op("Cast", value, to=TensorProto.FLOAT)
+        return g.weight_op("Cast", value, to=g.arithmetic)
 
     def slices(self, width: int) -> list[int]:
         """Return the widths of the slices in which `width` columns go through a feed-forward."""
@@ -116,11 +122,8 @@ class Precision:
         return primitives.product(g, x, self.weight(g, tensor), bias)
 
     def embedding(self, g: GraphBuilder, ids: str, tensor: Tensor) -> str:
-        """Look up rows of `tensor` [entries, dim] by int64 `ids`, as float32; only these rows are cast."""
-        rows = g.op("Gather", self._stored(g, tensor), ids, axis=0)
-        if self.stored_dtype(tensor) == "F32":
-            return rows
-        return g.op("Cast", rows, to=TensorProto.FLOAT)
+        """Look up rows of `tensor` [entries, dim] by int64 `ids`, as `weight` does; only these rows are cast."""
+        return g.cast(g.op("Gather", self._stored(g, tensor), ids, axis=0), g.arithmetic)
 
     def conv(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str, bands: int | None, **attributes: Any) -> str:
         """Convolve `x` [batch, in, height, width] with `tensor` [out, in, height, width], and add `bias` [out].

@@ -25,6 +25,7 @@ CUDA = Traits(
     flavour="ort",
     # An arena that grows by doubling would allocate twice the memory that 8 GB of weights need.
     settings={"arena_extend_strategy": "kSameAsRequested"},
+    device="cuda",
     needs=NEEDS,
     prepare=_preload,
 )

@@ -32,6 +32,7 @@ class Traits:
         static_shapes: Whether it takes only graphs whose shapes are fixed.
         limits: What it can't do, or does wrong, a sentence each.
         tested: Where its pictures were compared with those of the CPU; "" if nowhere.
+        device: The name of its memory, as OrtValue knows it, if inputs that stay the same can stay there; else "".
         thread_settings: Options for a number of threads per operator, if it ignores the session's own setting.
         prepare: Called before a session is made.
     """
@@ -45,5 +46,6 @@ class Traits:
     static_shapes: bool = False
     limits: tuple[str, ...] = ()
     tested: str = ""
+    device: str = ""
     thread_settings: Callable[[int], dict[str, Any]] = _no_settings
     prepare: Callable[[], None] = _nothing
