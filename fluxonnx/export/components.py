@@ -168,7 +168,8 @@ def build_graph(
         couplings, unused = text_encoder.couplings(sizes.text_encoder), text_encoder.unused(sizes.text_encoder)
     used = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
     prepared = target.precision.prepared(used, couplings)
-    g = ModelBuilder(component, prepared.precision, target.flavour, target.opset, {**tensors, **prepared.tensors})
+    opset = target.precision.opset(component, target.opset)
+    g = ModelBuilder(component, prepared.precision, target.flavour, opset, {**tensors, **prepared.tensors})
     ports = graph_ports(component, sizes)
     if component == "conditioning":
         conditioning.build(g, sizes.transformer, ports)

@@ -17,6 +17,9 @@ from fluxonnx.export.panels import Columns
 # The module lists whose linears hold nearly all of the weights.
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.", "model.layers.")
 
+# The newest opset whose InstanceNormalization the kernels of GPUs have.
+NORMS_ON_GPUS = 21
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -63,6 +66,10 @@ class Precision:
     def lowest_opset(self, flavour: str) -> int:
         """Return the oldest ai.onnx opset that has the operators this needs."""
         return 17
+
+    def opset(self, component: str, opset: int) -> int:
+        """Return the ai.onnx opset of one graph of a build of `opset`."""
+        return opset
 
     def file_label(self, flavour: str) -> str:
         """Return the label of the build's weight files; both flavours share files of the same bytes."""

@@ -26,7 +26,7 @@ from fluxonnx.export import primitives
 from fluxonnx.export.graph import GraphBuilder
 from fluxonnx.export.initializers import Part
 from fluxonnx.export.precisions import rounding
-from fluxonnx.export.precisions.bf16 import BLOCKS, Precision
+from fluxonnx.export.precisions.bf16 import BLOCKS, NORMS_ON_GPUS, Precision
 
 
 class Float16(Precision):
@@ -36,6 +36,10 @@ class Float16(Precision):
     integers_as = "F32"
     self_contained = True
     sums_kernels = False
+
+    def opset(self, component: str, opset: int) -> int:
+        """Return an opset whose group norms onnxruntime's CUDA provider has; it lacks InstanceNormalization-22."""
+        return min(opset, NORMS_ON_GPUS) if component.startswith("vae") else opset
 
     def stored_dtype(self, tensor: Tensor) -> str:
         """Return F32: tensors that are not matrices are small, and their errors reach everything."""

@@ -11,7 +11,7 @@ from onnx import TensorProto
 
 from fluxonnx.checkpoint.safetensors import Tensor
 from fluxonnx.export.graph import GraphBuilder
-from fluxonnx.export.precisions.bf16 import Precision
+from fluxonnx.export.precisions.bf16 import NORMS_ON_GPUS, Precision
 
 TRANSFORMERS = ("text_encoder", "transformer")
 
@@ -25,6 +25,10 @@ class NativeBfloat16(Precision):
     def arithmetic(self, component: str) -> int:
         """Return bfloat16 for the transformers."""
         return TensorProto.BFLOAT16 if component in TRANSFORMERS else TensorProto.FLOAT
+
+    def opset(self, component: str, opset: int) -> int:
+        """Return an opset whose group norms onnxruntime's CUDA provider has; it lacks InstanceNormalization-22."""
+        return min(opset, NORMS_ON_GPUS) if component.startswith("vae") else opset
 
     def stored_dtype(self, tensor: Tensor) -> str:
         """Return BF16, whatever the checkpoint has."""
