@@ -33,7 +33,7 @@ def test_large_model(gigabytes, exact, expected, reason):
     assert reason in choice.reason
 
 
-@pytest.mark.parametrize(("works", "provider", "precision"), [(True, "cuda", "fp16"), (False, "cpu", "int8")])
+@pytest.mark.parametrize(("works", "provider", "precision"), [(True, "cuda", "bf16-native"), (False, "cpu", "int8")])
 def test_gpu_is_chosen_where_it_works(works, provider, precision):
     providers = ("tensorrt", "cuda", "coreml", "cpu")
     here = replace(LARGE_CPU, providers=providers, works=lambda name: works)

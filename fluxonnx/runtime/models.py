@@ -220,8 +220,9 @@ class Transformer:
             # One row for the whole batch, broadcast in the graph: matrix-vector products are rounded differently from
             # matrix-matrix products, and a picture out of a batch has to be what it is alone.
             time = np.full(1, timestep(sigma), np.float32)
-            timestep_proj, *tables = self._conditioning(timestep=time, txt_ids=txt_ids, img_ids=img_ids)
-            # they are the same at each step, and so may stay in the memory of a device
+            # The tables are the same at each step: they are made once, and may stay in the memory of a device.
+            rows = 1 if rotary else None
+            timestep_proj, *tables = self._conditioning(timestep=time, txt_ids=txt_ids[:rows], img_ids=img_ids[:rows])
             rotary[:] = rotary or tables
             cos, sin = rotary
             return self._graph(

@@ -10,11 +10,13 @@ import pytest
 
 from fluxonnx.checkpoint.manifest import read_manifest
 from fluxonnx.checkpoint.safetensors import read_header
-from fluxonnx.contract import EMBEDDING_TABLE
+from fluxonnx.contract import EMBEDDING_TABLE, Architecture, grid_ids
 from fluxonnx.errors import CheckpointError
 from fluxonnx.runtime.engine import SessionOptions
+from fluxonnx.runtime.events import GraphRan
 from fluxonnx.runtime.models import Models
 from fluxonnx.runtime.prefault import Prefault, Span
+from fluxonnx.runtime.session import DeviceInputs
 from fluxonnx.runtime.tiles import Tiling
 from tests.support import Case
 
@@ -108,3 +110,62 @@ def test_build_without_a_graph(root, engine):
     del build.components["vae_encoder"]
     with pytest.raises(CheckpointError, match=r"lacks the vae_encoder graph: run fluxonnx export .*--precision int8"):
         Models(root, build, SessionOptions())
+
+
+def test_rotary_tables_are_made_once(root, engine):
+    """And the features of later timesteps, made beside smaller tables, are the same bits."""
+    manifest = read_manifest(root)
+    assert manifest is not None
+    runs: list[GraphRan] = []
+    options = SessionOptions(engine=engine, watch=lambda event: isinstance(event, GraphRan) and runs.append(event))
+    opened = Models(root, manifest.builds["int8"], options)
+    width, channels = opened_sizes(root)
+    rng = np.random.default_rng(0)
+    embeds = rng.standard_normal((1, 8, width), np.float32)
+    latents = rng.standard_normal((1, 6, channels), np.float32)
+    sigmas = np.array([1, 0.8, 0.3], np.float32)
+    for at_once in (True, False):
+        with opened.transformer() as transformer:
+            velocity = transformer.velocity(embeds, grid_ids(2, 3))
+            for sigma in sigmas if at_once else sigmas[::-1]:
+                velocity(latents, sigma)
+    steps = [run.inputs for run in runs if run.component == "transformer"]
+    assert steps[0]["rotary_cos"] is steps[2]["rotary_cos"]
+    for first, second in zip(steps[:3], reversed(steps[3:]), strict=True):
+        for name, value in first.items():
+            np.testing.assert_array_equal(value, second[name])
+    assert [len(run.outputs[1]) for run in runs if run.component == "conditioning"] == [14, 2, 2, 14, 2, 2]
+
+
+def opened_sizes(root) -> tuple[int, int]:
+    """Return the width of prompt embeddings and the channels of a latent token."""
+    manifest = read_manifest(root)
+    assert manifest is not None
+    sizes = Architecture.from_json(manifest.architecture, root)
+    return sizes.text_encoder.embedding_dim, sizes.transformer.in_channels
+
+
+def test_graphs_stay_loaded_where_that_is_asked_for(root, engine):
+    manifest = read_manifest(root)
+    assert manifest is not None
+    opened = Models(root, manifest.builds["int8"], SessionOptions(engine=engine, keep_loaded=True))
+    for _ in range(2):
+        encode(opened)
+        with opened.transformer():
+            pass
+    assert engine.loaded == ["text_encoder", "conditioning", "transformer"]
+    opened.close("text_encoder")
+    assert engine.open == ["conditioning", "transformer"]
+    opened.close()
+    assert engine.open == []
+
+
+def test_inputs_stay_on_a_device_until_others_come():
+    device = DeviceInputs("cpu")
+    still, moving = np.arange(6, dtype=np.float32), np.zeros(2, np.int64)
+    first = device.placed({"still": still, "moving": moving})
+    second = device.placed({"still": still, "moving": moving + 1})
+    assert second["still"] is first["still"]
+    assert second["moving"] is not first["moving"]
+    np.testing.assert_array_equal(second["moving"].numpy(), moving + 1)
+    np.testing.assert_array_equal(second["still"].numpy(), still)

@@ -57,7 +57,7 @@ class Precision:
     # The relative error of a product above which the weight of a layer is not rounded.
     most_error = 1.0
     # The flavours that can be computed so.
-    flavours = ("ort", "portable")
+    flavours: tuple[str, ...] = ("ort", "portable")
 
     def settings(self) -> dict[str, str]:
         """Return what tells this build from others of the same name."""

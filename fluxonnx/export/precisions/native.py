@@ -20,7 +20,7 @@ class NativeBfloat16(Precision):
     """Weights as a bfloat16 checkpoint stores them; other weights are converted to a file of the build."""
 
     name = "bf16-native"
-    flavours = ("ort",)
+    flavours: tuple[str, ...] = ("ort",)
 
     def arithmetic(self, component: str) -> int:
         """Return bfloat16 for the transformers."""
