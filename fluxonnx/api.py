@@ -10,21 +10,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fluxonnx.auto import Choice, choose
+from fluxonnx.auto import (
+    ENCODER,
+    WITHOUT_ENCODER,
+    Choice,
+    choose,
+    default_precision,
+    encoder_beside,
+    held_build,
+    unusable,
+)
 from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.checkpoint.manifest import (
     DEFAULT_FLAVOUR,
-    DEFAULT_PRECISION,
     Build,
-    Component,
     Manifest,
     build_name,
-    changed_config,
-    fault,
     is_current,
     read_manifest,
 )
-from fluxonnx.contract import COMPONENTS, GRAPH_FORMAT, OLDEST_RUNNABLE_FORMAT, open_checkpoint
+from fluxonnx.contract import COMPONENTS, GRAPH_FORMAT, open_checkpoint
 from fluxonnx.errors import CheckpointError, ExportError
 from fluxonnx.files import atomic_folder, atomic_write, describe_os_error, exclusive, require_text
 from fluxonnx.runtime.engine import Engine, SessionOptions
@@ -37,10 +42,6 @@ if TYPE_CHECKING:
 
 DEMO_MODEL = "tiny-klein"
 AUTO = "auto"
-# The graph that may be of another build, and the others.
-ENCODER = "text_encoder"
-WITHOUT_ENCODER = tuple(name for name in COMPONENTS if name != ENCODER)
-
 # Exports in a row after which a build should be up to date: one more than with the settings of another machine.
 MOST_EXPORTS = 3
 
@@ -147,18 +148,20 @@ def load(
         path: A model directory in the Hugging Face layout of FLUX.2-klein; by default $FLUXONNX_MODEL, else ./model,
             else the bundled demo model.
         precision: "bf16" (weights as the checkpoint has them), "fp32", "fp16", "int8", "int4", or "auto" for what suits
-            this machine; by default bf16 on the CPU and what suits other providers. In a directory that holds only a
-            self-contained build, it is that build's.
+            this machine; by default that of the build that the directory holds (see `auto.held_build` for the order of
+            several), and in one without builds bf16 on the CPU and what suits other providers. Nothing is exported
+            into a directory with a build that works unless this or `flavour` asks for another one.
         text_encoder_precision: The precision of the text encoder, by default as `precision`: the text encoder of one
             build is used beside the other graphs of another.
         provider: The execution provider, by onnxruntime's names without their ending, such as "cuda" or "coreml"; by
             default "cpu", or what "auto" chooses.
-        flavour: "ort" or "portable"; by default the one that suits the provider.
+        flavour: "ort" or "portable"; by default likewise, or the one that suits the provider.
         threads: Threads per operator; None for one per core that this process may use.
         low_memory: Use less memory, and more time: pictures above 576x576 are encoded and decoded in tiles.
         cache_dir: A folder for prompt embeddings, so that a known prompt never loads the text encoder.
         on_export: Called with the directory if graphs have to be exported.
-        on_choice: Called with the precision and the provider that "auto" chose, and the reason.
+        on_choice: Called with the precision and the provider that "auto" chose, or those of a build that is used only
+            because the directory holds it, and the reason.
         watch: Called with each event inside a run: phases, graphs that ran, times of operators; see `runtime.events`.
         profile: Run under onnxruntime's profiler, which costs time: `watch` is told the times of operators.
         engine: Opens graphs in another engine than onnxruntime; see `runtime.engine`.
@@ -177,15 +180,20 @@ def load(
     try:
         checkpoint = open_checkpoint(model)
         require_text(checkpoint.root)
-        if precision is None or precision == AUTO:
-            build = _only_build(checkpoint, flavour, traits(options.provider).flavour)
-            if build:
-                precision, flavour = build.precision, build.flavour
-            elif precision == AUTO:
-                choice = choose(checkpoint, provider)
-                precision, options = choice.precision, replace(options, provider=choice.provider)
-                if on_choice:
-                    on_choice(choice)
+        held = None
+        if precision is None or not checkpoint.has_weights("transformer"):
+            asked = None if precision == AUTO else precision
+            held = held_build(checkpoint, options.provider, asked, flavour, text_encoder_precision is not None)
+        if held:
+            precision, flavour = held.build.precision, held.build.flavour
+            text_encoder_precision = text_encoder_precision or held.encoder
+            if on_choice and (choice := _unusual(checkpoint, held.build, options.provider)):
+                on_choice(choice)
+        elif precision == AUTO:
+            choice = choose(checkpoint, provider)
+            precision, options = choice.precision, replace(options, provider=choice.provider)
+            if on_choice:
+                on_choice(choice)
         precision = precision or default_precision(checkpoint, options.provider)
         flavour = flavour or traits(options.provider).flavour
         cache = Path(cache_dir) if cache_dir else None
@@ -228,34 +236,14 @@ def _up_to_date(
     raise ExportError(f"the files of {root} change while they are exported: close what writes them, and run it again")
 
 
-def default_precision(checkpoint: Checkpoint, provider: str = CPU) -> str:
-    """Return the precision that suits a provider: bf16 for the CPU; but int8 where the checkpoint's weights are.
-
-    Raises:
-        CheckpointError: The transformer's weights are missing or corrupt.
-    """
-    quantised = any(tensor.quantisation for tensor in checkpoint.tensors("transformer").values())
-    return "int8" if quantised else traits(provider).precision or DEFAULT_PRECISION
-
-
-def _only_build(checkpoint: Checkpoint, flavour: str | None, preferred: str) -> Build | None:
-    """Return the build of a directory that has no other weights: of the flavour, or any if that is None.
-
-    One that can be run is preferred; of another one, opening it says what is wrong.
-    """
-    manifest = read_manifest(checkpoint.root)
-    if manifest is None or checkpoint.has_weights("transformer"):
+def _unusual(checkpoint: Checkpoint, build: Build, provider: str) -> Choice | None:
+    """Return why a build is used, if it is not the one that its directory would get if it had none."""
+    if not checkpoint.has_weights("transformer"):
         return None
-    root, layers = checkpoint.root, manifest.text_encoder_out_layers
-    damaged = None
-    for name, build in sorted(manifest.builds.items(), key=lambda item: item[1].flavour != preferred):
-        if flavour in (None, build.flavour):
-            parts = WITHOUT_ENCODER if _other_encoder(checkpoint, name) else COMPONENTS
-            if not any(_unusable(root, build.components.get(part), part, layers) for part in parts):
-                return build
-            if build.components and all(component.self_contained for component in build.components.values()):
-                damaged = damaged or build
-    return damaged
+    if build.name == build_name(default_precision(checkpoint, provider), traits(provider).flavour):
+        return None
+    reason = f"{checkpoint.root} holds the build {build.name} (--precision asks for another one)"
+    return Choice(build.precision, provider, reason)
 
 
 def _other_encoder(checkpoint: Checkpoint, name: str) -> str | None:
@@ -269,11 +257,7 @@ def _other_encoder(checkpoint: Checkpoint, name: str) -> str | None:
         return None
     if all(map(checkpoint.has_weights, (ENCODER, "transformer"))):
         return None
-    root, layers = checkpoint.root, manifest.text_encoder_out_layers
-    for other in manifest.builds.values():
-        if other.flavour == build.flavour and not _unusable(root, other.components.get(ENCODER), ENCODER, layers):
-            return other.precision
-    return None
+    return encoder_beside(checkpoint.root, manifest, build)
 
 
 def _to_export(checkpoint: Checkpoint, name: str, parts: Sequence[str]) -> tuple[Manifest, list[str]]:
@@ -295,25 +279,13 @@ def _to_export(checkpoint: Checkpoint, name: str, parts: Sequence[str]) -> tuple
     if build is None:
         return manifest, stale
     reasons = {part: reason for part in stale if (reason := _not_exportable(checkpoint, build, part))}
-    unusable = {part: why for part in stale if (why := _unusable(root, known.get(part), part, layers))}
-    if reasons and not unusable:
+    broken = {part: why for part in stale if (why := unusable(root, known.get(part), part, layers))}
+    if reasons and not broken:
         return manifest, []  # never a part of it: a build has one format, and one set of settings
     for part, reason in reasons.items():
-        if part in unusable:
-            raise CheckpointError(f"the {name} build of {root} {unusable[part]}, and {reason}: {_cure(root, build)}")
+        if part in broken:
+            raise CheckpointError(f"the {name} build of {root} {broken[part]}, and {reason}: {_cure(root, build)}")
     return manifest, stale
-
-
-def _unusable(root: Path, component: Component | None, part: str, out_layers: list[int] | None) -> str | None:
-    """Return why a graph can't be run as it is, current or not; None if it can."""
-    if component is None:
-        return f"has no {part} graph"
-    if component.graph_format < OLDEST_RUNNABLE_FORMAT:
-        return "is of a format that can't be run any more"
-    if found := fault(root, component):
-        return f"is not whole ({found})"
-    config = changed_config(root, component, out_layers)
-    return f"is out of date ({config} has changed)" if config else None
 
 
 def _cure(root: Path, build: Build) -> str:

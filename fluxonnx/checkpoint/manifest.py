@@ -120,6 +120,11 @@ class Build:
     components: dict[str, Component] = field(default_factory=dict)
 
     @property
+    def name(self) -> str:
+        """Its name in the manifest."""
+        return build_name(self.precision, self.flavour)
+
+    @property
     def parsed_settings(self) -> BuildSettings:
         """The settings, typed."""
         values = self.settings
@@ -171,7 +176,7 @@ def read_manifest(root: Path) -> Manifest | None:
     try:
         manifest = from_json(Manifest, values, skip_unknown=True)
         for name, build in manifest.builds.items():
-            if build_name(build.precision, build.flavour) != name or build.parsed_settings is None:
+            if build.name != name or build.parsed_settings is None:
                 raise ValueError(f"the build {shown(name)} has another name")
     except ValueError as error:
         raise CheckpointError(f"{path} is corrupt ({error}): export again with --force") from None

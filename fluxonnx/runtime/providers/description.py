@@ -28,6 +28,7 @@ class Traits:
         flavour: The flavour whose graphs it runs right and without leaving nodes to the CPU.
         settings: Its own options, as onnxruntime's documentation names them.
         plugin: The package of a plugin that contains it, to be installed beside onnxruntime; "" if there is none.
+        lacking: Precisions whose number formats it has no kernels for.
         needs: What a machine has to have.
         static_shapes: Whether it takes only graphs whose shapes are fixed.
         limits: What it can't do, or does wrong, a sentence each.
@@ -41,6 +42,7 @@ class Traits:
     flavour: str = "portable"
     settings: dict[str, Any] = field(default_factory=dict)
     plugin: str = ""
+    lacking: tuple[str, ...] = ()
     needs: str = ""
     static_shapes: bool = False
     limits: tuple[str, ...] = ()

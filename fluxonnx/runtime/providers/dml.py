@@ -2,4 +2,4 @@
 
 from fluxonnx.runtime.providers.description import Traits
 
-DML = Traits("onnxruntime-directml", flavour="ort", needs="Windows and a GPU for DirectX 12")
+DML = Traits("onnxruntime-directml", flavour="ort", lacking=("bf16",), needs="Windows and a GPU for DirectX 12")

@@ -7,6 +7,7 @@ WEBGPU = Traits(
     # com.microsoft's MultiHeadAttention is silently wrong on a software adapter, by 0.11 to 0.24.
     flavour="portable",
     plugin="onnxruntime-ep-webgpu",
+    lacking=("bf16",),
     needs="a GPU with a driver for Vulkan, Metal or DirectX 12",
     limits=(
         "Graphs of the flavour ort were silently wrong on a software adapter: it gets portable ones.",
