@@ -18,11 +18,11 @@ from fluxonnx.auto import (
     default_precision,
     encoder_beside,
     held_build,
+    static_builds,
     unusable,
 )
 from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.checkpoint.manifest import (
-    DEFAULT_FLAVOUR,
     Build,
     Manifest,
     build_name,
@@ -200,11 +200,15 @@ def load(
         name = build_name(precision, flavour)
         text_encoder_precision = text_encoder_precision or _other_encoder(checkpoint, name)
         if text_encoder_precision in (None, precision):
-            manifest = _up_to_date(checkpoint, precision, flavour, on_export)
-            return Flux(checkpoint, manifest, manifest.builds[name], options, cache)
+            static = static_builds(checkpoint, precision, flavour)
+            if static and name not in (read_manifest(checkpoint.root) or Manifest()).builds:
+                manifest = _up_to_date(checkpoint, static[0], on_export)
+                return Flux(checkpoint, manifest, manifest.builds[static[0].name], options, cache, static=static[1:])
+            manifest = _up_to_date(checkpoint, Build(precision, flavour, 0), on_export)
+            return Flux(checkpoint, manifest, manifest.builds[name], options, cache, static=static)
         # First, because it is the smaller part of what may be wrong.
-        _up_to_date(checkpoint, text_encoder_precision, flavour, on_export, [ENCODER])
-        manifest = _up_to_date(checkpoint, precision, flavour, on_export, WITHOUT_ENCODER)
+        _up_to_date(checkpoint, Build(text_encoder_precision, flavour, 0), on_export, [ENCODER])
+        manifest = _up_to_date(checkpoint, Build(precision, flavour, 0), on_export, WITHOUT_ENCODER)
         encoder = manifest.builds[build_name(text_encoder_precision, flavour)]
         return Flux(checkpoint, manifest, manifest.builds[name], options, cache, encoder)
     except OSError as error:
@@ -213,13 +217,15 @@ def load(
 
 def _up_to_date(
     checkpoint: Checkpoint,
-    precision: str,
-    flavour: str,
+    wanted: Build,
     on_export: Callable[[Path], None] | None,
     parts: Sequence[str] = tuple(COMPONENTS),
 ) -> Manifest:
-    """Return the manifest with a build of whose parts none is missing or out of date, after exporting those."""
-    name, root = build_name(precision, flavour), checkpoint.root
+    """Return the manifest with a build of whose parts none is missing or out of date, after exporting those.
+
+    Of `wanted`, only what names it counts.
+    """
+    name, root = wanted.name, checkpoint.root
     manifest, missing = _to_export(checkpoint, name, parts)
     if not missing:
         return manifest
@@ -232,7 +238,7 @@ def _up_to_date(
             manifest, missing = _to_export(checkpoint, name, parts)
             if not missing:
                 return manifest
-            _export(root, manifest, precision, flavour, missing)
+            _export(root, manifest, wanted, missing)
     raise ExportError(f"the files of {root} change while they are exported: close what writes them, and run it again")
 
 
@@ -290,11 +296,9 @@ def _to_export(checkpoint: Checkpoint, name: str, parts: Sequence[str]) -> tuple
 
 def _cure(root: Path, build: Build) -> str:
     """Return what makes a build again that can't be exported from its own directory."""
-    flavour = f" --flavour {build.flavour}" if build.flavour != DEFAULT_FLAVOUR else ""
-    what = f"--precision {build.precision}{flavour}"
     if build.parsed_settings.transformer:
-        return f"make it again with fluxonnx export -d {root} {what} --transformer FILE"
-    return f"make it again with fluxonnx export -d CHECKPOINT -o {root} {what}"
+        return f"make it again with fluxonnx export -d {root} {build.flags} --transformer FILE"
+    return f"make it again with fluxonnx export -d CHECKPOINT -o {root} {build.flags}"
 
 
 def _not_exportable(checkpoint: Checkpoint, build: Build, part: str) -> str | None:
@@ -316,24 +320,24 @@ def _replacement(root: Path, build: Build) -> Path | None:
     return next((root / source for source in sources if Path(source).name == name and (root / source).is_file()), None)
 
 
-def _export(root: Path, manifest: Manifest, precision: str, flavour: str, components: list[str]) -> None:
+def _export(root: Path, manifest: Manifest, wanted: Build, components: list[str]) -> None:
     """Export the components that a build lacks, with the settings of the build."""
     from fluxonnx.export import export
 
-    stale = manifest.builds.get(build_name(precision, flavour))
-    if stale is None:
-        export(root, precision=precision, flavour=flavour, components=components, renew=True)
-        return
-    settings = stale.parsed_settings
+    stale = manifest.builds.get(wanted.name)
+    settings = (stale or wanted).parsed_settings
     export(
         root,
-        precision=precision,
-        flavour=flavour,
+        precision=wanted.precision,
+        flavour=wanted.flavour,
         components=components,
         keep=settings.keep,
         block=settings.block,
         rotate=settings.rotate,
-        transformer=_replacement(root, stale),
+        shape=(settings.shape.width, settings.shape.height) if settings.shape else None,
+        text_seq=settings.shape.text_seq if settings.shape else None,
+        shard_size=settings.shard_size,
+        transformer=_replacement(root, stale) if stale else None,
         # A stale graph is derived from other files: overwriting it loses nothing.
         renew=True,
     )

@@ -12,6 +12,7 @@ from fluxonnx.checkpoint.manifest import (
     Build,
     Component,
     Manifest,
+    are_as_recorded,
     changed_config,
     fault,
     read_manifest,
@@ -139,8 +140,8 @@ def held_build(
 
     A build suits a provider if that runs its flavour right and has its number formats; in a directory from which
     nothing can be exported any build suits. Of several, the order is: one that is whole before one whose text encoder
-    is of another build; the flavour that is fastest on the provider; the precision that a directory without builds
-    would get; then that of `CLOSEST_FIRST`.
+    is of another build; one for any size before a static one, unless the provider wants that; the flavour that is
+    fastest on the provider; the precision that a directory without builds would get; then that of `CLOSEST_FIRST`.
 
     Args:
         checkpoint: The directory.
@@ -192,7 +193,30 @@ def _rank(held: Held, provider: str, first: str | None) -> tuple[object, ...]:
     known, build = traits(provider), held.build
     order = CLOSEST_FIRST if known.precision is None else CLOSEST_FIRST_IN_HALF
     place = order.index(build.precision) if build.precision in order else len(order)
-    return held.encoder is not None, build.flavour != known.flavour, build.precision != first, place, build.precision
+    static = build.shape is not None
+    return (
+        held.encoder is not None,
+        static and not known.static_shapes,
+        build.flavour != known.flavour,
+        build.precision != first,
+        place,
+        build.name,
+    )
+
+
+def static_builds(checkpoint: Checkpoint, precision: str, flavour: str) -> list[Build]:
+    """Return the static builds of a precision and a flavour that are whole and current, or can't be exported again."""
+    root, manifest = checkpoint.root, read_manifest(checkpoint.root)
+    if manifest is None:
+        return []
+    layers = manifest.text_encoder_out_layers
+    return [
+        build
+        for build in manifest.builds.values()
+        if build.shape and (build.precision, build.flavour) == (precision, flavour)
+        if not any(unusable(root, build.components.get(part), part, layers) for part in COMPONENTS)
+        if all(are_as_recorded(root, component) for component in build.components.values())
+    ]
 
 
 def _encoders(root: Path, manifest: Manifest, build: Build, other: bool) -> Iterator[str | None]:

@@ -7,6 +7,7 @@ COREML = Traits(
     # The default, an older format, supports neither float16 nor most of the operators.
     settings={"ModelFormat": "MLProgram"},
     lacking=("bf16", "int8", "int4"),
+    static_shapes=True,
     needs="macOS",
     limits=(
         "It takes only nodes whose shapes are fixed, of at most 5 dimensions, none of them above 16,384; the rest runs "
