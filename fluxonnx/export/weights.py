@@ -24,6 +24,10 @@ from fluxonnx.machine import usable_cores
 # Tensors that are encoded at a time, each by a thread.
 WORKERS = min(usable_cores(), 4)
 
+# Bytes of a safetensors header, at most: without its entries, but with what it is padded to; and of an entry, without
+# its name.
+HEADER, ENTRY = 8192, 128
+
 # Values that are converted at a time, so that memory does not grow with the tensor.
 CHUNK = 1 << 24
 
@@ -89,7 +93,7 @@ def place(
         say: Called with the bytes written and the total.
         reuse: Files that are known to be whole and of the same weights; one of these is kept if it has the same header.
         resume: Whether a file that an interrupted run left is completed.
-        shard_size: The most bytes of weights in a file, but for a single weight that is larger; None for one file.
+        shard_size: The most bytes of a file, but for a single weight that is larger; None for one file.
 
     Returns:
         The build's weight files: none if all weights stay in the checkpoint.
@@ -131,14 +135,14 @@ def place(
 
 
 def _shards(weights: list[StoredWeight], most: int | None) -> list[list[StoredWeight]]:
-    """Divide weights, in their order, into as few files of at most `most` bytes of data as that allows."""
+    """Divide weights, in their order, into as few files of at most `most` bytes as that allows."""
     shards: list[list[StoredWeight]] = []
     room = 0
     for weight in weights:
-        size = sum(entry.nbytes for entry in weight.entries)
+        size = sum(entry.nbytes + len(entry.initializer.name) + ENTRY for entry in weight.entries)
         if not shards or (most is not None and size > room):
             shards.append([])
-            room = most or 0
+            room = (most or 0) - HEADER
         shards[-1].append(weight)
         room -= size
     return shards
