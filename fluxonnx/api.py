@@ -34,6 +34,7 @@ from fluxonnx.errors import CheckpointError, ExportError
 from fluxonnx.files import atomic_folder, atomic_write, describe_os_error, exclusive, require_text
 from fluxonnx.runtime.engine import Engine, SessionOptions
 from fluxonnx.runtime.events import Watch
+from fluxonnx.runtime.notices import warn
 from fluxonnx.runtime.providers import CPU, traits
 from fluxonnx.version import __version__
 
@@ -200,7 +201,10 @@ def load(
         name = build_name(precision, flavour)
         text_encoder_precision = text_encoder_precision or _other_encoder(checkpoint, name)
         if text_encoder_precision in (None, precision):
-            static = static_builds(checkpoint, precision, flavour)
+            static, broken = static_builds(checkpoint, precision, flavour)
+            for unused, reason in broken:
+                again = f"make it again with fluxonnx export -d {checkpoint.root} {unused.flags} --force"
+                warn(f"the static build {unused.name} of {checkpoint.root} is not used (it {reason}): {again}")
             if static and name not in (read_manifest(checkpoint.root) or Manifest()).builds:
                 manifest = _up_to_date(checkpoint, static[0], on_export)
                 return Flux(checkpoint, manifest, manifest.builds[static[0].name], options, cache, static=static[1:])

@@ -204,19 +204,29 @@ def _rank(held: Held, provider: str, first: str | None) -> tuple[object, ...]:
     )
 
 
-def static_builds(checkpoint: Checkpoint, precision: str, flavour: str) -> list[Build]:
-    """Return the static builds of a precision and a flavour that are whole and current, or can't be exported again."""
-    root, manifest = checkpoint.root, read_manifest(checkpoint.root)
-    if manifest is None:
-        return []
-    layers = manifest.text_encoder_out_layers
-    return [
-        build
-        for build in manifest.builds.values()
-        if build.shape and (build.precision, build.flavour) == (precision, flavour)
-        if not any(unusable(root, build.components.get(part), part, layers) for part in COMPONENTS)
-        if all(are_as_recorded(root, component) for component in build.components.values())
-    ]
+def static_builds(checkpoint: Checkpoint, precision: str, flavour: str) -> tuple[list[Build], list[tuple[Build, str]]]:
+    """Return the static builds of a precision and a flavour that can be run as they are, and why the others can't."""
+    manifest = read_manifest(checkpoint.root) or Manifest()
+    usable: list[Build] = []
+    broken: list[tuple[Build, str]] = []
+    for build in manifest.builds.values():
+        if build.shape and (build.precision, build.flavour) == (precision, flavour):
+            reason = _unusable_part(checkpoint.root, manifest, build)
+            if reason:
+                broken.append((build, reason))
+            else:
+                usable.append(build)
+    return usable, broken
+
+
+def _unusable_part(root: Path, manifest: Manifest, build: Build) -> str | None:
+    for part in COMPONENTS:
+        component = build.components.get(part)
+        if reason := unusable(root, component, part, manifest.text_encoder_out_layers):
+            return reason
+        if component and not are_as_recorded(root, component):
+            return "was made from other weights"
+    return None
 
 
 def _encoders(root: Path, manifest: Manifest, build: Build, other: bool) -> Iterator[str | None]:

@@ -141,7 +141,7 @@ def export(
         keep=keep,
         block=block,
         rotate=rotate,
-        shape=Shape(*shape, text_seq or _text_length(directory)) if shape else None,
+        shape=Shape(*shape, _text_length(directory) if text_seq is None else text_seq) if shape else None,
         shard_size=shard_size,
     )
     say = progress or (lambda what, done, total: None)

@@ -188,7 +188,7 @@ class GraphBuilder:
         inferred = dict.fromkeys(names, self._types[like]) if like is not None else self._infer(node)
         for value in names:
             self._types[value] = inferred[value]
-            if shape is not None and not (self.static and self._is_known(value)):
+            if shape is not None and not (self.static and like is None and self._is_known(value)):
                 dtype = inferred[value].tensor_type.elem_type
                 self._types[value] = helper.make_tensor_type_proto(dtype, list(shape))
         self._nodes.append(node)
