@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,19 +19,22 @@ from fluxonnx.auto import (
     encoder_beside,
     held_build,
     static_builds,
+    unsuited,
     unusable,
 )
 from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.checkpoint.manifest import (
+    NOT_AS_EXPORTED,
     Build,
     Manifest,
     build_name,
+    fault,
     is_current,
     read_manifest,
 )
 from fluxonnx.contract import COMPONENTS, GRAPH_FORMAT, open_checkpoint
 from fluxonnx.errors import CheckpointError, ExportError
-from fluxonnx.files import atomic_folder, atomic_write, describe_os_error, exclusive, require_text
+from fluxonnx.files import atomic_folder, atomic_write, describe_os_error, exclusive, require_text, user_caches
 from fluxonnx.runtime.engine import Engine, SessionOptions
 from fluxonnx.runtime.events import Watch
 from fluxonnx.runtime.notices import warn
@@ -107,14 +110,12 @@ def _caches() -> Path:
     Raises:
         CheckpointError: There is none.
     """
-    if found := os.environ.get("XDG_CACHE_HOME"):
-        return Path(found)
-    try:
-        return Path.home() / ".cache"
-    except RuntimeError:
+    found = user_caches()
+    if found is None:
         raise CheckpointError(
             "no home directory for the copy of the demo model: set HOME or XDG_CACHE_HOME, or pass a model with -d"
-        ) from None
+        )
+    return found
 
 
 def _digest(model: Path) -> str:
@@ -133,6 +134,7 @@ def load(
     precision: str | None = None,
     text_encoder_precision: str | None = None,
     provider: str | None = None,
+    provider_options: Mapping[str, str] | None = None,
     flavour: str | None = None,
     threads: int | None = None,
     low_memory: bool = False,
@@ -156,6 +158,7 @@ def load(
             build is used beside the other graphs of another.
         provider: The execution provider, by onnxruntime's names without their ending, such as "cuda" or "coreml"; by
             default "cpu", or what "auto" chooses.
+        provider_options: Options of the provider, by the names that its documentation has; see docs/providers.md.
         flavour: "ort" or "portable"; by default likewise, or the one that suits the provider.
         threads: Threads per operator; None for one per core that this process may use.
         low_memory: Use less memory, and more time: pictures above 576x576 are encoded and decoded in tiles.
@@ -175,7 +178,13 @@ def load(
     from fluxonnx.runtime.pipeline import Flux
 
     options = SessionOptions(
-        threads=threads, low_memory=low_memory, provider=provider or CPU, watch=watch, profile=profile, engine=engine
+        threads=threads,
+        low_memory=low_memory,
+        provider=provider or CPU,
+        provider_options=dict(provider_options or {}),
+        watch=watch,
+        profile=profile,
+        engine=engine,
     )
     model = find_model(path)
     try:
@@ -205,6 +214,8 @@ def load(
             for unused, reason in broken:
                 again = f"make it again with fluxonnx export -d {checkpoint.root} {unused.flags} --force"
                 warn(f"the static build {unused.name} of {checkpoint.root} is not used (it {reason}): {again}")
+            if mismatch := unsuited(checkpoint, (static or [Build(precision, flavour, 0)])[0], options.provider):
+                warn(mismatch)
             if static and name not in (read_manifest(checkpoint.root) or Manifest()).builds:
                 manifest = _up_to_date(checkpoint, static[0], on_export)
                 return Flux(checkpoint, manifest, manifest.builds[static[0].name], options, cache, static=static[1:])
@@ -235,6 +246,10 @@ def _up_to_date(
         return manifest
     if on_export:
         on_export(root)
+    known = manifest.builds[name].components if name in manifest.builds else {}
+    edited = (why for part in missing if part in known and (why := fault(root, known[part])) and NOT_AS_EXPORTED in why)
+    for reason in list(edited)[:1]:
+        warn(f"{root}: {reason}, so it is exported again; keep your own graphs in another folder")
     with exclusive(root):
         # Another process may have exported it meanwhile. Some settings depend on the machine: on another one the build
         # starts anew.

@@ -181,6 +181,24 @@ def suits(build: Build, provider: str) -> bool:
     return build.precision not in known.lacking and (build.flavour == known.flavour or known.flavour == "ort")
 
 
+def unsuited(checkpoint: Checkpoint, build: Build, provider: str) -> str | None:
+    """Return why a provider leaves much of a build to the CPU, with the command that helps; None if it does not."""
+    known = traits(provider)
+    flavour, precision = known.flavour, known.precision or build.precision
+    if not suits(build, provider):
+        what = f"has no numbers of {build.precision}" if build.precision in known.lacking else "runs portable graphs"
+        reason = f"{provider} {what}"
+    elif known.static_shapes and build.shape is None:
+        reason = f"{provider} takes only graphs of one size"
+    else:
+        return None
+    best = Build(precision, flavour, 0).flags + (" --shape WxH" if known.static_shapes else "")
+    return (
+        f"the {build.name} build of {checkpoint.root} is not made for {provider} ({reason}), much of it may run on the "
+        f"CPU: make one that is with fluxonnx export {checkpoint.export_place} {best}"
+    )
+
+
 def _usual_precision(checkpoint: Checkpoint, provider: str) -> str | None:
     """Return `default_precision`, or None where the weights can't be read, which a build may not need."""
     try:

@@ -59,6 +59,10 @@ class Shape:
         return cls(*map(int, found.groups()))
 
 
+# What `fault` says of a file that somebody edited, damaged or exchanged.
+NOT_AS_EXPORTED = "is not the file that was exported"
+
+
 def build_name(precision: str, flavour: str, shape: Shape | None = None) -> str:
     """Name a build: "bf16", "fp32", "bf16.portable", "fp16.portable.512x512-512", ..."""
     return ".".join([precision, *([] if flavour == DEFAULT_FLAVOUR else [flavour]), *([str(shape)] if shape else [])])
@@ -285,7 +289,7 @@ def fault(root: Path, component: Component) -> str | None:
             return f"{name} is missing"
     for name, digest in component.files.items():
         if content_digest(root / name) != digest:
-            return f"{name} is not the file that was exported"
+            return f"{name} {NOT_AS_EXPORTED}"
     changed = _changed(root, depended_on(component))
     return f"{changed} has changed" if changed else None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fluxonnx.checkpoint.digests import unchanged
+from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.checkpoint.graphs import graph_architecture
 from fluxonnx.checkpoint.manifest import DEFAULT_FLAVOUR, FILE_NAME, Build, Shape, depended_on
 from fluxonnx.checkpoint.reading import check_readable, shown
@@ -124,7 +125,7 @@ class Models:
             f"{b.shape.width}x{b.shape.height} from {b.shape.text_seq} tokens" for b in self._static if b.shape
         )
         flavour = "" if build.flavour == DEFAULT_FLAVOUR else f" --flavour {build.flavour}"
-        export = f"fluxonnx export -d {self._root} --precision {build.precision}{flavour}"
+        export = f"fluxonnx export {Checkpoint(self._root).export_place} --precision {build.precision}{flavour}"
         other = f", or add that size with {export} {wanted.flags}" if wanted else ""
         return (
             f"{what} was asked for, but the {build.precision} {build.flavour} graphs of {self._root} are static, for "
