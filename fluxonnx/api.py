@@ -5,30 +5,39 @@ from __future__ import annotations
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fluxonnx.auto import Choice, choose
+from fluxonnx.auto import (
+    ENCODER,
+    WITHOUT_ENCODER,
+    Choice,
+    choose,
+    default_precision,
+    encoder_beside,
+    held_build,
+    static_builds,
+    unsuited,
+    unusable,
+)
 from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.checkpoint.manifest import (
-    DEFAULT_FLAVOUR,
-    DEFAULT_PRECISION,
+    NOT_AS_EXPORTED,
     Build,
-    Component,
     Manifest,
     build_name,
-    changed_config,
     fault,
     is_current,
     read_manifest,
 )
-from fluxonnx.contract import COMPONENTS, GRAPH_FORMAT, OLDEST_RUNNABLE_FORMAT, open_checkpoint
+from fluxonnx.contract import COMPONENTS, GRAPH_FORMAT, open_checkpoint
 from fluxonnx.errors import CheckpointError, ExportError
-from fluxonnx.files import atomic_folder, atomic_write, describe_os_error, exclusive, require_text
+from fluxonnx.files import atomic_folder, atomic_write, describe_os_error, exclusive, require_text, user_caches
 from fluxonnx.runtime.engine import Engine, SessionOptions
 from fluxonnx.runtime.events import Watch
+from fluxonnx.runtime.notices import warn
 from fluxonnx.runtime.providers import CPU, traits
 from fluxonnx.version import __version__
 
@@ -37,10 +46,6 @@ if TYPE_CHECKING:
 
 DEMO_MODEL = "tiny-klein"
 AUTO = "auto"
-# The graph that may be of another build, and the others.
-ENCODER = "text_encoder"
-WITHOUT_ENCODER = tuple(name for name in COMPONENTS if name != ENCODER)
-
 # Exports in a row after which a build should be up to date: one more than with the settings of another machine.
 MOST_EXPORTS = 3
 
@@ -105,14 +110,12 @@ def _caches() -> Path:
     Raises:
         CheckpointError: There is none.
     """
-    if found := os.environ.get("XDG_CACHE_HOME"):
-        return Path(found)
-    try:
-        return Path.home() / ".cache"
-    except RuntimeError:
+    found = user_caches()
+    if found is None:
         raise CheckpointError(
             "no home directory for the copy of the demo model: set HOME or XDG_CACHE_HOME, or pass a model with -d"
-        ) from None
+        )
+    return found
 
 
 def _digest(model: Path) -> str:
@@ -131,6 +134,7 @@ def load(
     precision: str | None = None,
     text_encoder_precision: str | None = None,
     provider: str | None = None,
+    provider_options: Mapping[str, str] | None = None,
     flavour: str | None = None,
     threads: int | None = None,
     low_memory: bool = False,
@@ -148,19 +152,22 @@ def load(
         path: A model directory in the Hugging Face layout of FLUX.2-klein; by default $FLUXONNX_MODEL, else ./model,
             else the bundled demo model.
         precision: "bf16" (weights as the checkpoint has them), "fp32", "fp16", "int8", "int4", or "auto" for what suits
-            this machine; by default bf16 on the CPU and what suits other providers. In a directory that holds only a
-            self-contained build, it is that build's.
+            this machine; by default that of the build that the directory holds (see `auto.held_build` for the order of
+            several), and in one without builds bf16 on the CPU and what suits other providers. Nothing is exported
+            into a directory with a build that works unless this or `flavour` asks for another one.
         text_encoder_precision: The precision of the text encoder, by default as `precision`: the text encoder of one
             build is used beside the other graphs of another.
         provider: The execution provider, by onnxruntime's names without their ending, such as "cuda" or "coreml"; by
             default "cpu", or what "auto" chooses.
-        flavour: "ort" or "portable"; by default the one that suits the provider.
+        provider_options: Options of the provider, by the names that its documentation has; see docs/providers.md.
+        flavour: "ort" or "portable"; by default likewise, or the one that suits the provider.
         threads: Threads per operator; None for one per core that this process may use.
         low_memory: Use less memory, and more time: pictures above 576x576 are encoded and decoded in tiles.
         keep_loaded: Keep all graphs loaded between pictures; by default each is freed as soon as it has run.
         cache_dir: A folder for prompt embeddings, so that a known prompt never loads the text encoder.
         on_export: Called with the directory if graphs have to be exported.
-        on_choice: Called with the precision and the provider that "auto" chose, and the reason.
+        on_choice: Called with the precision and the provider that "auto" chose, or those of a build that is used only
+            because the directory holds it, and the reason.
         watch: Called with each event inside a run: phases, graphs that ran, times of operators; see `runtime.events`.
         profile: Run under onnxruntime's profiler, which costs time: `watch` is told the times of operators.
         engine: Opens graphs in another engine than onnxruntime; see `runtime.engine`.
@@ -177,6 +184,7 @@ def load(
         low_memory=low_memory,
         keep_loaded=keep_loaded,
         provider=provider or CPU,
+        provider_options=dict(provider_options or {}),
         watch=watch,
         profile=profile,
         engine=engine,
@@ -185,26 +193,40 @@ def load(
     try:
         checkpoint = open_checkpoint(model)
         require_text(checkpoint.root)
-        if precision is None or precision == AUTO:
-            build = _only_build(checkpoint, flavour, traits(options.provider).flavour)
-            if build:
-                precision, flavour = build.precision, build.flavour
-            elif precision == AUTO:
-                choice = choose(checkpoint, provider)
-                precision, options = choice.precision, replace(options, provider=choice.provider)
-                if on_choice:
-                    on_choice(choice)
+        held = None
+        if precision is None or not checkpoint.has_weights("transformer"):
+            asked = None if precision == AUTO else precision
+            held = held_build(checkpoint, options.provider, asked, flavour, text_encoder_precision is not None)
+        if held:
+            precision, flavour = held.build.precision, held.build.flavour
+            text_encoder_precision = text_encoder_precision or held.encoder
+            if on_choice and (choice := _unusual(checkpoint, held.build, options.provider)):
+                on_choice(choice)
+        elif precision == AUTO:
+            choice = choose(checkpoint, provider)
+            precision, options = choice.precision, replace(options, provider=choice.provider)
+            if on_choice:
+                on_choice(choice)
         precision = precision or default_precision(checkpoint, options.provider)
         flavour = flavour or traits(options.provider).flavour
         cache = Path(cache_dir) if cache_dir else None
         name = build_name(precision, flavour)
         text_encoder_precision = text_encoder_precision or _other_encoder(checkpoint, name)
         if text_encoder_precision in (None, precision):
-            manifest = _up_to_date(checkpoint, precision, flavour, on_export)
-            return Flux(checkpoint, manifest, manifest.builds[name], options, cache)
+            static, broken = static_builds(checkpoint, precision, flavour)
+            for unused, reason in broken:
+                again = f"make it again with fluxonnx export -d {checkpoint.root} {unused.flags} --force"
+                warn(f"the static build {unused.name} of {checkpoint.root} is not used (it {reason}): {again}")
+            if mismatch := unsuited(checkpoint, (static or [Build(precision, flavour, 0)])[0], options.provider):
+                warn(mismatch)
+            if static and name not in (read_manifest(checkpoint.root) or Manifest()).builds:
+                manifest = _up_to_date(checkpoint, static[0], on_export)
+                return Flux(checkpoint, manifest, manifest.builds[static[0].name], options, cache, static=static[1:])
+            manifest = _up_to_date(checkpoint, Build(precision, flavour, 0), on_export)
+            return Flux(checkpoint, manifest, manifest.builds[name], options, cache, static=static)
         # First, because it is the smaller part of what may be wrong.
-        _up_to_date(checkpoint, text_encoder_precision, flavour, on_export, [ENCODER])
-        manifest = _up_to_date(checkpoint, precision, flavour, on_export, WITHOUT_ENCODER)
+        _up_to_date(checkpoint, Build(text_encoder_precision, flavour, 0), on_export, [ENCODER])
+        manifest = _up_to_date(checkpoint, Build(precision, flavour, 0), on_export, WITHOUT_ENCODER)
         encoder = manifest.builds[build_name(text_encoder_precision, flavour)]
         return Flux(checkpoint, manifest, manifest.builds[name], options, cache, encoder)
     except OSError as error:
@@ -213,18 +235,24 @@ def load(
 
 def _up_to_date(
     checkpoint: Checkpoint,
-    precision: str,
-    flavour: str,
+    wanted: Build,
     on_export: Callable[[Path], None] | None,
     parts: Sequence[str] = tuple(COMPONENTS),
 ) -> Manifest:
-    """Return the manifest with a build of whose parts none is missing or out of date, after exporting those."""
-    name, root = build_name(precision, flavour), checkpoint.root
+    """Return the manifest with a build of whose parts none is missing or out of date, after exporting those.
+
+    Of `wanted`, only what names it counts.
+    """
+    name, root = wanted.name, checkpoint.root
     manifest, missing = _to_export(checkpoint, name, parts)
     if not missing:
         return manifest
     if on_export:
         on_export(root)
+    known = manifest.builds[name].components if name in manifest.builds else {}
+    edited = (why for part in missing if part in known and (why := fault(root, known[part])) and NOT_AS_EXPORTED in why)
+    for reason in list(edited)[:1]:
+        warn(f"{root}: {reason}, so it is exported again; keep your own graphs in another folder")
     with exclusive(root):
         # Another process may have exported it meanwhile. Some settings depend on the machine: on another one the build
         # starts anew.
@@ -232,38 +260,18 @@ def _up_to_date(
             manifest, missing = _to_export(checkpoint, name, parts)
             if not missing:
                 return manifest
-            _export(root, manifest, precision, flavour, missing)
+            _export(root, manifest, wanted, missing)
     raise ExportError(f"the files of {root} change while they are exported: close what writes them, and run it again")
 
 
-def default_precision(checkpoint: Checkpoint, provider: str = CPU) -> str:
-    """Return the precision that suits a provider: bf16 for the CPU; but int8 where the checkpoint's weights are.
-
-    Raises:
-        CheckpointError: The transformer's weights are missing or corrupt.
-    """
-    quantised = any(tensor.quantisation for tensor in checkpoint.tensors("transformer").values())
-    return "int8" if quantised else traits(provider).precision or DEFAULT_PRECISION
-
-
-def _only_build(checkpoint: Checkpoint, flavour: str | None, preferred: str) -> Build | None:
-    """Return the build of a directory that has no other weights: of the flavour, or any if that is None.
-
-    One that can be run is preferred; of another one, opening it says what is wrong.
-    """
-    manifest = read_manifest(checkpoint.root)
-    if manifest is None or checkpoint.has_weights("transformer"):
+def _unusual(checkpoint: Checkpoint, build: Build, provider: str) -> Choice | None:
+    """Return why a build is used, if it is not the one that its directory would get if it had none."""
+    if not checkpoint.has_weights("transformer"):
         return None
-    root, layers = checkpoint.root, manifest.text_encoder_out_layers
-    damaged = None
-    for name, build in sorted(manifest.builds.items(), key=lambda item: item[1].flavour != preferred):
-        if flavour in (None, build.flavour):
-            parts = WITHOUT_ENCODER if _other_encoder(checkpoint, name) else COMPONENTS
-            if not any(_unusable(root, build.components.get(part), part, layers) for part in parts):
-                return build
-            if build.components and all(component.self_contained for component in build.components.values()):
-                damaged = damaged or build
-    return damaged
+    if build.name == build_name(default_precision(checkpoint, provider), traits(provider).flavour):
+        return None
+    reason = f"{checkpoint.root} holds the build {build.name} (--precision asks for another one)"
+    return Choice(build.precision, provider, reason)
 
 
 def _other_encoder(checkpoint: Checkpoint, name: str) -> str | None:
@@ -277,11 +285,7 @@ def _other_encoder(checkpoint: Checkpoint, name: str) -> str | None:
         return None
     if all(map(checkpoint.has_weights, (ENCODER, "transformer"))):
         return None
-    root, layers = checkpoint.root, manifest.text_encoder_out_layers
-    for other in manifest.builds.values():
-        if other.flavour == build.flavour and not _unusable(root, other.components.get(ENCODER), ENCODER, layers):
-            return other.precision
-    return None
+    return encoder_beside(checkpoint.root, manifest, build)
 
 
 def _to_export(checkpoint: Checkpoint, name: str, parts: Sequence[str]) -> tuple[Manifest, list[str]]:
@@ -303,34 +307,20 @@ def _to_export(checkpoint: Checkpoint, name: str, parts: Sequence[str]) -> tuple
     if build is None:
         return manifest, stale
     reasons = {part: reason for part in stale if (reason := _not_exportable(checkpoint, build, part))}
-    unusable = {part: why for part in stale if (why := _unusable(root, known.get(part), part, layers))}
-    if reasons and not unusable:
+    broken = {part: why for part in stale if (why := unusable(root, known.get(part), part, layers))}
+    if reasons and not broken:
         return manifest, []  # never a part of it: a build has one format, and one set of settings
     for part, reason in reasons.items():
-        if part in unusable:
-            raise CheckpointError(f"the {name} build of {root} {unusable[part]}, and {reason}: {_cure(root, build)}")
+        if part in broken:
+            raise CheckpointError(f"the {name} build of {root} {broken[part]}, and {reason}: {_cure(root, build)}")
     return manifest, stale
-
-
-def _unusable(root: Path, component: Component | None, part: str, out_layers: list[int] | None) -> str | None:
-    """Return why a graph can't be run as it is, current or not; None if it can."""
-    if component is None:
-        return f"has no {part} graph"
-    if component.graph_format < OLDEST_RUNNABLE_FORMAT:
-        return "is of a format that can't be run any more"
-    if found := fault(root, component):
-        return f"is not whole ({found})"
-    config = changed_config(root, component, out_layers)
-    return f"is out of date ({config} has changed)" if config else None
 
 
 def _cure(root: Path, build: Build) -> str:
     """Return what makes a build again that can't be exported from its own directory."""
-    flavour = f" --flavour {build.flavour}" if build.flavour != DEFAULT_FLAVOUR else ""
-    what = f"--precision {build.precision}{flavour}"
     if build.parsed_settings.transformer:
-        return f"make it again with fluxonnx export -d {root} {what} --transformer FILE"
-    return f"make it again with fluxonnx export -d CHECKPOINT -o {root} {what}"
+        return f"make it again with fluxonnx export -d {root} {build.flags} --transformer FILE"
+    return f"make it again with fluxonnx export -d CHECKPOINT -o {root} {build.flags}"
 
 
 def _not_exportable(checkpoint: Checkpoint, build: Build, part: str) -> str | None:
@@ -352,24 +342,24 @@ def _replacement(root: Path, build: Build) -> Path | None:
     return next((root / source for source in sources if Path(source).name == name and (root / source).is_file()), None)
 
 
-def _export(root: Path, manifest: Manifest, precision: str, flavour: str, components: list[str]) -> None:
+def _export(root: Path, manifest: Manifest, wanted: Build, components: list[str]) -> None:
     """Export the components that a build lacks, with the settings of the build."""
     from fluxonnx.export import export
 
-    stale = manifest.builds.get(build_name(precision, flavour))
-    if stale is None:
-        export(root, precision=precision, flavour=flavour, components=components, renew=True)
-        return
-    settings = stale.parsed_settings
+    stale = manifest.builds.get(wanted.name)
+    settings = (stale or wanted).parsed_settings
     export(
         root,
-        precision=precision,
-        flavour=flavour,
+        precision=wanted.precision,
+        flavour=wanted.flavour,
         components=components,
         keep=settings.keep,
         block=settings.block,
         rotate=settings.rotate,
-        transformer=_replacement(root, stale),
+        shape=(settings.shape.width, settings.shape.height) if settings.shape else None,
+        text_seq=settings.shape.text_seq if settings.shape else None,
+        shard_size=settings.shard_size,
+        transformer=_replacement(root, stale) if stale else None,
         # A stale graph is derived from other files: overwriting it loses nothing.
         renew=True,
     )

@@ -15,6 +15,7 @@ import numpy as np
 
 from fluxonnx.checkpoint.config import from_json
 from fluxonnx.checkpoint.directory import Checkpoint
+from fluxonnx.checkpoint.manifest import Shape
 from fluxonnx.checkpoint.reading import shown
 from fluxonnx.errors import CheckpointError
 
@@ -274,6 +275,22 @@ def _transformer_ports(sizes: Architecture) -> Ports:
             ),
         ),
     )
+
+
+def fixed_dims(sizes: Architecture, shape: Shape) -> dict[str, int]:
+    """Return what the symbolic dimensions of `graph_ports` are in a static build."""
+    unit = sizes.vae.scale_factor
+    rows, columns = shape.height // unit, shape.width // unit
+    return {
+        "batch": 1,
+        "text_seq": shape.text_seq,
+        "image_seq": rows * columns,
+        "text_seq + image_seq": shape.text_seq + rows * columns,
+        "height": shape.height,
+        "width": shape.width,
+        f"height/{unit}": rows,
+        f"width/{unit}": columns,
+    }
 
 
 def plain_symbol(dim: str) -> str:

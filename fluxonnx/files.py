@@ -347,3 +347,13 @@ def describe_os_error(error: OSError, what: object, otherwise: str = "choose ano
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write {what}: change the folder's permissions, or {otherwise}"
     return f"can't write {what}: {error.strerror or error}"
+
+
+def user_caches() -> Path | None:
+    """Return the user's folder for caches: $XDG_CACHE_HOME, else ~/.cache; None if there is no home directory."""
+    if found := os.environ.get("XDG_CACHE_HOME"):
+        return Path(found)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        return None

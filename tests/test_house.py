@@ -28,6 +28,7 @@ LAYERS = [
 # Inside export: exporter -> models -> ops -> precisions -> panels -> primitives -> graph.
 EXPORT_LAYERS = [
     "exporter",
+    "record",
     "copying",
     "weights",
     "components",
@@ -37,6 +38,7 @@ EXPORT_LAYERS = [
     "panels",
     "primitives",
     "graph",
+    "folding",
     "balance",
     "initializers",
 ]

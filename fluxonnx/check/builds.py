@@ -8,7 +8,6 @@ from pathlib import Path
 
 from fluxonnx.check.findings import FAILED, OK, WARNING, Finding, one_line
 from fluxonnx.checkpoint.manifest import (
-    DEFAULT_FLAVOUR,
     FILE_NAME,
     Build,
     Component,
@@ -73,8 +72,7 @@ def _check_build(root: Path, manifest: Manifest, name: str, build: Build) -> Fin
         "stale": stale,
         "missing": lacking,
     }
-    again = f"fluxonnx export -d {root} --precision {build.precision}"
-    again += f" --flavour {build.flavour}" if build.flavour != DEFAULT_FLAVOUR else ""
+    again = f"fluxonnx export -d {root} {build.flags}"
     if failed:
         text = f"{name}: {_listed(failed)}: if the checkpoint's files are right, make it again with {again} --force"
         return Finding(FAILED, SUBJECT, text, figures)

@@ -190,6 +190,11 @@ class Checkpoint:
         folder = self.root / component
         return any(exists(folder / f"{stem}.safetensors{end}") for stem in STEMS for end in ("", ".index.json"))
 
+    @property
+    def export_place(self) -> str:
+        """The flags of `fluxonnx export` that add a build to this directory, which may be a copy without weights."""
+        return f"-d {self.root}" if self.has_weights("transformer") else f"-d CHECKPOINT -o {self.root}"
+
     def files(self, components: Iterable[str]) -> Iterator[Path]:
         """Yield every file in the directory that these components need: configs, tokenizer, weights."""
         yield self.index.path

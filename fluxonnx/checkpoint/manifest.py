@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -27,18 +28,55 @@ DEFAULT_FLAVOUR = "ort"
 LAST_WITHOUT_FORMAT = "0.1.2"
 
 
-def build_name(precision: str, flavour: str) -> str:
-    """Name a build: "bf16", "fp32", "bf16.portable", ..."""
-    return precision if flavour == DEFAULT_FLAVOUR else f"{precision}.{flavour}"
+@dataclass(frozen=True)
+class Shape:
+    """What a static build draws: pictures of one size from prompts of one length, one at a time, without references.
+
+    Attributes:
+        width: In pixels.
+        height: Likewise.
+        text_seq: Tokens of a prompt with its padding.
+    """
+
+    width: int
+    height: int
+    text_seq: int
+
+    def __str__(self) -> str:
+        """Return it as names of builds and files have it: 512x512-512."""
+        return f"{self.width}x{self.height}-{self.text_seq}"
+
+    @property
+    def flags(self) -> str:
+        """The flags of `fluxonnx export` that ask for it."""
+        return f"--shape {self.width}x{self.height} --text-seq {self.text_seq}"
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """Read what `str` returns; raises ValueError."""
+        if not (found := re.fullmatch(r"([1-9]\d{0,6})x([1-9]\d{0,6})-([1-9]\d{0,6})", text)):
+            raise ValueError(f"{shown(text)} is no shape such as 512x512-512")
+        return cls(*map(int, found.groups()))
 
 
-def graph_file(component: str, precision: str, flavour: str) -> str:
+# What `fault` says of a file that somebody edited, damaged or exchanged.
+NOT_AS_EXPORTED = "is not the file that was exported"
+
+
+def build_name(precision: str, flavour: str, shape: Shape | None = None) -> str:
+    """Name a build: "bf16", "fp32", "bf16.portable", "fp16.portable.512x512-512", ..."""
+    return ".".join([precision, *([] if flavour == DEFAULT_FLAVOUR else [flavour]), *([str(shape)] if shape else [])])
+
+
+def graph_file(component: str, precision: str, flavour: str, shape: Shape | None = None) -> str:
     """Name a graph's file: transformer.onnx for the default build, transformer.fp32.portable.onnx for another."""
     parts = [component]
     if precision != DEFAULT_PRECISION:
         parts.append(precision)
     if flavour != DEFAULT_FLAVOUR:
         parts.append(flavour)
+    if shape:
+        parts.append(str(shape))
     return ".".join([*parts, "onnx"])
 
 
@@ -100,6 +138,8 @@ class BuildSettings:
         rotate: Whether all inputs are mixed by Hadamard matrices.
         saturating: Whether 8-bit weights are rounded so that pairs of products can be added in 16 bits.
         transformer: Name of the file that replaced the transformer's weights.
+        shape: What a static build draws; None for a build of any size.
+        shard_size: The most bytes of weights in a file; None for no limit.
     """
 
     keep: str | None = None
@@ -107,6 +147,8 @@ class BuildSettings:
     rotate: bool = False
     saturating: bool = False
     transformer: str | None = None
+    shape: Shape | None = None
+    shard_size: int | None = None
 
 
 @dataclass
@@ -120,6 +162,22 @@ class Build:
     components: dict[str, Component] = field(default_factory=dict)
 
     @property
+    def name(self) -> str:
+        """Its name in the manifest."""
+        return build_name(self.precision, self.flavour, self.shape)
+
+    @property
+    def shape(self) -> Shape | None:
+        """What it draws, if it is static; None if it draws any size."""
+        return Shape.parse(self.settings["shape"]) if "shape" in self.settings else None
+
+    @property
+    def flags(self) -> str:
+        """The flags of `fluxonnx export` that name it."""
+        flavour = f" --flavour {self.flavour}" if self.flavour != DEFAULT_FLAVOUR else ""
+        return f"--precision {self.precision}{flavour}{f' {self.shape.flags}' if self.shape else ''}"
+
+    @property
     def parsed_settings(self) -> BuildSettings:
         """The settings, typed."""
         values = self.settings
@@ -129,6 +187,8 @@ class Build:
             rotate=values.get("rotate") == "true",
             saturating=values.get("products") == "pairs",
             transformer=values["transformer"].rpartition(" ")[0] if "transformer" in values else None,
+            shape=self.shape,
+            shard_size=int(values["shard_size"]) if "shard_size" in values else None,
         )
 
 
@@ -171,7 +231,7 @@ def read_manifest(root: Path) -> Manifest | None:
     try:
         manifest = from_json(Manifest, values, skip_unknown=True)
         for name, build in manifest.builds.items():
-            if build_name(build.precision, build.flavour) != name or build.parsed_settings is None:
+            if build.name != name or build.parsed_settings is None:
                 raise ValueError(f"the build {shown(name)} has another name")
     except ValueError as error:
         raise CheckpointError(f"{path} is corrupt ({error}): export again with --force") from None
@@ -229,7 +289,7 @@ def fault(root: Path, component: Component) -> str | None:
             return f"{name} is missing"
     for name, digest in component.files.items():
         if content_digest(root / name) != digest:
-            return f"{name} is not the file that was exported"
+            return f"{name} {NOT_AS_EXPORTED}"
     changed = _changed(root, depended_on(component))
     return f"{changed} has changed" if changed else None
 

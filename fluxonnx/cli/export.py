@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,12 @@ from fluxonnx.cli.flags import (
     path_name,
     typed,
 )
+from fluxonnx.cli.messages import shortened
 from fluxonnx.cli.progress import Progress, phase_line, speaker
+from fluxonnx.runtime.fields import MAX_SIDE, MIN_SIDE
+
+# Shards of a few bytes would be a file for each weight.
+SMALLEST_SHARD = 10**6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,9 @@ class Options:
     flavour: str
     component: list[str] | None
     opset: int | None
+    shape: tuple[int, int] | None
+    text_seq: int | None
+    shard_size: int | None
     force: bool
     verbose: bool
     quiet: bool
@@ -47,6 +56,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         "write the ONNX graphs of a checkpoint",
         "-d DIR [-o DIR] [options]",
         "fluxonnx export -d model --flavour portable -o graphs",
+        "fluxonnx export -d model --precision fp16 --flavour portable --shape 512x512 --text-seq 512",
         "fluxonnx export -d model --transformer flux-2-klein-4b-int8.safetensors",
     )
     parser.add_argument(
@@ -99,8 +109,47 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         help="only this graph (text_encoder, conditioning, transformer, vae_encoder, vae_decoder); can be repeated",
     )
     parser.add_argument("--opset", type=int, metavar="N", help="default: 23 for ort, 17 for portable")
+    parser.add_argument(
+        "--shape",
+        type=_shape,
+        metavar="WxH",
+        help="make a static build, whose sizes are all numbers, for pictures of this size, one at a time and without "
+        "references; generate uses it for them",
+    )
+    parser.add_argument(
+        "--text-seq",
+        type=int,
+        metavar="N",
+        help="for a static build: tokens of a prompt with its padding, 1 to 512 (default: the model's own)",
+    )
+    parser.add_argument(
+        "--shard-size",
+        type=_bytes,
+        metavar="SIZE",
+        help="divide the weight files of the build into files of at most this size, such as 512MB or 2GB; a single "
+        "larger weight gets a file of its own (default: one file for each graph)",
+    )
     parser.add_argument("--force", action="store_true", help="overwrite graphs that differ")
     add_verbosity(parser)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    """Parse --shape: 512x512."""
+    if not (found := re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)):
+        raise argparse.ArgumentTypeError(f"{shortened(text, 40)} is no size: write it as 512x512")
+    width, height = map(int, found.groups())
+    if not all(MIN_SIDE <= side <= MAX_SIDE for side in (width, height)):
+        raise argparse.ArgumentTypeError(f"{text} can't be drawn: sides are from {MIN_SIDE} to {MAX_SIDE}")
+    return width, height
+
+
+def _bytes(text: str) -> int:
+    """Parse --shard-size: a number with or without a unit."""
+    found = re.fullmatch(r"(\d{1,15})\s*([kKMGT]?)(i?)B?", text)
+    size = int(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ") if found else 0
+    if not found or size < SMALLEST_SHARD:
+        raise argparse.ArgumentTypeError(f"{shortened(text, 40)} is no size of 1 MB or more: write it as 512MB or 2GB")
+    return size
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -139,6 +188,9 @@ def export(options: Options) -> None:
             flavour=options.flavour,
             components=options.component,
             opset=options.opset,
+            shape=options.shape,
+            text_seq=options.text_seq,
+            shard_size=options.shard_size,
             force=options.force,
             progress=bar.bytes,
         )

@@ -70,6 +70,14 @@ def path_name(text: str) -> Path:
     return Path(not_empty(text))
 
 
+def pair(text: str) -> tuple[str, str]:
+    """Parse NAME=VALUE; the value may be empty, and hold further signs."""
+    name, sign, value = text.partition("=")
+    if not name or not sign:
+        raise argparse.ArgumentTypeError(f"{shortened(text, 40)} is no option: write it as NAME=VALUE")
+    return name, value
+
+
 def add_text_encoder_precision(flags: Flags) -> None:
     """Add --text-encoder-precision."""
     flags.add_argument(

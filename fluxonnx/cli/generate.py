@@ -17,6 +17,7 @@ from fluxonnx.cli.flags import (
     add_text_encoder_precision,
     add_verbosity,
     find_model,
+    pair,
     path_name,
     thread_count,
 )
@@ -53,6 +54,7 @@ class Options:
         precision: None for that of the picture that is made again, else the default.
         text_encoder_precision: Likewise, the default being the precision.
         provider: Likewise.
+        provider_option: Pairs of an option of the provider and its value.
         threads: Threads per operator; None for one per core that this process may use.
         low_memory: Whether to need less memory and more time.
         cache_dir: The folder of encoded prompts.
@@ -66,6 +68,7 @@ class Options:
     precision: str | None
     text_encoder_precision: str | None
     provider: str | None
+    provider_option: list[tuple[str, str]]
     threads: int | None
     low_memory: bool
     cache_dir: Path | None
@@ -110,6 +113,15 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         "--provider",
         metavar="NAME",
         help="execution provider: cpu (default), openblas, or another one of onnxruntime, such as cuda or coreml",
+    )
+    model.add_argument(
+        "--provider-option",
+        type=pair,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the provider by the name that its documentation has, such as MLComputeUnits=CPUAndGPU of "
+        "coreml; can be repeated",
     )
     model.add_argument(
         "--threads", type=thread_count, metavar="N", help="default: one per core that this process may use"
@@ -167,6 +179,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         precision=arguments.precision,
         text_encoder_precision=arguments.text_encoder_precision,
         provider=arguments.provider,
+        provider_option=arguments.provider_option,
         threads=arguments.threads,
         low_memory=arguments.low_memory,
         cache_dir=arguments.cache_dir,
@@ -197,6 +210,7 @@ def generate(options: Options) -> None:
             precision=build.precision,
             text_encoder_precision=build.text_encoder_precision,
             provider=build.provider,
+            provider_options=dict(options.provider_option),
             flavour=build.flavour,
             threads=options.threads,
             low_memory=options.low_memory,

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fluxonnx.checkpoint.directory import Checkpoint
+from fluxonnx.checkpoint.manifest import Shape
 from fluxonnx.checkpoint.safetensors import Tensor
-from fluxonnx.contract import COMPONENT_CLASSES, COMPONENTS, Architecture, graph_ports
+from fluxonnx.contract import COMPONENT_CLASSES, COMPONENTS, MAX_SEQUENCE_LENGTH, Architecture, fixed_dims, graph_ports
 from fluxonnx.errors import CheckpointError, UsageError
 from fluxonnx.export import conditioning, text_encoder, transformer, vae
 from fluxonnx.export.balance import Coupling
@@ -23,11 +24,26 @@ OPSETS = {"ort": range(17, 24), "portable": range(17, 22)}
 
 @dataclass(frozen=True)
 class Target:
-    """What graphs are built for: a precision, a flavour and an ai.onnx opset."""
+    """What graphs are built for.
+
+    Attributes:
+        precision: How weights are stored and linear layers computed.
+        flavour: "ort" or "portable".
+        opset: The ai.onnx opset.
+        shape: What a static build draws; None for any size.
+        shard_size: The most bytes of weights in a file of the build; None for no limit.
+    """
 
     precision: Precision
     flavour: str
     opset: int
+    shape: Shape | None = None
+    shard_size: int | None = None
+
+    def settings(self) -> dict[str, str]:
+        """Return what tells a build for it from others of the same precision and flavour."""
+        own = {"shape": str(self.shape) if self.shape else "", "shard_size": str(self.shard_size or "")}
+        return {**self.precision.settings(), **{key: value for key, value in own.items() if value}}
 
 
 def make_target(
@@ -37,14 +53,22 @@ def make_target(
     keep: str | None = None,
     block: int | None = None,
     rotate: bool = False,
+    shape: Shape | None = None,
+    shard_size: int | None = None,
 ) -> Target:
     """Validate the options.
 
     Raises:
-        UsageError: The precision or the flavour is unknown, the precision does not have one of the options, or the
-            flavour does not support the opset.
+        UsageError: The precision or the flavour is unknown, the precision does not have one of the options, the flavour
+            does not support the opset, the text is longer than any, or there are no weight files to divide.
     """
+    if shape and not 1 <= shape.text_seq <= MAX_SEQUENCE_LENGTH:
+        raise UsageError(f"--text-seq {shape.text_seq} is out of range: 1 to {MAX_SEQUENCE_LENGTH} tokens")
     chosen = precision if isinstance(precision, Precision) else make_precision(precision, keep, block, rotate)
+    if shard_size is not None and not (chosen.self_contained or chosen.converts):
+        raise UsageError(f"--shard-size is for builds that write weights, but {chosen.name} leaves them where they are")
+    if shard_size is not None and shard_size < 1:
+        raise UsageError(f"--shard-size {shard_size} is out of range: 1 byte at least")
     if flavour not in FLAVOURS:
         raise UsageError(f"flavour {flavour!r} is unknown: choose one of {', '.join(FLAVOURS)}")
     if flavour not in chosen.flavours:
@@ -55,7 +79,7 @@ def make_target(
     if opset not in allowed:
         which = f"{chosen.name} {flavour}" if lowest > OPSETS[flavour][0] else flavour
         raise UsageError(f"opset {opset} is out of range: {which} graphs can be {allowed[0]} to {allowed[-1]}")
-    return Target(chosen, flavour, opset)
+    return Target(chosen, flavour, opset, shape, shard_size)
 
 
 def select(components: Sequence[str] | None) -> list[str]:
@@ -80,6 +104,8 @@ def make_passes(
     keep: str | None = None,
     block: int | None = None,
     rotate: bool = False,
+    shape: Shape | None = None,
+    shard_size: int | None = None,
 ) -> list[tuple[Target, list[str]]]:
     """Validate the options, and return the graphs to export for each build.
 
@@ -92,6 +118,8 @@ def make_passes(
         keep: Likewise. This and the others apply to the build that has them, and to both if both have.
         block: Likewise.
         rotate: Likewise.
+        shape: What a static build draws; of both.
+        shard_size: The most bytes of weights in a file; of both, but for a build that writes none.
 
     Raises:
         UsageError: As `make_target`.
@@ -99,7 +127,7 @@ def make_passes(
     first = precision if isinstance(precision, str) else precision.name
     second = text_encoder_precision or first
     if second == first:
-        return [(make_target(precision, flavour, opset, keep, block, rotate), names)]
+        return [(make_target(precision, flavour, opset, keep, block, rotate, shape, shard_size), names)]
 
     def settings(name: str, other: str) -> tuple[str | None, int | None, bool]:
         """Leave out what the other build has and this one has not."""
@@ -113,13 +141,18 @@ def make_passes(
             rotate and not foreign("int8"),
         )
 
-    encoder = make_target(second, flavour, opset, *settings(second, first))
-    rest = make_target(precision, flavour, opset, *settings(first, second))
+    encoder = make_target(second, flavour, opset, *settings(second, first), shape, _if_written(second, shard_size))
+    rest = make_target(precision, flavour, opset, *settings(first, second), shape, _if_written(first, shard_size))
     passes = [
         (encoder, [name for name in names if name == "text_encoder"]),
         (rest, [name for name in names if name != "text_encoder"]),
     ]
     return [item for item in passes if item[1]]
+
+
+def _if_written(precision: str, shard_size: int | None) -> int | None:
+    """Return the size of shards for a build that writes weights; None for one of two builds that does not."""
+    return None if precision == Precision.name else shard_size
 
 
 def read_architecture(checkpoint: Checkpoint, out_layers: tuple[int, ...] | None) -> Architecture:
@@ -169,7 +202,8 @@ def build_graph(
     used = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
     prepared = target.precision.prepared(used, couplings)
     opset = target.precision.opset(component, target.opset)
-    g = ModelBuilder(component, prepared.precision, target.flavour, opset, {**tensors, **prepared.tensors})
+    dims = fixed_dims(sizes, target.shape) if target.shape else None
+    g = ModelBuilder(component, prepared.precision, target.flavour, opset, {**tensors, **prepared.tensors}, dims)
     ports = graph_ports(component, sizes)
     if component == "conditioning":
         conditioning.build(g, sizes.transformer, ports)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -18,24 +18,34 @@ from fluxonnx.checkpoint.manifest import (
     Build,
     Component,
     Manifest,
-    are_as_recorded,
+    Shape,
     build_name,
     exporter_digest,
     graph_file,
-    is_current,
-    is_source_checkout,
     read_manifest,
-    salvaged_manifest,
 )
-from fluxonnx.checkpoint.reading import check_readable, exists
-from fluxonnx.checkpoint.safetensors import Tensor, fingerprint
-from fluxonnx.contract import COMPONENTS, GRAPH_FORMAT, Architecture, open_checkpoint
-from fluxonnx.errors import CheckpointError, ExportError
+from fluxonnx.checkpoint.safetensors import Tensor
+from fluxonnx.contract import COMPONENTS, GRAPH_FORMAT, MAX_SEQUENCE_LENGTH, Architecture, open_checkpoint
+from fluxonnx.errors import ExportError, UsageError
 from fluxonnx.export import weights
 from fluxonnx.export.components import Target, build_graph, make_passes, read_architecture, select
+from fluxonnx.export.conditioning import POSITION_BASE
 from fluxonnx.export.copying import copy_model, prepare_copy
 from fluxonnx.export.graph import Graph
 from fluxonnx.export.precisions import Precision
+from fluxonnx.export.record import (
+    is_as_made,
+    known_files,
+    manifest_of,
+    metadata_of,
+    refuse_foreign,
+    remove_replaced,
+    replaced_transformer,
+    sources_of,
+    withdraw,
+    without_transformer,
+    writer,
+)
 from fluxonnx.files import atomic_write, describe_os_error, exclusive, probe, remove_leftovers, require_text
 from fluxonnx.version import __version__
 
@@ -72,6 +82,9 @@ def export(
     keep: str | None = None,
     block: int | None = None,
     rotate: bool = False,
+    shape: tuple[int, int] | None = None,
+    text_seq: int | None = None,
+    shard_size: int | None = None,
     force: bool = False,
     renew: bool = False,
     progress: Progress | None = None,
@@ -83,7 +96,7 @@ def export(
     Args:
         directory: A model directory in the Hugging Face layout of FLUX.2-klein.
         output: A folder for a self-contained copy (weights, configs, tokenizer, graphs); by default the graphs are
-            written beside the checkpoint's folders. The copy of an fp16, int8 or int4 build has no weights but the
+            written beside the checkpoint's folders. The copy of a build that is not bf16 has no weights but the
             build's own.
         transformer: A safetensors file that replaces the transformer's weights, with diffusers' or the original's
             names. Weights that ComfyUI's tools quantised (int8_tensorwise) stay the same integers with "int8"; other
@@ -100,6 +113,11 @@ def export(
         keep: For int8 and int4: linears whose names match this regular expression are not quantised.
         rotate: For int8: mix inputs by a Hadamard matrix, against outliers; a step takes a little longer.
         block: For int4: the number of weights that share a scale, 32, 64 (the default) or 128.
+        shape: Make a static build, whose sizes are all numbers, for pictures of this width and height in pixels, one at
+            a time and without references; multiples of 16. Any size by default.
+        text_seq: For a static build: the tokens of a prompt with its padding, from 1 to 512; the model's default.
+        shard_size: Divide the weights of a graph into files of at most this many bytes, but for single weights that are
+            larger.
         force: Write everything anew, and overwrite graphs that exist and differ.
         renew: Overwrite graphs that exist and differ, but keep those that are up to date.
         progress: Called with what is being written, the bytes done and the total.
@@ -112,8 +130,19 @@ def export(
         CheckpointError: The checkpoint is incomplete, corrupt or of another kind.
         ExportError: The files can't be written, or exist and `force` is not given.
     """
+    if text_seq is not None and shape is None:
+        raise UsageError("--text-seq is for a static build: say which size it draws with --shape")
     passes = make_passes(
-        precision, text_encoder_precision, select(components), flavour, opset, keep=keep, block=block, rotate=rotate
+        precision,
+        text_encoder_precision,
+        select(components),
+        flavour,
+        opset,
+        keep=keep,
+        block=block,
+        rotate=rotate,
+        shape=Shape(*shape, _text_length(directory) if text_seq is None else text_seq) if shape else None,
+        shard_size=shard_size,
     )
     say = progress or (lambda what, done, total: None)
     try:
@@ -130,8 +159,8 @@ def export(
             copy = checkpoint if copied is None else copy_model(checkpoint, copied, root, say)
             reports = []
             for target, names in passes:
-                source = checkpoint if target.precision.self_contained else copy
-                manifest = _manifest(root, origin, force)
+                source = copy if _reads(target) else checkpoint
+                manifest = manifest_of(root, origin, force)
                 reports += _export_components(source, root, manifest, target, names, force, renew, say)
             return reports
     except OSError as error:
@@ -142,8 +171,26 @@ def export(
 def _copied_weights(passes: Sequence[tuple[Target, Sequence[str]]]) -> set[str]:
     """Return the folders whose weights a copy needs: all, but for those of graphs that have their own."""
     if len(passes) == 1:
-        return set() if passes[0][0].precision.self_contained else set(COMPONENTS.values())
-    return {COMPONENTS[name] for target, names in passes for name in names if not target.precision.self_contained}
+        return set(COMPONENTS.values()) if _reads(passes[0][0]) else set()
+    return {COMPONENTS[name] for target, names in passes for name in names if _reads(target)}
+
+
+def _reads(target: Target) -> bool:
+    """Whether the graphs of a copy need the checkpoint's weights in it, because they point into those files."""
+    return not (target.precision.self_contained or target.precision.converts)
+
+
+def _text_length(directory: str | Path) -> int:
+    """Return the tokens of a prompt with its padding that a model's maker chose, else the most there are."""
+    manifest = read_manifest(Path(directory))
+    return (manifest.defaults if manifest else {}).get("max_sequence_length", MAX_SEQUENCE_LENGTH)
+
+
+def _check_shape(shape: Shape, sizes: Architecture) -> None:
+    unit = sizes.vae.scale_factor
+    for name, side in (("width", shape.width), ("height", shape.height)):
+        if side < unit or side % unit or side // unit >= POSITION_BASE**2:
+            raise UsageError(f"--shape: {name} {side} can't be drawn: choose a multiple of {unit}, such as 512x512")
 
 
 def _export_components(
@@ -160,17 +207,19 @@ def _export_components(
     sizes = read_architecture(checkpoint, out_layers)
     manifest.text_encoder_out_layers = list(sizes.text_encoder.out_layers)
     manifest.architecture = sizes.to_json()
-    precision, flavour = target.precision.name, target.flavour
-    name = build_name(precision, flavour)
+    precision, flavour, shape = target.precision.name, target.flavour, target.shape
+    if shape:
+        _check_shape(shape, sizes)
+    name = build_name(precision, flavour, shape)
     build = recorded = manifest.builds.get(name)
-    settings, replaced = target.precision.settings(), _transformer(checkpoint)
-    if build is None or (build.opset, _without_transformer(build.settings)) != (target.opset, settings):
+    settings, replaced = target.settings(), replaced_transformer(checkpoint)
+    if build is None or (build.opset, without_transformer(build.settings)) != (target.opset, settings):
         # Graphs of another opset or other settings are never mixed into one build.
         build = manifest.builds[name] = Build(precision, flavour, target.opset, settings)
     withdrawn = recorded is not None and recorded is not build
 
     usable = {} if force else build.components
-    current = {key: c for key, c in usable.items() if _is_current(root, checkpoint, c, manifest)}
+    current = {key: c for key, c in usable.items() if is_as_made(root, checkpoint, c, manifest)}
     if build.settings.get("transformer") != replaced.get("transformer"):
         current.pop("transformer", None)
     pending = [component for component in names if component not in current]
@@ -187,21 +236,21 @@ def _export_components(
             )
     for component in pending:
         if not force and not (renew and recorded and component in recorded.components):
-            metadata = _metadata(checkpoint, component, target, sizes)
-            _refuse_foreign(root / graph_file(component, precision, flavour), metadata, renew)
+            metadata = metadata_of(checkpoint, component, target, sizes)
+            refuse_foreign(root / graph_file(component, precision, flavour, shape), metadata, renew)
     if pending:
         probe(root / FILE_NAME)
-    known = set() if force else _known_files(root, checkpoint, manifest)
+    known = set() if force else known_files(root, checkpoint, manifest)
     reports = []
     for component in names:
-        file = graph_file(component, precision, flavour)
+        file = graph_file(component, precision, flavour, shape)
         if component not in pending:
             found = current[component]
             reports.append(Report(component, file, found.nodes, found.parameters, 0, None))
             continue
         start = time.perf_counter()
         say(component, 0, 0)
-        if _withdraw(build, component, replaced) or withdrawn:
+        if withdraw(build, component, replaced) or withdrawn:
             manifest.save(root)
             withdrawn = False
         done = _write_component(checkpoint, root, component, graphs.pop(component), sizes, target, known, force, say)
@@ -209,6 +258,7 @@ def _export_components(
         if component == "transformer":
             build.settings = settings | replaced
         manifest.save(root)
+        remove_replaced(root, manifest, recorded.components.get(component) if recorded else None)
         seconds = time.perf_counter() - start
         reports.append(Report(component, file, done.nodes, done.parameters, done.bytes_written, seconds))
     if len(names) == len(COMPONENTS):
@@ -222,92 +272,11 @@ def _listed(layers: list[str]) -> str:
     return ", ".join(layers[:MOST_LISTED]) + more
 
 
-def _without_transformer(settings: dict[str, str]) -> dict[str, str]:
-    """Return the settings that all graphs of a build share; which weights the transformer has is its own."""
-    return {key: value for key, value in settings.items() if key != "transformer"}
-
-
-def _is_current(root: Path, checkpoint: Checkpoint, component: Component, manifest: Manifest) -> bool:
-    current = is_current(root, component, GRAPH_FORMAT, manifest.text_encoder_out_layers)
-    return current and are_as_recorded(checkpoint.root, component)
-
-
-def _known_files(root: Path, checkpoint: Checkpoint, manifest: Manifest) -> set[str]:
-    """Return the weight files of all builds that are as they were written, from the checkpoint as it is now."""
-    return {
-        name
-        for build in manifest.builds.values()
-        for component in build.components.values()
-        if component.files and _is_current(root, checkpoint, component, manifest)
-        for name in component.weights
-    }
-
-
-def _withdraw(build: Build, component: str, replaced: dict[str, str]) -> bool:
-    """Note that a graph can't be used, before its files are touched: they may stay half exchanged.
-
-    An entry of the same weights keeps what it was made from, for the export that goes on with it. One of other weights
-    is forgotten: whoever interrupts an export from another file does not ask for that file any more. Returns whether
-    there was an entry.
-    """
-    known = build.components.get(component)
-    if component == "transformer" and build.settings.get("transformer") != replaced.get("transformer"):
-        build.components.pop(component, None)
-        build.settings = _without_transformer(build.settings)
-    elif known is not None:
-        build.components[component] = replace(known, unfinished=True)
-    return known is not None
-
-
 def _remove_leftovers(root: Path) -> None:
     """Remove what killed exports left, which can be copies of all weights."""
     for folder in {root, *(root / folder for folder in COMPONENTS.values())}:
         for pattern in (".*.safetensors.partial", ".*.safetensors.*.tmp", ".*.onnx.*.tmp"):
             remove_leftovers(folder, pattern)
-
-
-def _manifest(root: Path, origin: Path, force: bool) -> Manifest:
-    """Read a manifest; what it does not say, and the checkpoint's that is copied does, is taken from there."""
-    manifest = _read_manifest(root, force)
-    if origin != root:
-        maker = _read_manifest(origin, force)
-        manifest.text_encoder_out_layers = maker.text_encoder_out_layers or manifest.text_encoder_out_layers
-        manifest.defaults = manifest.defaults or maker.defaults
-    return manifest
-
-
-def _read_manifest(root: Path, force: bool) -> Manifest:
-    try:
-        return read_manifest(root) or Manifest()
-    except CheckpointError:
-        if not force:
-            raise
-        manifest, whole = salvaged_manifest(root)
-        if not whole:
-            warnings.warn(
-                f'{root / FILE_NAME} was damaged: it may have held "text_encoder_out_layers" and "defaults" of the '
-                "model, which are the usual ones now",
-                stacklevel=2,
-            )
-        return manifest
-
-
-def _refuse_foreign(path: Path, metadata: dict[str, str], renew: bool) -> None:
-    """Refuse to overwrite a graph, unless it is ours with the same settings (of a killed export, say) or to renew."""
-    if not exists(path):
-        return
-    try:
-        check_readable(path)  # a pipe would never end
-        model = onnx.load(path, load_external_data=False)
-    except Exception:  # whatever it is, it is not ours
-        raise ExportError(f"{path} exists and is not a graph: move it away, or overwrite it with --force") from None
-    found = {prop.key: prop.value for prop in model.metadata_props}
-    if renew and found.get("producer") == metadata["producer"]:
-        return
-    if {**found, "version": ""} != {**metadata, "version": ""}:
-        raise ExportError(
-            f"{path} exists and was made from another checkpoint or with other settings: overwrite it with --force"
-        )
 
 
 def _weight_file(component: str, target: Target) -> str:
@@ -316,7 +285,7 @@ def _weight_file(component: str, target: Target) -> str:
 
 def _build_graph(checkpoint: Checkpoint, root: Path, component: str, sizes: Architecture, target: Target) -> Graph:
     tensors: dict[str, Tensor] = {} if component == "conditioning" else checkpoint.tensors(COMPONENTS[component])
-    graph = build_graph(component, sizes, target, tensors, _metadata(checkpoint, component, target, sizes))
+    graph = build_graph(component, sizes, target, tensors, metadata_of(checkpoint, component, target, sizes))
     weights.check_places(graph, root, _weight_file(component, target))
     return graph
 
@@ -333,30 +302,37 @@ def _write_component(
     say: Progress,
 ) -> Component:
     precision = target.precision
-    sources = _sources(checkpoint, root, graph)
+    sources = sources_of(checkpoint, root, graph)
     name = _weight_file(component, target)
-    settings = {**_writer(), **precision.settings()} if precision.self_contained else {}
+    settings = {**writer(), **precision.settings()} if precision.self_contained else {}
     stored = weights.place(
-        graph, root, name, settings, lambda done, total: say(component, done, total), name in known, not force
+        graph,
+        root,
+        name,
+        settings,
+        lambda done, total: say(component, done, total),
+        known,
+        not force,
+        target.shard_size,
     )
-    file = graph_file(component, precision.name, target.flavour)
+    file = graph_file(component, precision.name, target.flavour, target.shape)
     with atomic_write(root / file) as temporary:
         onnx.save(graph.model, temporary)
         _check(temporary, file)
-    written = [file, *([stored.name] if stored else [])]
+    own = [part.name for part in stored]
     config = f"{COMPONENTS[component]}/config.json"
     return Component(
         graph=file,
         exporter_version=__version__,
         sources=sources,
-        weights=[stored.name] if stored else [],
+        weights=own,
         nodes=len(graph.model.graph.node),
         parameters=graph.parameters,
-        self_contained=precision.self_contained,
-        bytes_written=(root / file).stat().st_size + (stored.bytes_written if stored else 0),
+        self_contained=precision.self_contained or (root != checkpoint.root and not _reads(target)),
+        bytes_written=(root / file).stat().st_size + sum(part.bytes_written for part in stored),
         graph_format=GRAPH_FORMAT,
         exporter_digest=exporter_digest(),
-        files={name: content_digest(root / name) for name in written},
+        files={name: content_digest(root / name) for name in (file, *own)},
         configs={config: config_digest(checkpoint.root / config)},
         out_layers=list(sizes.text_encoder.out_layers) if component == "text_encoder" else None,
         errors=graph.errors,
@@ -370,49 +346,3 @@ def _check(path: Path, name: str) -> None:
     except onnx.checker.ValidationError as error:
         reason = str(error).strip().splitlines()[0]
         raise ExportError(f"{name} can't be used by ONNX ({reason}): make a copy with -o DIR") from error
-
-
-def _sources(checkpoint: Checkpoint, root: Path, graph: Graph) -> dict[str, str]:
-    """Return the digests of the files that a graph is made from.
-
-    A copy does not depend on them; but if it is made again, it must show whether the checkpoint is the same.
-    """
-    files = sorted({weight.source.file for weight in graph.weights})
-    if root != checkpoint.root:
-        files = [file for file in files if file.is_relative_to(checkpoint.root)]
-    return {_location(checkpoint.root, path): content_digest(path) for path in files}
-
-
-def _writer() -> dict[str, str]:
-    """Return what in the header of a weight file tells it from one that another exporter made of the same weights."""
-    return {"graph_format": str(GRAPH_FORMAT), **({"exporter": exporter_digest()} if is_source_checkout() else {})}
-
-
-def _location(root: Path, path: Path) -> str:
-    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
-
-
-def _transformer(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the setting of a build whose transformer's weights come from another file."""
-    file = checkpoint.transformer
-    return {"transformer": f"{_text(file.name)} {fingerprint(file)[:12]}"} if file else {}
-
-
-def _text(name: str) -> str:
-    """Return a file's name as graphs can hold it: bytes that are not UTF-8 are replaced."""
-    return name.encode(errors="replace").decode()
-
-
-def _metadata(checkpoint: Checkpoint, component: str, target: Target, sizes: Architecture) -> dict[str, str]:
-    return {
-        "producer": "fluxonnx",
-        "version": __version__,
-        "model": _text(checkpoint.name),
-        "component": component,
-        "precision": target.precision.name,
-        "flavour": target.flavour,
-        "opset": str(target.opset),
-        **target.precision.settings(),
-        **(_transformer(checkpoint) if component == "transformer" else {}),
-        "architecture": sizes.component_json(component),
-    }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -20,7 +20,8 @@ from onnx import TensorProto, helper, shape_inference
 from fluxonnx.checkpoint.safetensors import Tensor
 from fluxonnx.contract import Port, plain_symbol
 from fluxonnx.errors import CheckpointError
-from fluxonnx.export.initializers import Encode, Entry, Part, StoredWeight, onnx_dtype, scaled
+from fluxonnx.export.folding import computed, needed
+from fluxonnx.export.initializers import Encode, Entry, Part, StoredWeight, View, onnx_dtype, scaled
 
 MICROSOFT = "com.microsoft"
 
@@ -50,6 +51,7 @@ class GraphBuilder:
         name: The graph's name.
         opset: The ai.onnx opset.
         fused: Whether onnxruntime's own operators (com.microsoft) may be used.
+        static: Whether all sizes are numbers: what depends on sizes alone is computed here, and becomes a constant.
         used: Names of the tensors taken so far.
         arithmetic: The ONNX type that takes the place of float32 between the inputs and the outputs.
     """
@@ -60,6 +62,7 @@ class GraphBuilder:
         flavour: str,
         opset: int,
         tensors: dict[str, Tensor] | None = None,
+        dims: Mapping[str, int] | None = None,
         arithmetic: int = TensorProto.FLOAT,
     ) -> None:
         """Start an empty graph.
@@ -69,9 +72,11 @@ class GraphBuilder:
             flavour: "ort" for onnxruntime, "portable" for ai.onnx operators only.
             opset: The ai.onnx opset.
             tensors: The checkpoint's tensors by name.
+            dims: What the symbolic dimensions of inputs and outputs are in a static graph; None for any.
             arithmetic: The ONNX type to compute in.
         """
         self.name, self.opset, self.fused, self.arithmetic = name, opset, flavour == "ort", arithmetic
+        self.static, self._dims = dims is not None, dims or {}
         self._tensors = tensors or {}
         self.used: set[str] = set()
         self._opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid(MICROSOFT, 1)]
@@ -129,7 +134,9 @@ class GraphBuilder:
 
     def _value_info(self, port: Port) -> onnx.ValueInfoProto:
         """Describe an input or output; other runtimes take arithmetic in the name of a dimension for a mistake."""
-        shape = [dim if self.fused or isinstance(dim, int) else plain_symbol(dim) for dim in port.shape]
+        shape: list[Dim] = [self._dims.get(dim, dim) if isinstance(dim, str) else dim for dim in port.shape]
+        if not self.fused:
+            shape = [plain_symbol(dim) if isinstance(dim, str) else dim for dim in shape]
         return helper.make_tensor_value_info(port.name, onnx_dtype(port.dtype), shape, port.doc)
 
     def output(self, port: Port, value: str) -> None:
@@ -183,17 +190,37 @@ class GraphBuilder:
         Returns:
             The output's name, or a list of them when there are several.
         """
+        if self.static and output is None and (folded := self._folded(op_type, inputs, outputs, domain, attributes)):
+            return folded[0] if outputs == 1 else folded
         name = self._unique(op_type)
         names = [output or name] if outputs == 1 else [f"{name}.{i}" for i in range(outputs)]
         node = helper.make_node(op_type, list(inputs), names, name=name, domain=domain, **attributes)
         inferred = dict.fromkeys(names, self._types[like]) if like is not None else self._infer(node)
         for value in names:
             self._types[value] = inferred[value]
-            if shape is not None:
+            if shape is not None and not (self.static and like is None and self._is_known(value)):
                 dtype = inferred[value].tensor_type.elem_type
                 self._types[value] = helper.make_tensor_type_proto(dtype, list(shape))
         self._nodes.append(node)
         return names[0] if outputs == 1 else names
+
+    def _folded(
+        self, op_type: str, inputs: Sequence[str], outputs: int, domain: str, attributes: dict[str, Any]
+    ) -> list[str] | None:
+        """Return what a node computes as constants, if it depends on nothing but constants and known sizes."""
+        if op_type == "Shape" and self._is_known(inputs[0]):
+            shape = np.asarray(self.shape(inputs[0]), np.int64)
+            return [self.constant(shape[attributes.get("start", 0) : attributes.get("end")], np.int64)]
+        if domain or not inputs or any(name and name not in self._constants for name in inputs):
+            return None
+        given = [self._constants[name] for name in dict.fromkeys(inputs) if name]
+        values = computed(op_type, inputs, given, outputs, attributes, self._opsets[0], self._ir_version)
+        return [self.constant(value, value.dtype) for value in values]
+
+    def _is_known(self, value: str) -> bool:
+        """Whether all sizes of a value are numbers."""
+        kind = self._types[value].tensor_type
+        return kind.HasField("shape") and all(isinstance(size, int) for size in self.shape(value))
 
     def _infer(self, node: onnx.NodeProto) -> dict[str, onnx.TypeProto]:
         schema = onnx.defs.get_schema(node.op_type, self.opset, node.domain)
@@ -291,6 +318,19 @@ class GraphBuilder:
             self._types[alias] = self._types[name]
         return made
 
+    def _view(self, name: str, first: int, count: int) -> str:
+        """Return an initializer for `count` rows of the weight `name`, from row `first` on."""
+        view = f"{name}[{first}:{first + count}]"
+        if view not in self._types:
+            entry = self._weights[name].entries[0]
+            shape = (count, *entry.shape[1:])
+            self._types[view] = helper.make_tensor_type_proto(entry.initializer.data_type, shape)
+            tensor = TensorProto(name=view, data_type=entry.initializer.data_type, dims=shape)
+            entry.views.append(
+                View(tensor, first * entry.nbytes // entry.shape[0], count * entry.nbytes // entry.shape[0])
+            )
+        return view
+
     def _entry(
         self, name: str, dtype: str, shape: tuple[int, ...], graph_dtype: int, graph_shape: tuple[int, ...]
     ) -> Entry:
@@ -315,7 +355,12 @@ class GraphBuilder:
         return value
 
     def weight_rows(self, value: str, part: Tensor) -> str:
-        """Return the rows of `value`, a whole tensor, that `part` is a slice of."""
+        """Return the rows of `value`, a whole tensor, that `part` is a slice of.
+
+        In a static graph they are an initializer of their own, which begins further on in the same bytes.
+        """
+        if self.static and value in self._weights:
+            return self._view(value, part.first_row, part.shape[0])
         bounds = [self.constant([n], np.int64) for n in (part.first_row, part.first_row + part.shape[0], 0)]
         return self.weight_op("Slice", value, *bounds)
 
@@ -324,16 +369,22 @@ class GraphBuilder:
     def finish(self, doc: str, metadata: dict[str, str]) -> Graph:
         """Return the finished graph; `metadata` goes into the model's metadata_props."""
         nodes = self._weight_nodes + self._nodes
+        if self.static:
+            nodes = needed(nodes, {info.name for info in self._outputs})
         entries = [entry for weight in self._weights.values() for entry in weight.entries]
         inputs_and_outputs = {info.name for info in (*self._inputs, *self._outputs)}
         # Other runtimes infer shapes in their own words, and refuse others'.
         produced = [name for node in nodes for name in node.output if self.fused and name not in inputs_and_outputs]
+        initializers = [*self._constants.values(), *(tensor for entry in entries for tensor in entry.initializers)]
+        if self.static:
+            read = {name for node in nodes for name in node.input}
+            initializers = [tensor for tensor in initializers if tensor.name in read]
         graph = helper.make_graph(
             nodes,
             self.name,
             self._inputs,
             self._outputs,
-            initializer=[*self._constants.values(), *(tensor for entry in entries for tensor in entry.initializers)],
+            initializer=initializers,
             value_info=[helper.make_value_info(name, self._types[name]) for name in produced],
         )
         used_domains = {node.domain for node in nodes}
@@ -352,8 +403,9 @@ class GraphBuilder:
             weight.entries = [
                 replace(
                     entry,
-                    initializer=copies[entry.initializer.name],
-                    aliases=[copies[alias.name] for alias in entry.aliases],
+                    initializer=copies.get(entry.initializer.name, entry.initializer),
+                    aliases=[copies.get(alias.name, alias) for alias in entry.aliases],
+                    views=[replace(view, initializer=copies.get(view.name, view.initializer)) for view in entry.views],
                 )
                 for entry in weight.entries
             ]

@@ -46,23 +46,38 @@ class Part:
         return self.graph_shape or self.shape
 
 
+@dataclass(frozen=True)
+class View:
+    """An initializer that is a part of another one's bytes: `nbytes` of them, from byte `start` on."""
+
+    initializer: TensorProto
+    start: int
+    nbytes: int
+
+    @property
+    def name(self) -> str:
+        """The name of the initializer."""
+        return self.initializer.name
+
+
 @dataclass
 class Entry:
     """An initializer, and the entry of a safetensors file that holds its bytes.
 
     The two differ in shape and type only where safetensors lacks the type (a byte there holds two int4 values).
-    `aliases` are further initializers with the same bytes.
+    `aliases` are further initializers with the same bytes, `views` with some of them.
     """
 
     initializer: TensorProto
     dtype: str
     shape: tuple[int, ...]
     aliases: list[TensorProto] = field(default_factory=list)
+    views: list[View] = field(default_factory=list)
 
     @property
     def initializers(self) -> list[TensorProto]:
-        """The initializer and its aliases."""
-        return [self.initializer, *self.aliases]
+        """The initializer, its aliases and its views."""
+        return [self.initializer, *self.aliases, *(view.initializer for view in self.views)]
 
     @property
     def nbytes(self) -> int:
@@ -71,11 +86,17 @@ class Entry:
 
     def point(self, location: str, offset: int) -> None:
         """Set where the bytes lie: a file relative to the graph's folder, and the first byte in it."""
-        for initializer in self.initializers:
-            initializer.data_location = TensorProto.EXTERNAL
-            del initializer.external_data[:]
-            for key, value in (("location", location), ("offset", offset), ("length", self.nbytes)):
-                initializer.external_data.add(key=key, value=str(value))
+        for initializer in (self.initializer, *self.aliases):
+            _point(initializer, location, offset, self.nbytes)
+        for view in self.views:
+            _point(view.initializer, location, offset + view.start, view.nbytes)
+
+
+def _point(initializer: TensorProto, location: str, offset: int, length: int) -> None:
+    initializer.data_location = TensorProto.EXTERNAL
+    del initializer.external_data[:]
+    for key, value in (("location", location), ("offset", offset), ("length", length)):
+        initializer.external_data.add(key=key, value=str(value))
 
 
 @dataclass

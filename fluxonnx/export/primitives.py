@@ -19,6 +19,13 @@ def mul(g: GraphBuilder, a: str, b: str) -> str:
     return g.op("Mul", a, b)
 
 
+def magnitude(g: GraphBuilder, x: str) -> str:
+    """Return |x|, float32; without Abs in static portable graphs, as CoreML has none in onnxruntime."""
+    if g.static and not g.fused:
+        return g.op("Max", x, mul(g, x, g.constant(-1.0)))
+    return g.op("Abs", x)
+
+
 def reshape(g: GraphBuilder, x: str, shape: Sequence[int]) -> str:
     """Reshape; 0 keeps a dimension, -1 takes what is left."""
     return g.op("Reshape", x, g.constant(shape, np.int64))
@@ -54,6 +61,9 @@ def concat(g: GraphBuilder, *values: str, axis: int) -> str:
 
 def rows_from(g: GraphBuilder, x: str, start: str | int, end: str | int, symbol: str, axis: int = 1) -> str:
     """Return x[start:end] along `axis`; bounds are numbers or int64 [1] values, `symbol` names the new size."""
+    size = g.shape(x)[axis]
+    if g.static and start == 0 and isinstance(size, int) and end in (size, g.constant([size], np.int64)):
+        return x
     bounds = [g.constant([bound], np.int64) if isinstance(bound, int) else bound for bound in (start, end)]
     shape = g.shape(x)
     shape[axis] = symbol

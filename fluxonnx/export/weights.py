@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,10 @@ from fluxonnx.machine import usable_cores
 
 # Tensors that are encoded at a time, each by a thread.
 WORKERS = min(usable_cores(), 4)
+
+# Bytes of a safetensors header, at most: without its entries, but with what it is padded to; and of an entry, without
+# its name.
+HEADER, ENTRY = 8192, 128
 
 # Values that are converted at a time, so that memory does not grow with the tensor.
 CHUNK = 1 << 24
@@ -75,23 +79,24 @@ def place(
     name: str,
     settings: dict[str, str],
     say: Callable[[int, int], None],
-    reuse: bool = False,
+    reuse: Collection[str] = (),
     resume: bool = True,
-) -> StoredFile | None:
+    shard_size: int | None = None,
+) -> list[StoredFile]:
     """Write the weights that can't stay in the checkpoint, and point every initializer at its bytes.
 
     Args:
         graph: The graph.
         root: The folder that the graph will be in.
-        name: The weight file, relative to `root`.
+        name: The weight file, relative to `root`; of several, each has its number in its name.
         settings: Everything that the bytes depend on besides the checkpoint; stored in the file's header.
         say: Called with the bytes written and the total.
-        reuse: Whether a file that is there is known to be whole and of the same weights; then it is kept if it has the
-            same header.
+        reuse: Files that are known to be whole and of the same weights; one of these is kept if it has the same header.
         resume: Whether a file that an interrupted run left is completed.
+        shard_size: The most bytes of a file, but for a single weight that is larger; None for one file.
 
     Returns:
-        The build's weight file, or None if all weights stay in the checkpoint.
+        The build's weight files: none if all weights stay in the checkpoint.
 
     Raises:
         ExportError: There is not enough space.
@@ -102,26 +107,51 @@ def place(
             made.append(weight)
         else:
             weight.entries[0].point(weight.source.file.relative_to(root).as_posix(), weight.source.offset)
-    if not made:
-        return None
+    shards = _shards(made, shard_size)
+    plans = [_plan(shard, settings) for shard in shards]
+    total, before, stored = sum(size for _, _, size in plans), 0, []
+    for i, (shard, (header, starts, size)) in enumerate(zip(shards, plans, strict=True)):
+        file_name = name if len(shards) == 1 else _shard_name(name, i, len(shards))
+        for weight, start in zip(shard, starts, strict=True):
+            for entry in weight.entries:
+                entry.point(file_name, start)
+                start += entry.nbytes
+        path = root / file_name
+        if file_name in reuse and path.is_file() and path.stat().st_size == size and _begins_with(path, header):
+            stored.append(StoredFile(file_name, 0))
+            before += size
+            continue
+        path.parent.mkdir(exist_ok=True)
+        with resumable_write(path, header, resume) as file:
+            done = file.tell()
+            require_space(root, total - before - done, name)
+            whole = sum(end <= done for end in [*starts[1:], size])
+            file.seek(starts[whole] if whole < len(shard) else size)
+            for _ in _written(shard[whole:], file):
+                say(before + file.tell(), total)
+        stored.append(StoredFile(file_name, size))
+        before += size
+    return stored
 
-    header, starts, size = _plan(made, settings)
-    for weight, start in zip(made, starts, strict=True):
-        for entry in weight.entries:
-            entry.point(name, start)
-            start += entry.nbytes
-    path = root / name
-    if reuse and path.is_file() and path.stat().st_size == size and _begins_with(path, header):
-        return StoredFile(name, 0)
-    path.parent.mkdir(exist_ok=True)
-    with resumable_write(path, header, resume) as file:
-        done = file.tell()
-        require_space(root, size - done, name)
-        whole = sum(end <= done for end in [*starts[1:], size])
-        file.seek(starts[whole] if whole < len(made) else size)
-        for _ in _written(made[whole:], file):
-            say(file.tell(), size)
-    return StoredFile(name, size)
+
+def _shards(weights: list[StoredWeight], most: int | None) -> list[list[StoredWeight]]:
+    """Divide weights, in their order, into as few files of at most `most` bytes as that allows."""
+    shards: list[list[StoredWeight]] = []
+    room = 0
+    for weight in weights:
+        size = sum(entry.nbytes + len(entry.initializer.name) + ENTRY for entry in weight.entries)
+        if not shards or (most is not None and size > room):
+            shards.append([])
+            room = (most or 0) - HEADER
+        shards[-1].append(weight)
+        room -= size
+    return shards
+
+
+def _shard_name(name: str, number: int, count: int) -> str:
+    """Name one of several files as the hub does: transformer/int8-00001-of-00003.safetensors."""
+    stem = name.removesuffix(".safetensors")
+    return f"{stem}-{number + 1:05}-of-{count:05}.safetensors"
 
 
 def _is_made(weight: StoredWeight, root: Path) -> bool:

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 from PIL import Image
 
+from fluxonnx.checkpoint.manifest import Shape
 from fluxonnx.contract import REFERENCE_T, grid_ids, pack
 from fluxonnx.runtime.fields import MAX_SIDE
 from fluxonnx.runtime.models import Models, Transformer
@@ -53,6 +54,12 @@ class Prepared:
         return self.request.max_sequence_length + rows * columns + references
 
     @property
+    def shape(self) -> Shape | None:
+        """What a static build has to draw for it; None with references, which none draws."""
+        request = self.request
+        return None if self.references else Shape(request.width, request.height, request.max_sequence_length)
+
+    @property
     def tiling(self) -> Tiling:
         """How its pictures are divided."""
         return Tiling(self.request.tile, self.unit)
@@ -95,7 +102,7 @@ def denoise(
     Yields:
         The state after each step.
     """
-    with phases("load transformer"), models.transformer() as transformer:
+    with phases("load transformer"), models.transformer(prepared.shape) as transformer:
         velocity = _velocity(transformer, prepared, len(latents))
         with phases("denoise"):
             yield from sample(velocity, latents, sigmas, prepared.request.sampler)

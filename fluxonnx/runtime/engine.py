@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from fluxonnx.checkpoint.manifest import Build
 from fluxonnx.errors import UsageError
 from fluxonnx.machine import MOST_THREADS, available_memory
 from fluxonnx.runtime.events import Watch
-from fluxonnx.runtime.providers import CPU, check_provider
+from fluxonnx.runtime.providers import CPU, check_provider, check_provider_options
 
 
 class Runner(Protocol):
@@ -34,6 +34,7 @@ class SessionOptions:
         threads: Threads per operator; None for one per core that this process may use.
         low_memory: One picture is made at a time, and large ones are encoded and decoded in tiles.
         provider: The execution provider, see `providers`.
+        provider_options: Options of the provider that a person chose.
         keep_loaded: Whether graphs stay loaded between pictures, where there is memory for all of them.
         profile: Whether sessions run under onnxruntime's profiler; each emits `OperatorsTimed` when it is closed.
         watch: Called with every event.
@@ -45,6 +46,7 @@ class SessionOptions:
     low_memory: bool = False
     keep_loaded: bool = False
     provider: str = CPU
+    provider_options: Mapping[str, str] = field(default_factory=dict)
     profile: bool = False
     watch: Watch | None = None
     engine: Engine | None = None
@@ -55,6 +57,7 @@ class SessionOptions:
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
             raise UsageError(f"threads is {self.threads}, but must be from 1 to {MOST_THREADS}")
         check_provider(self.provider)
+        check_provider_options(self.provider, self.provider_options)
 
 
 # engine(graph, component, build, options) -> the graph, loaded

@@ -58,3 +58,9 @@ def openblas_engine(path: Path, component: str, build: Build, options: SessionOp
 def engine_for(provider: str) -> Engine:
     """Return the engine that runs the graphs of a provider."""
     return openblas_engine if provider == OPENBLAS else onnxruntime_engine
+
+
+def name_of(engine: Engine) -> str:
+    """Name an engine in a way that stays the same in another process."""
+    named = engine if hasattr(engine, "__qualname__") else type(engine)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from fluxonnx.checkpoint.digests import unchanged
+from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.checkpoint.graphs import graph_architecture
-from fluxonnx.checkpoint.manifest import DEFAULT_FLAVOUR, FILE_NAME, Build, depended_on
+from fluxonnx.checkpoint.manifest import DEFAULT_FLAVOUR, FILE_NAME, Build, Shape, depended_on
 from fluxonnx.checkpoint.reading import check_readable, shown
 from fluxonnx.contract import COMPONENTS, EMBEDDING_TABLE, Architecture, text_ids
-from fluxonnx.errors import CheckpointError
+from fluxonnx.errors import CheckpointError, UsageError
 from fluxonnx.runtime.engine import Runner, SessionOptions
 from fluxonnx.runtime.engines import engine_for
 from fluxonnx.runtime.events import GraphRan
 from fluxonnx.runtime.prefault import Prefault, Span, read_ahead, resident, rows_and_rest, whole_file
+from fluxonnx.runtime.request import ResolvedRequest
 from fluxonnx.runtime.sampler import Velocity
 from fluxonnx.runtime.schedule import timestep
 from fluxonnx.runtime.tiles import Tiling, in_tiles
@@ -43,6 +46,7 @@ class Models:
         sizes: Architecture | None = None,
         *,
         encoder: Build | None = None,
+        static: Sequence[Build] = (),
         resident: Callable[[Sequence[Span]], bool] = resident,
         read_ahead: Callable[[Sequence[Span], int], object] = read_ahead,
         prefault: Callable[[Sequence[Span], int], Prefault] = Prefault,
@@ -55,6 +59,7 @@ class Models:
             options: How graphs are run.
             sizes: What the manifest says about the model, which has to be what its graphs say; None for no check.
             encoder: The build whose text encoder is used; None for the same build.
+            static: Static builds of the same precision and flavour, which are used for what they draw.
             resident: Tells whether weights are in memory; this and the others are parameters for tests.
             read_ahead: Has weights read in the background.
             prefault: Touches weights in the background.
@@ -65,16 +70,15 @@ class Models:
         self._builds = {name: encoder if encoder and name == "text_encoder" else build for name in COMPONENTS}
         missing = [(name, part) for name, part in self._builds.items() if name not in part.components]
         for name, part in missing:
-            raise CheckpointError(
-                f"{root} lacks the {name} graph: run fluxonnx export -d {root} --precision {part.precision} "
-                f"--flavour {part.flavour}"
-            )
+            raise CheckpointError(f"{root} lacks the {name} graph: run fluxonnx export -d {root} {part.flags}")
+        self._static = [found for found in (build, *static) if found.shape]
         if sizes is not None:
-            _check_sizes(root, self._builds, sizes)
+            _check_sizes(root, [*self._builds.items(), *((name, b) for b in static for name in b.components)], sizes)
         self._root, self._options = root, options
         self._engine = options.engine or engine_for(options.provider)
         self._resident, self._read_ahead, self._prefault = resident, read_ahead, prefault
-        self._kept: dict[str, Runner] = {}
+        self._kept: dict[str, tuple[Build, Runner]] = {}
+        self._unit = sizes.vae.scale_factor if sizes else 1
         self._transformer_is_new = False
 
     def builds(self) -> dict[str, str]:
@@ -83,8 +87,61 @@ class Models:
         mixed = {"text_encoder_precision": encoder.precision} if encoder is not build else {}
         return {"precision": build.precision, "flavour": build.flavour, **mixed}
 
-    def _load(self, component: str) -> Runner:
-        build = self._builds[component]
+    @property
+    def only_static(self) -> bool:
+        """Whether there are only static builds, which draw nothing but their own sizes."""
+        return self._builds["transformer"].shape is not None
+
+    def defaults(self) -> dict[str, int]:
+        """Return the width, height and max_sequence_length of a static build that is the only one; else nothing."""
+        shape = self._builds["transformer"].shape
+        if shape is None:
+            return {}
+        return {"width": shape.width, "height": shape.height, "max_sequence_length": shape.text_seq}
+
+    def fitted(self, request: ResolvedRequest) -> ResolvedRequest:
+        """Check that there are graphs for a request; where there are only static ones, whole pictures are encoded.
+
+        Raises:
+            UsageError: There are only static builds, and it asks for something else than one of them draws.
+        """
+        encoder = self._builds["text_encoder"].shape
+        if not self.only_static:
+            if encoder and encoder.text_seq != request.max_sequence_length:
+                raise UsageError(self._unfit(f"a prompt of {request.max_sequence_length} tokens", request))
+            return request
+        if request.image is not None and request.strength == 0:
+            return request
+        if request.references:
+            raise UsageError(self._unfit("reference pictures", request))
+        if request.tile is not None and request.tile < max(request.width, request.height):
+            raise UsageError(self._unfit("decoding in tiles", request))
+        wanted = Shape(request.width, request.height, request.max_sequence_length)
+        if all(build.shape != wanted for build in self._static):
+            what = f"{wanted.width}x{wanted.height} from a prompt of {wanted.text_seq} tokens"
+            raise UsageError(self._unfit(what, request, wanted))
+        return replace(request, tile=max(request.width, request.height))  # tiles as large as the picture are none
+
+    def _unfit(self, what: str, request: ResolvedRequest, wanted: Shape | None = None) -> str:
+        """Return the message for something that static builds can't draw, with the commands that help."""
+        build = self._static[0] if self._static else self._builds["text_encoder"]
+        drawn = ", ".join(
+            f"{b.shape.width}x{b.shape.height} from {b.shape.text_seq} tokens" for b in self._static if b.shape
+        )
+        flavour = "" if build.flavour == DEFAULT_FLAVOUR else f" --flavour {build.flavour}"
+        export = f"fluxonnx export {Checkpoint(self._root).export_place} --precision {build.precision}{flavour}"
+        other = f", or add that size with {export} {wanted.flags}" if wanted else ""
+        return (
+            f"{what} was asked for, but the {build.precision} {build.flavour} graphs of {self._root} are static, for "
+            f"{drawn or build.shape} without references: add graphs for everything with {export}{other}"
+        )
+
+    def _build_for(self, component: str, fits: Callable[[Shape], bool]) -> Build:
+        """Return the static build with a graph for what is wanted, else the one for any size."""
+        static = (b for b in self._static if b.shape and component in b.components and fits(b.shape))
+        return next(static, self._builds[component])
+
+    def _load(self, component: str, build: Build) -> Runner:
         found = build.components[component]
         # onnxruntime would only say "system error number 13"
         for name in (found.graph, *found.weights, *depended_on(found)):
@@ -100,22 +157,24 @@ class Models:
         return outputs
 
     @contextmanager
-    def _loaded(self, component: str) -> Iterator[Graph]:
+    def _loaded(self, component: str, build: Build) -> Iterator[Graph]:
         """Load a graph for the length of a `with` block."""
         if self._options.keep_loaded:
-            yield self._keep(component)
+            yield self._keep(component, build)
             return
-        runner = self._load(component)
+        runner = self._load(component, build)
         try:
             yield partial(self._run, component, runner)
         finally:
             runner.close()
 
-    def _keep(self, component: str) -> Graph:
-        """Load a graph until it is released."""
+    def _keep(self, component: str, build: Build) -> Graph:
+        """Load a graph until it is released, or that of another build is wanted."""
+        if component in self._kept and self._kept[component][0] is not build:
+            self.close(component)
         if component not in self._kept:
-            self._kept[component] = self._load(component)
-        return partial(self._run, component, self._kept[component])
+            self._kept[component] = build, self._load(component, build)
+        return partial(self._run, component, self._kept[component][1])
 
     def release(self, component: str) -> None:
         """Free the memory of a graph that is no more needed for now; it is loaded again when it is."""
@@ -126,20 +185,36 @@ class Models:
         """Free the memory of some graphs, or of all; they are loaded again when they are needed."""
         for component in components or tuple(self._kept):
             if component in self._kept:
-                self._kept.pop(component).close()
+                self._kept.pop(component)[1].close()
 
     def prompt_embeds(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         """int64 [batch, seq] twice -> f32 [batch, seq, 3 * hidden]; it stays loaded until released."""
+        build = self._encoder_for(input_ids.shape[1])
         if "text_encoder" not in self._kept:
             encoder, transformer = self._spans("text_encoder", input_ids), self._spans("transformer")
             self._transformer_is_new |= not self._resident(transformer)
             # the transformer's weights are read while the encoder computes
             self._read_ahead([*encoder, *transformer], self._options.free_memory())
-        return self._keep("text_encoder")(input_ids=input_ids, attention_mask=attention_mask)[0]
+        graph = self._keep("text_encoder", build)
+        if build.shape is None:
+            return graph(input_ids=input_ids, attention_mask=attention_mask)[0]
+        rows = zip(input_ids, attention_mask, strict=True)
+        return np.concatenate([graph(input_ids=ids[None], attention_mask=mask[None])[0] for ids, mask in rows])
+
+    def _encoder_for(self, length: int) -> Build:
+        own = self._builds["text_encoder"]
+        if own.precision != self._builds["transformer"].precision:  # static builds have another one's encoder
+            return own
+        return self._build_for("text_encoder", lambda shape: shape.text_seq == length)
 
     def encode_images(self, samples: list[np.ndarray], tiling: Tiling) -> list[np.ndarray]:
         """f32 [1, 3, height, width] in [-1, 1] each -> normalised latents f32 [1, channels, height/16, width/16]."""
-        with self._loaded("vae_encoder") as graph:
+        sizes = {sample.shape[2:] for sample in samples}
+
+        def fits(shape: Shape) -> bool:
+            return {(shape.height, shape.width)} == sizes and not _divides(tiling, shape)
+
+        with self._loaded("vae_encoder", self._build_for("vae_encoder", fits)) as graph:
 
             def encode(sample: np.ndarray) -> np.ndarray:
                 return graph(sample=sample)[0]
@@ -151,7 +226,16 @@ class Models:
 
         "vae_decoder" stays loaded until it is released.
         """
-        graph = self._keep("vae_decoder")
+        size = tuple(self._unit * side for side in latents.shape[2:])
+
+        def fits(shape: Shape) -> bool:
+            return (shape.height, shape.width) == size and not _divides(tiling, shape)
+
+        build = self._build_for("vae_decoder", fits)
+        graph = self._keep("vae_decoder", build)
+        if build.shape and not fits(build.shape):  # a preview, and there is no other decoder
+            rows, columns = build.shape.height // self._unit, build.shape.width // self._unit
+            return graph(latents=_repeated(latents, rows, columns))[0][..., : size[0], : size[1]]
 
         def decode_tile(tile: np.ndarray) -> np.ndarray:
             return graph(latents=tile)[0]
@@ -159,15 +243,21 @@ class Models:
         return in_tiles(decode_tile, latents, tiling, 1, tiling.unit)
 
     @contextmanager
-    def transformer(self) -> Iterator[Transformer]:
-        """Load the transformer for the length of a `with` block."""
+    def transformer(self, shape: Shape | None = None) -> Iterator[Transformer]:
+        """Load the transformer for the length of a `with` block.
+
+        Args:
+            shape: What is drawn, if that is one picture without references; its batches are drawn one by one by a
+                static build.
+        """
+        build = self._build_for("transformer", lambda known: known == shape)
         spans, free = self._spans("transformer"), self._options.free_memory()
         self._read_ahead(spans, free)
         with self._prefault(spans if self._transformer_is_new else (), free) as prefault:
             self._transformer_is_new = False
-            with self._loaded("conditioning") as conditioning, self._loaded("transformer") as graph:
+            with self._loaded("conditioning", build) as conditioning, self._loaded("transformer", build) as graph:
                 prefault.wait()
-                yield Transformer(conditioning, graph)
+                yield Transformer(conditioning, graph, static=build.shape is not None)
 
     def _spans(self, component: str, input_ids: np.ndarray | None = None) -> list[Span]:
         """Return the parts of files that a graph needs, in the order in which it does.
@@ -185,26 +275,36 @@ class Models:
         return spans
 
 
-def _check_sizes(root: Path, builds: Mapping[str, Build], sizes: Architecture) -> None:
+def _divides(tiling: Tiling, shape: Shape) -> bool:
+    """Whether pictures are divided into tiles."""
+    return tiling.tile is not None and tiling.tile < max(shape.width, shape.height)
+
+
+def _repeated(latents: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Fill [1, channels, rows, columns] with latents that are smaller, mirrored: norms over them change little."""
+    missing = [(0, 0), (0, 0), (0, rows - latents.shape[2]), (0, columns - latents.shape[3])]
+    return np.pad(latents, missing, mode="symmetric")
+
+
+def _check_sizes(root: Path, builds: Sequence[tuple[str, Build]], sizes: Architecture) -> None:
     """Compare the manifest, from which the shapes of inputs are computed, with the graphs: of what both know."""
-    for name, build in builds.items():
+    for name, build in builds:
         graph = build.components[name].graph
         expected = json.loads(sizes.component_json(name))
         for key, value in graph_architecture(root / graph).items():
             if key in expected and expected[key] != value:
-                flavour = "" if build.flavour == DEFAULT_FLAVOUR else f" --flavour {build.flavour}"
                 raise CheckpointError(
                     f"{root / FILE_NAME} says that {COMPONENTS[name]}.{key} is {shown(expected[key])}, but {graph} was "
-                    f"made for {shown(value)}: run fluxonnx export -d {root} --precision {build.precision}{flavour} "
-                    "--force"
+                    f"made for {shown(value)}: run fluxonnx export -d {root} {build.flags} --force"
                 )
 
 
 class Transformer:
     """The transformer, and the sinusoids that it is conditioned on."""
 
-    def __init__(self, conditioning: Graph, graph: Graph) -> None:
-        self._conditioning, self._graph = conditioning, graph
+    def __init__(self, conditioning: Graph, graph: Graph, static: bool = False) -> None:
+        """Wrap the graphs; static ones take one picture at a time, and tables of one size."""
+        self._conditioning, self._graph, self._static = conditioning, graph, static
 
     def velocity(self, prompt_embeds: np.ndarray, img_ids: np.ndarray) -> Velocity:
         """Return the velocity as a function of latents and sigma.
@@ -221,16 +321,17 @@ class Transformer:
             # matrix-matrix products, and a picture out of a batch has to be what it is alone.
             time = np.full(1, timestep(sigma), np.float32)
             # The tables are the same at each step: they are made once, and may stay in the memory of a device.
-            rows = 1 if rotary else None
-            timestep_proj, *tables = self._conditioning(timestep=time, txt_ids=txt_ids[:rows], img_ids=img_ids[:rows])
-            rotary[:] = rotary or tables
-            cos, sin = rotary
-            return self._graph(
-                hidden_states=latents,
-                encoder_hidden_states=prompt_embeds,
-                timestep_proj=timestep_proj,
-                rotary_cos=cos,
-                rotary_sin=sin,
-            )[0]
+            rows = 1 if rotary and not self._static else None
+            timestep_proj, *made = self._conditioning(timestep=time, txt_ids=txt_ids[:rows], img_ids=img_ids[:rows])
+            rotary[:] = rotary or made
+            tables = {"timestep_proj": timestep_proj, "rotary_cos": rotary[0], "rotary_sin": rotary[1]}
+
+            def run(latents: np.ndarray, embeds: np.ndarray) -> np.ndarray:
+                return self._graph(hidden_states=latents, encoder_hidden_states=embeds, **tables)[0]
+
+            if not self._static:
+                return run(latents, prompt_embeds)
+            rows_of_batch = zip(latents, prompt_embeds, strict=True)
+            return np.concatenate([run(tokens[None], embeds[None]) for tokens, embeds in rows_of_batch])
 
         return velocity

@@ -21,7 +21,8 @@ from fluxonnx.contract import Architecture, unpack
 from fluxonnx.errors import Cancelled, UsageError
 from fluxonnx.machine import usable_cores
 from fluxonnx.runtime.denoise import Prepared, Step, denoise, first_latents, sigmas_of
-from fluxonnx.runtime.engine import Engine, SessionOptions
+from fluxonnx.runtime.engine import SessionOptions
+from fluxonnx.runtime.engines import name_of
 from fluxonnx.runtime.events import Event, PhaseBegan
 from fluxonnx.runtime.fields import FIELD
 from fluxonnx.runtime.images import fit_start, image_to_sample, sample_to_image
@@ -74,6 +75,7 @@ class Flux:
         options: SessionOptions | None = None,
         cache_dir: Path | None = None,
         encoder: Build | None = None,
+        static: Sequence[Build] = (),
     ) -> None:
         """Open a build of a checkpoint; no graph is loaded until a picture needs it.
 
@@ -84,6 +86,7 @@ class Flux:
             options: How graphs are run.
             cache_dir: A folder for prompt embeddings, so that a known prompt never loads the text encoder.
             encoder: The build whose text encoder is used; None for the same build.
+            static: Static builds of the same precision and flavour, for the sizes that they draw.
         """
         options = options or SessionOptions()
         self.name = checkpoint.name
@@ -95,18 +98,21 @@ class Flux:
         self._sizes = Architecture.from_json(manifest.architecture, checkpoint.root / FILE_NAME)
         self._unit = self._sizes.vae.scale_factor
         watched = replace(options, watch=self._emit)
-        self._models = Models(checkpoint.root, build, watched, self._sizes, encoder=encoder)
+        self._models = Models(checkpoint.root, build, watched, self._sizes, encoder=encoder, static=static)
         # A run changes what is loaded. A thread waits for that of another, but not for itself: it may make a picture
         # inside a callback or between two steps of another picture.
         self._lock = threading.RLock()
         cache = None
         if cache_dir:
-            engine = _name_of(options.engine) if options.engine else "onnxruntime"
+            engine = name_of(options.engine) if options.engine else "onnxruntime"
             identify = partial(encoder_identity, checkpoint.root, manifest, encoder or build, engine, options.provider)
             cache = PromptCache(cache_dir, identify, self._sizes.text_encoder.embedding_dim)
         self._prompts = Prompts(Tokenizer(checkpoint.root / "tokenizer"), self._models, cache)
-        self._defaults = {**DEFAULTS, **manifest.defaults}
-        self._resolve = partial(resolve, is_distilled=self.is_distilled, multiple=self._unit, defaults=self._defaults)
+        self._defaults = {**DEFAULTS, **manifest.defaults, **self._models.defaults()}
+
+    def _resolve(self, request: Request, **options: Any) -> ResolvedRequest:
+        resolved = resolve(request, self.is_distilled, self._unit, self._defaults, **options)
+        return self._models.fitted(resolved)
 
     def generate(
         self,
@@ -406,12 +412,6 @@ def _checked_seed(seed: Any) -> int:
         FIELD["seed"].check(seed)  # whose message can name integers of any length
     check_seed(seed)
     return seed
-
-
-def _name_of(engine: Engine) -> str:
-    """Name an engine in a way that stays the same in another process."""
-    named = engine if hasattr(engine, "__qualname__") else type(engine)
-    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _groups(seeds: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -146,12 +148,18 @@ class Session:
         check_right(chosen.provider, build.flavour if build is not None else None)
         told = native(chosen)
         self._path, self._component, self._watch = path, component, options.watch
+        self._place = "" if chosen.provider == CPU else f" on {chosen.provider}"
+        self._cure = "; if memory is short, use --low-memory or a smaller size" + (
+            "" if chosen.provider == CPU else ", or use --provider cpu"
+        )
         self._profile = Profile(told) if options.profile else None
         try:
             self._session = onnxruntime.InferenceSession(
                 str(path),
                 told,
-                providers=session_providers(chosen.provider, chosen.threads, told),
+                providers=session_providers(
+                    chosen.provider, chosen.threads, told, options.provider_options, _identity(build, component)
+                ),
                 disabled_optimizers=list(chosen.disabled_optimizers) or None,
                 enable_fallback=0,
             )
@@ -182,7 +190,7 @@ class Session:
             # the 0.3 MB of a short prompt), so they are copied.
             return [output.copy() for output in outputs]
         except Exception as error:
-            raise FluxonnxError(f"{self._path.name} failed: {_first_line(error)}") from error
+            raise FluxonnxError(f"{self._path.name} failed{self._place}: {_first_line(error)}{self._cure}") from error
         except BaseException:  # Ctrl-C, or another signal that ends the program
             options.terminate = True
             raise
@@ -233,6 +241,14 @@ class DeviceInputs:
             if name not in self._last or self._last[name][0] is not array:
                 self._last[name] = array, library().OrtValue.ortvalue_from_numpy(array, self._device, 0)
         return {name: self._last[name][1] for name in inputs}
+
+
+def _identity(build: Build | None, component: str) -> str | None:
+    """Name a graph by what it and its weights hold; None if that is unknown."""
+    found = build.components.get(component) if build else None
+    if found is None or not found.files:
+        return None
+    return hashlib.sha256(json.dumps([found.files, found.sources], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def onnxruntime_engine(path: Path, component: str, build: Build, options: SessionOptions) -> Runner:

@@ -37,16 +37,22 @@ def rope_table(g: GraphBuilder, cos: str, sin: str, text: str, image: str) -> tu
         image: [batch, image_seq, any].
     """
     if not g.fused:
+        if g.static:
+            return _by_head(g, cos), _by_head(g, sin)
         # The cut changes nothing, but tells runtimes that plan with symbols that seq is text_seq + image_seq. Few can
         # add sizes, so this is the size of something that has as many rows.
         columns = [g.op("Slice", x, *(g.constant([n], np.int64) for n in (0, 1, 2))) for x in (text, image)]
         seq = size_of(g, concat(g, *columns, axis=1), 1)
         tables = (rows_from(g, table, 0, seq, "joint_seq", axis=0) for table in (cos, sin))
-        # [seq, 1, head_dim]: broadcasts over [batch, seq, heads, head_dim]
-        cos, sin = (g.op("Unsqueeze", table, g.constant([1], np.int64)) for table in tables)
+        cos, sin = (_by_head(g, table) for table in tables)
         return cos, sin
     start, end, axes, steps = (g.constant([n], np.int64) for n in (0, np.iinfo(np.int64).max, 1, 2))
     return g.op("Slice", cos, start, end, axes, steps), g.op("Slice", sin, start, end, axes, steps)
+
+
+def _by_head(g: GraphBuilder, table: str) -> str:
+    """[seq, head_dim] -> [seq, 1, head_dim], which broadcasts over [batch, seq, heads, head_dim]."""
+    return g.op("Unsqueeze", table, g.constant([1], np.int64))
 
 
 def rope_interleaved(g: GraphBuilder, x: str, table: tuple[str, str]) -> str:
@@ -161,7 +167,7 @@ def real_tokens(g: GraphBuilder, attention_mask: str, positions: str) -> str | N
 
     None stands for all: few runtimes can plan for sizes that depend on values, so portable graphs only mask padding.
     """
-    if not g.fused:
+    if not g.fused or g.static:
         return None
     one = g.constant([1], np.int64)
     ends = g.op("Mul", attention_mask, g.op("Add", positions, one))
@@ -185,6 +191,8 @@ def causal_padding_bias(g: GraphBuilder, attention_mask: str, positions: str, ke
     Returns:
         float32 [batch, 1, seq, keys]: 0 where attention is allowed, the lowest float32 elsewhere.
     """
+    if g.static:
+        return _causal_padding_bias(g, attention_mask)
     column = g.op("Unsqueeze", positions, g.constant([1], np.int64))
     seen = first_tokens(g, positions, keys, axis=0)
     if g.fused:
@@ -195,3 +203,12 @@ def causal_padding_bias(g: GraphBuilder, attention_mask: str, positions: str, ke
     real = g.op("Unsqueeze", real, g.constant([1, 2], np.int64))  # [batch, 1, 1, keys]
     allowed = g.op("And", causal, real)
     return g.op("Where", allowed, *(g.constant(bias, np.float32) for bias in (0.0, np.finfo(np.float32).min)))
+
+
+def _causal_padding_bias(g: GraphBuilder, attention_mask: str) -> str:
+    """Return what `causal_padding_bias` does, for all keys of a known number, by products: CoreML has few logics."""
+    seq = g.sizes(attention_mask, 1)[0]
+    real = g.op("Unsqueeze", g.op("Cast", attention_mask, to=TensorProto.FLOAT), g.constant([1, 2], np.int64))
+    allowed = mul(g, real, g.constant(np.tril(np.ones((seq, seq))), np.float32))  # [batch, 1, seq, keys], 1 or 0
+    one, most = g.constant(1.0, np.float32), g.constant(np.finfo(np.float32).max, np.float32)
+    return mul(g, g.op("Sub", allowed, one), most)

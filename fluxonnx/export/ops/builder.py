@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fluxonnx.checkpoint.formats import check_scales
 from fluxonnx.checkpoint.safetensors import Tensor
@@ -17,7 +17,13 @@ class ModelBuilder(GraphBuilder):
     """Builds one graph of a model in a precision."""
 
     def __init__(
-        self, name: str, precision: Precision, flavour: str, opset: int, tensors: dict[str, Tensor] | None = None
+        self,
+        name: str,
+        precision: Precision,
+        flavour: str,
+        opset: int,
+        tensors: dict[str, Tensor] | None = None,
+        dims: Mapping[str, int] | None = None,
     ) -> None:
         """Start an empty graph; see `GraphBuilder` for the other arguments.
 
@@ -27,8 +33,9 @@ class ModelBuilder(GraphBuilder):
             flavour: "ort" or "portable".
             opset: The ai.onnx opset.
             tensors: The checkpoint's tensors by name.
+            dims: The sizes of a static graph.
         """
-        super().__init__(name, flavour, opset, tensors, precision.arithmetic(name))
+        super().__init__(name, flavour, opset, tensors, dims, precision.arithmetic(name))
         self.precision = precision
 
     def tensor(self, name: str, shape: Sequence[int]) -> Tensor:

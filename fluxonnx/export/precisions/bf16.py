@@ -19,6 +19,9 @@ BLOCKS = ("transformer_blocks.", "single_transformer_blocks.", "model.layers.")
 
 # The newest opset whose InstanceNormalization the kernels of GPUs have.
 NORMS_ON_GPUS = 21
+# Rows of a weight above which a static portable graph multiplies by parts of it: CoreML takes no larger dimension.
+# Source: IsInputSupported, onnxruntime/core/providers/coreml/builders/helper.cc.
+MOST_ROWS = 16384
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Precision:
     name = "bf16"
     # Whether all weights are in files of the build, instead of in the checkpoint's.
     self_contained = False
+    # Whether all weights that are matrices are converted, so that a copy needs none of the checkpoint's files.
+    converts = False
     # Whether the checkpoint may hold weights that are quantised to integers.
     takes_integers = False
     # The dtype of the weights that are computed from such integers otherwise.
@@ -120,8 +125,12 @@ class Precision:
             sizes: Widths of the matrices as which the result [rows, out] is returned.
             unit: The number that the width of a panel must be a multiple of; None for no panels.
         """
-        product = self.product(g, panels.joined(g, xs), tensor, bias)
-        values = primitives.split(g, product, sizes)
+        x = panels.joined(g, xs)
+        if g.static and not g.fused and tensor.shape[0] > MOST_ROWS and len(sizes) > 1:
+            biases = primitives.split(g, bias, sizes) if bias else [None] * len(sizes)
+            parts = zip(tensor.split(sizes), biases, sizes, strict=True)
+            return [Columns(self.product(g, x, part, added), size) for part, added, size in parts]
+        values = primitives.split(g, self.product(g, x, tensor, bias), sizes)
         return [Columns(value, size) for value, size in zip(values, sizes, strict=True)]
 
     def product(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str | None) -> str:

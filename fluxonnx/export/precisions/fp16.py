@@ -52,6 +52,9 @@ class Float16(Precision):
     def product(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str | None) -> str:
         """Multiply as `Precision.product` does."""
         if not tensor.name.startswith(BLOCKS):
+            if g.static and not g.fused:
+                value = g.op("MatMul", x, _turned_weight(g, tensor))
+                return g.op("Add", value, bias) if bias else value
             return super().product(g, x, tensor, bias)
         return _product(g, x, [-1], tensor, bias, lambda rows, weights: primitives.product(g, rows, weights))
 
@@ -93,6 +96,13 @@ def half_weight(g: GraphBuilder, tensor: Tensor) -> str:
     return g.weight_op("Mul", g.weight_op("Cast", value, to=TensorProto.FLOAT), scale)
 
 
+def _turned_weight(g: GraphBuilder, tensor: Tensor) -> str:
+    """Return `half_weight` of a matrix [out, in] as [in, out]: CoreML casts no weight that no node has made."""
+    value, scale = half(g, tensor)
+    turned = g.weight_op("Cast", g.weight_op("Transpose", value, perm=[1, 0]), to=TensorProto.FLOAT)
+    return g.weight_op("Mul", turned, scale)
+
+
 def half_rows(g: GraphBuilder, ids: str, tensor: Tensor) -> str:
     """Look up rows of `tensor`, stored as float16, by int64 `ids`, as float32."""
     table, scale = half(g, tensor)
@@ -111,6 +121,6 @@ def _product(
 
 def _divided(g: GraphBuilder, x: str, axes: Sequence[int]) -> tuple[str, str]:
     """Divide float32 `x` by its largest magnitude over `axes`; return float16 of x's shape, and float32 divisors."""
-    largest = g.reduce("ReduceMax", g.op("Abs", x), axes)
+    largest = g.reduce("ReduceMax", primitives.magnitude(g, x), axes)
     scale = g.op("Max", largest, g.constant(float(rounding.TINY)))
     return g.cast(g.op("Div", x, scale), TensorProto.FLOAT16), scale

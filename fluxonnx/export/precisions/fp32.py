@@ -11,6 +11,7 @@ class Float32(Precision):
     """Weights converted to float32, in a file of the build: twice the size, no casts."""
 
     name = "fp32"
+    converts = True
     integers_as = "F32"
 
     def stored_dtype(self, tensor: Tensor) -> str:

@@ -9,7 +9,13 @@ from fluxonnx.runtime.providers.description import CPU, OPENBLAS, Traits
 from fluxonnx.runtime.providers.plugins import Plugin, plugin_of, plugins
 from fluxonnx.runtime.providers.probe import Trial, check_right, trial, works
 from fluxonnx.runtime.providers.registry import KNOWN, installation, traits
-from fluxonnx.runtime.providers.starting import available, check_provider, check_started, session_providers
+from fluxonnx.runtime.providers.starting import (
+    available,
+    check_provider,
+    check_provider_options,
+    check_started,
+    session_providers,
+)
 
 __all__ = [
     "CPU",
@@ -21,6 +27,7 @@ __all__ = [
     "assigned",
     "available",
     "check_provider",
+    "check_provider_options",
     "check_right",
     "check_started",
     "installation",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,11 @@ class Traits:
         precision: The precision that it is fastest with; None for that of the checkpoint's weights.
         flavour: The flavour whose graphs it runs right and without leaving nodes to the CPU.
         settings: Its own options, as onnxruntime's documentation names them.
+        options: The options that may be given besides, with the values of each; no values for one that takes any. None
+            where they are not known here: then they are passed on as they are.
+        cache: An option that names a folder for graphs that it has compiled; "" if it has none.
         plugin: The package of a plugin that contains it, to be installed beside onnxruntime; "" if there is none.
+        lacking: Precisions whose number formats it has no kernels for.
         needs: What a machine has to have.
         static_shapes: Whether it takes only graphs whose shapes are fixed.
         limits: What it can't do, or does wrong, a sentence each.
@@ -41,7 +45,10 @@ class Traits:
     precision: str | None = "fp16"
     flavour: str = "portable"
     settings: dict[str, Any] = field(default_factory=dict)
+    options: Mapping[str, tuple[str, ...]] | None = None
+    cache: str = ""
     plugin: str = ""
+    lacking: tuple[str, ...] = ()
     needs: str = ""
     static_shapes: bool = False
     limits: tuple[str, ...] = ()

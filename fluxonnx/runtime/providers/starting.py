@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from fluxonnx.checkpoint.reading import shown
 from fluxonnx.errors import FluxonnxError, UsageError
+from fluxonnx.files import user_caches
 from fluxonnx.runtime.library import VARIABLE, library
 from fluxonnx.runtime.providers.assignment import RECORD
 from fluxonnx.runtime.providers.description import CPU, OPENBLAS
@@ -64,13 +67,53 @@ def check_provider(provider: str) -> None:
     )
 
 
-def session_providers(provider: str, threads: int | None, options: Any = None) -> list[Any] | None:
+def check_provider_options(provider: str, given: Mapping[str, str]) -> None:
+    """Check options of a provider by their names and values, as far as they are known.
+
+    Raises:
+        UsageError: It has no such option, or the option no such value.
+    """
+    known = {} if provider in (CPU, OPENBLAS) else traits(provider).options
+    for name, value in given.items():
+        if known is None:
+            continue
+        if name not in known:
+            which = f"it has {', '.join(sorted(known))}" if known else "it has none"
+            raise UsageError(f"provider {provider!r} has no option {shown(name)}: {which}")
+        if known[name] and value not in known[name]:
+            raise UsageError(
+                f"option {name} of provider {provider!r} can't be {shown(value)}: choose {' or '.join(known[name])}"
+            )
+
+
+def _cached(provider: str, identity: str | None) -> dict[str, str]:
+    """Return the option for a folder that holds what a provider compiles of one graph; it does not see changes."""
+    option, caches = traits(provider).cache, user_caches()
+    if not option or identity is None or caches is None:
+        return {}
+    folder = caches / "fluxonnx" / provider / identity
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return {}  # it is compiled each time
+    return {option: str(folder)}
+
+
+def session_providers(
+    provider: str,
+    threads: int | None,
+    options: Any = None,
+    given: Mapping[str, str] | None = None,
+    identity: str | None = None,
+) -> list[Any] | None:
     """Return the `providers` of an InferenceSession: the chosen one, then the CPU for the nodes that it can't run.
 
     Args:
         provider: The short name of the chosen one.
         threads: Threads per operator, for providers that ignore the session's own setting.
         options: The session's SessionOptions. The provider of a plugin is added to them, and the result is None.
+        given: Options of the provider that a person chose.
+        identity: A name for what the graph and its weights hold, for caches; None for no cache.
 
     Raises:
         UsageError: There is no such provider.
@@ -81,6 +124,7 @@ def session_providers(provider: str, threads: int | None, options: Any = None) -
     settings = dict(known.settings)
     if threads is not None:
         settings |= known.thread_settings(threads)
+    settings |= {**_cached(provider, identity), **(given or {})}
     if options is not None:
         options.add_session_config_entry(RECORD, "1")
     if full := built_in().get(provider):
