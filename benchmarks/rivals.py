@@ -8,6 +8,7 @@ programs equally, and medians are printed. All programs draw the same prompt at 
 without guidance, on the CPU:
 
 - fluxonnx, at each `--precision`;
+- fluxonnx's own engine on OpenBLAS (`--provider openblas`), with the weights as they are;
 - diffusers in bfloat16 and in float32, with one change: the text encoder is dropped before the transformer is loaded,
   as the other programs do. Many machines lack the memory for both;
 - OpenVINO: fluxonnx's portable graphs in OpenVINO, in the precision that it chooses for the processor, driven by
@@ -46,8 +47,12 @@ from fluxonnx.measure.tables import known_median, machine, number, table
 from fluxonnx.runtime.outputs import check_output, write_output
 from fluxonnx.runtime.request import Request
 
-RIVALS = ("diffusers-bf16", "diffusers-fp32", "openvino", "flux2c", "sdcpp")
-PACKAGES = {"diffusers": ("torch", "diffusers", "transformers"), "openvino": ("openvino",)}
+RIVALS = ("openblas", "diffusers-bf16", "diffusers-fp32", "openvino", "flux2c", "sdcpp")
+PACKAGES = {
+    "openblas": ("threadpoolctl",),
+    "diffusers": ("torch", "diffusers", "transformers"),
+    "openvino": ("openvino",),
+}
 
 
 def line_up(arguments: argparse.Namespace, work: dict[str, Any], folder: str) -> list[Contender]:
@@ -61,6 +66,10 @@ def line_up(arguments: argparse.Namespace, work: dict[str, Any], folder: str) ->
         missing = next((name for name in PACKAGES.get(package, ()) if importlib.util.find_spec(name) is None), None)
         if missing:
             skip(rival, f"pip install {missing}")
+        elif package == "openblas":
+            contenders.append(
+                python_contender("fluxonnx", "fluxonnx bf16, openblas", {**work, "precision": "bf16", "provider": rival})
+            )
         elif package == "diffusers":
             contenders.append(python_contender("diffusers", f"diffusers {precision}", {**work, "precision": precision}))
         elif package == "openvino":
@@ -201,6 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # All builds are exported before the clock starts.
         portable = arguments.openvino_precision if "openvino" in arguments.rivals else ()
         builds = [(precision, "ort") for precision in arguments.precision]
+        if "openblas" in arguments.rivals and "bf16" not in arguments.precision:
+            builds.append(("bf16", "ort"))
         for precision, flavour in [*builds, *((precision, "portable") for precision in portable)]:
             with api.load(arguments.dir, precision=precision, flavour=flavour, threads=arguments.threads) as flux:
                 flux.check(request)
