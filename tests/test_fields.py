@@ -16,7 +16,8 @@ from fluxonnx.cli.generate import options_of
 from fluxonnx.cli.jobs import Job, plan, read_source
 from fluxonnx.cli.prompt_file import read_prompt_file
 from fluxonnx.errors import ImageError, UsageError
-from fluxonnx.runtime.fields import FIELD, FIELDS, Field
+from fluxonnx.runtime.field import Field
+from fluxonnx.runtime.fields import FIELD, FIELDS
 from fluxonnx.runtime.images import digest, load_image
 from fluxonnx.runtime.metadata import read_values
 from fluxonnx.runtime.noise import check_seed

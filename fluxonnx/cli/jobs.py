@@ -14,10 +14,10 @@ from fluxonnx.cli.prompt_file import read_prompt_file
 from fluxonnx.errors import UsageError
 from fluxonnx.runtime.fields import FIELD, FIELDS
 from fluxonnx.runtime.metadata import read_values
-from fluxonnx.runtime.pipeline import random_seed
 from fluxonnx.runtime.providers import CPU, OPENBLAS, available
 from fluxonnx.runtime.request import Request
 from fluxonnx.runtime.saving import check_output_path
+from fluxonnx.runtime.seeds import random_seed
 
 # Values by the names of the table of fields, with its types.
 Values = Mapping[str, Any]

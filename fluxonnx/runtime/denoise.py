@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -14,48 +13,9 @@ from fluxonnx.runtime.fields import MAX_SIDE
 from fluxonnx.runtime.models import Models, Transformer
 from fluxonnx.runtime.noise import flux2c_randn, randn, size_independent_randn
 from fluxonnx.runtime.phases import Phases
-from fluxonnx.runtime.request import ResolvedRequest
+from fluxonnx.runtime.prepare import Prepared
 from fluxonnx.runtime.sampler import SolverStep, Velocity, sample
 from fluxonnx.runtime.schedule import make_sigmas, start_step
-from fluxonnx.runtime.tiles import Tiling
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A request whose prompts and pictures are encoded: everything that all its pictures have in common.
-
-    Attributes:
-        request: The request; whether tiles are used is decided.
-        channels: Channels of a latent token.
-        unit: Pixels along each side of a latent token.
-        embeds: Embeddings of the prompt and, with guidance, of the negative prompt: f32 [1, text_seq, 3 * hidden] each.
-        start: The picture to start from, f32 [1, channels, rows, columns]; None to start from noise alone.
-        references: The references, f32 [1, channels, their rows, their columns] each.
-    """
-
-    request: ResolvedRequest
-    channels: int
-    unit: int
-    embeds: list[np.ndarray]
-    start: np.ndarray | None
-    references: list[np.ndarray]
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of latent tokens."""
-        return self.request.height // self.unit, self.request.width // self.unit
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that the transformer gets for each picture: text, picture and references."""
-        rows, columns = self.grid
-        references = sum(reference[0, 0].size for reference in self.references)
-        return self.request.max_sequence_length + rows * columns + references
-
-    @property
-    def tiling(self) -> Tiling:
-        """How its pictures are divided."""
-        return Tiling(self.request.tile, self.unit)
 
 
 def sigmas_of(prepared: Prepared) -> np.ndarray:
@@ -65,8 +25,8 @@ def sigmas_of(prepared: Prepared) -> np.ndarray:
     return sigmas if request.image is None else sigmas[start_step(len(sigmas) - 1, request.strength) :]
 
 
-def first_latents(prepared: Prepared, seeds: Sequence[int], sigma: np.float32) -> np.ndarray:
-    """Draw noise for each seed, and mix it with the picture to start from: f32 [len(seeds), image_seq, channels]."""
+def draw_noise(prepared: Prepared, seeds: Sequence[int]) -> np.ndarray:
+    """Draw noise for each seed: f32 [len(seeds), image_seq, channels]."""
     shape = (1, prepared.channels, *prepared.grid)
 
     def draw(seed: int) -> np.ndarray:
@@ -76,29 +36,30 @@ def first_latents(prepared: Prepared, seeds: Sequence[int], sigma: np.float32) -
             return flux2c_randn(seed, shape)
         return randn(seed, shape)
 
-    noise = pack(np.concatenate([draw(seed) for seed in seeds]))
-    return noise if prepared.start is None else sigma * noise + (1 - sigma) * pack(prepared.start)
+    return pack(np.concatenate([draw(seed) for seed in seeds]))
 
 
-def denoise(
-    models: Models, phases: Phases, prepared: Prepared, latents: np.ndarray, sigmas: np.ndarray
-) -> Generator[SolverStep, None, None]:
-    """Denoise a batch; the transformer is loaded until the generator ends or is closed.
+def denoise(models: Models, phases: Phases, prepared: Prepared, noise: np.ndarray) -> Generator[SolverStep, None, None]:
+    """Walk from noise to the latents of pictures; the transformer is loaded until the generator ends or is closed.
 
     Args:
         models: The graphs.
-        phases: Told about the loading and the loop.
-        prepared: What the pictures of the batch have in common.
-        latents: f32 [batch, image_seq, channels], at noise level sigmas[0].
-        sigmas: f32 [steps + 1].
+        phases: Told of loading and denoising.
+        prepared: What the pictures have in common.
+        noise: Of `draw_noise`: f32 [batch, image_seq, channels].
 
     Yields:
         The state after each step.
     """
+    sigmas, mode = sigmas_of(prepared), prepared.mode
     with phases("load transformer"), models.transformer() as transformer:
-        velocity = _velocity(transformer, prepared, len(latents))
+        velocity = _velocity(transformer, prepared, len(noise))
         with phases("denoise"):
-            yield from sample(velocity, latents, sigmas, prepared.request.sampler)
+
+            def hold(latents: np.ndarray, sigma: np.float32) -> np.ndarray:
+                return mode.hold(latents, noise, sigma)
+
+            yield from sample(velocity, mode.begin(noise, sigmas[0]), sigmas, prepared.request.sampler, hold)
 
 
 def _velocity(transformer: Transformer, prepared: Prepared, batch: int) -> Velocity:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from fluxonnx.errors import ImageError, UsageError
-from fluxonnx.runtime.fields import MOST_BITS, Field
+from fluxonnx.runtime.field import MOST_BITS, Field
 from fluxonnx.runtime.images import as_rgb, load_image
 
 # A picture: opened by Pillow, a path, or uint8 [height, width], [height, width, 3] or [height, width, 4]
