@@ -49,6 +49,8 @@ def _read_line(where: str, line: str) -> dict[str, Any]:
     for key, value in values.items():
         if key not in KEYS:
             raise UsageError(f'{where} has an unknown key "{key}": known are {", ".join(KEYS)}')
+        if KEYS[key].many and isinstance(value, str):
+            value = values[key] = [value]
         if problem := KEYS[key].type_error(value):
             raise UsageError(f"{where}: {problem}")
     if not values.get("prompt", "").strip():

@@ -24,6 +24,7 @@ KINDS: dict[type, tuple[type, str]] = {
     Path: (str, "string"),
     int: (Integral, "integer"),
     float: (Real, "number"),
+    bool: (bool, "boolean"),
 }
 
 # Where a value can be given besides a flag: an attribute of `Request`, a line of a prompt file, the metadata of the
@@ -37,7 +38,7 @@ class Field:
 
     Attributes:
         name: The attribute of `Request`, the key in prompt files and the key in the metadata of a picture.
-        kind: str, int, float or Path, which files hold as a string.
+        kind: str, int, float, bool or Path, which files hold as a string.
         many: Whether the value is a list.
         places: Where it can be given besides its flag.
         default: The value if none is given.
@@ -105,7 +106,7 @@ class Field:
 
     def _is_one(self, value: object) -> bool:
         # To Python, a bool is an int.
-        return isinstance(value, KINDS[self.kind][0]) and not isinstance(value, bool)
+        return isinstance(value, KINDS[self.kind][0]) and isinstance(value, bool) == (self.kind is bool)
 
     def check(self, value: Any, pixels_per_token: int = 1) -> None:
         """Check the type, the choices and the range of a value; the items of a list only for their type.

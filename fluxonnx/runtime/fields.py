@@ -6,16 +6,31 @@ table. The module imports nothing heavy, because `fluxonnx --help` needs it.
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError, BooleanOptionalAction
 from pathlib import Path
 
 from fluxonnx.runtime.field import Field
 
 # The sides that the model can draw (FLUX_VAE_MAX_DIM, antirez/flux2.c).
 MIN_SIDE, MAX_SIDE = 64, 1792
-MAX_REFERENCES = 10
+MAX_REFERENCES = 16
 # The longest prompt of the reference pipeline (tokenizer_max_length, diffusers pipeline_flux2_klein.py).
 MAX_TOKENS = 512
 STRENGTH = 0.75
+# The most pixels that --expand adds at a side.
+MAX_BORDER = 4096
+# How many pixels around the mask --mask-crop alone takes in.
+CROP_PAD = 32
+
+
+def four_numbers(text: str) -> list[int]:
+    """Parse --expand."""
+    try:
+        left, top, right, bottom = (int(part) for part in text.split(","))
+    except ValueError:
+        raise ArgumentTypeError(f"{text[:40]!r} is not four numbers of pixels, such as 64,0,64,0") from None
+    return [left, top, right, bottom]
+
 
 CANNOT_DRAW = "{name} {value} can't be drawn: it must be {range}, the nearest is {nearest}"
 
@@ -118,7 +133,7 @@ FIELDS = (
         name="input",
         kind=Path,
         many=True,
-        places=(),
+        places=("prompt file",),
         flags=("-i", "--input"),
         group="input",
         metavar="FILE",
@@ -128,7 +143,6 @@ FIELDS = (
     Field(
         name="strength",
         kind=float,
-        places=("request", "picture"),
         default=STRENGTH,
         low=0,
         high=1,
@@ -142,10 +156,66 @@ FIELDS = (
         matters=lambda request: request.image is not None,
     ),
     Field(
+        name="mask",
+        kind=Path,
+        places=("prompt file",),
+        flags=("--mask",),
+        group="input",
+        metavar="FILE",
+        help="repaint only the white part of this mask of the input, in all steps unless -t says otherwise",
+    ),
+    Field(
+        name="mask_blur",
+        kind=float,
+        default=0.0,
+        low=0,
+        high=256,
+        low_note="(a sharp edge)",
+        flags=("--mask-blur",),
+        group="input",
+        metavar="PX",
+        help="soften the edge of the mask by this radius (default: {default:g})",
+        matters=lambda request: request.canvas is not None,
+    ),
+    Field(
+        name="mask_crop",
+        kind=int,
+        low=0,
+        high=4096,
+        flags=("--mask-crop",),
+        group="input",
+        metavar="PX",
+        help="draw only the mask's neighbourhood, PX pixels around it (alone: {flag_options[const]}), at the full size "
+        "of -W and -H; the result has the input's size",
+        flag_options={"nargs": "?", "const": CROP_PAD},
+        matters=lambda request: request.mask_crop is not None,
+    ),
+    Field(
+        name="keep_unmasked",
+        kind=bool,
+        default=True,
+        flags=("--keep-unmasked",),
+        group="input",
+        help="keep every pixel outside of the mask as it is (default), or show all of the drawn picture",
+        flag_options={"action": BooleanOptionalAction},
+        matters=lambda request: request.canvas is not None,
+    ),
+    Field(
+        name="expand",
+        kind=int,
+        many=True,
+        flags=("--expand",),
+        group="input",
+        metavar="L,T,R,B",
+        help="outpaint: add so many pixels at the left, top, right and bottom of the input, and draw them",
+        flag_options={"type": four_numbers},
+        matters=lambda request: request.expand is not None,
+    ),
+    Field(
         name="reference",
         kind=Path,
         many=True,
-        places=(),
+        places=("prompt file",),
         flags=("-r", "--reference"),
         group="input",
         metavar="FILE",
@@ -241,6 +311,8 @@ FIELDS = (
     # What the metadata of a picture says about its input pictures and about the model.
     Field(name="image_file", kind=str, places=("picture",)),
     Field(name="image_sha256", kind=str, places=("picture",)),
+    Field(name="mask_file", kind=str, places=("picture",)),
+    Field(name="mask_sha256", kind=str, places=("picture",)),
     Field(name="reference_files", kind=str, many=True, places=("picture",)),
     Field(name="reference_sha256", kind=str, many=True, places=("picture",)),
     Field(name="model", kind=str, places=("picture",)),

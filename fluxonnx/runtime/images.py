@@ -34,10 +34,18 @@ SEVERAL_FRAMES = {
 ORIENTED_BY = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
 
-def load_image(path: str | Path) -> Image.Image:
+# What lies behind the transparent parts of a picture, and of a mask, which are not to be repainted.
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+
+
+def load_image(path: str | Path, behind: tuple[int, int, int] = WHITE) -> Image.Image:
     """Read a picture as a viewer shows it: upright, sRGB, 8 bits, on white where it is transparent.
 
     Of an animation, the first frame is used, with a warning.
+
+    Args:
+        path: The file.
+        behind: Another colour than white.
 
     Returns:
         An RGB picture.
@@ -47,13 +55,13 @@ def load_image(path: str | Path) -> Image.Image:
     """
     with metadata.opened(path) as image:
         notice = SEVERAL_FRAMES.get(image.format or "") if getattr(image, "n_frames", 1) > 1 else None
-        picture = as_rgb(image)
+        picture = as_rgb(image, behind)
     if notice:
         warnings.warn(f"{path} {notice}", stacklevel=2)
     return picture
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image, behind: tuple[int, int, int] = WHITE) -> Image.Image:
     """Convert any picture to RGB as a viewer shows it; see `load_image`."""
     profile = image.info.get("icc_profile")
     image = upright(image)
@@ -62,8 +70,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         # La, with alpha multiplied in, converts to LA only
         image = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image).convert("RGB")
+        paper = Image.new("RGBA", image.size, (*behind, 255))
+        image = Image.alpha_composite(paper, image).convert("RGB")
     if image.mode == "P":
         image = image.convert("RGB")
     if profile and image.mode in ("L", "RGB", "CMYK"):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from fluxonnx.runtime.canvas import Canvas
+
 
 class Mode:
     """A picture from noise alone; the other modes start from a picture."""
@@ -37,3 +39,26 @@ class PaintOver(Mode):
     def begin(self, noise: np.ndarray, sigma: np.float32) -> np.ndarray:
         """See `Mode.begin` (FlowMatchEulerDiscreteScheduler.scale_noise, diffusers)."""
         return sigma * noise + (1 - sigma) * self.start
+
+
+@dataclass(frozen=True)
+class Inpaint(PaintOver):
+    """A part of a picture is drawn; after each step, the rest is put back at the noise level of that step.
+
+    Source: the denoising loop of diffusers, pipeline_flux2_klein_inpaint.py.
+
+    Attributes:
+        area: How much of each token is drawn, f32 [1, image_seq, 1] in [0, 1].
+        canvas: The picture.
+    """
+
+    area: np.ndarray
+    canvas: Canvas
+
+    def hold(self, latents: np.ndarray, noise: np.ndarray, sigma: np.float32) -> np.ndarray:
+        """See `Mode.hold`."""
+        return (1 - self.area) * self.begin(noise, sigma) + self.area * latents
+
+    def finish(self, picture: Image.Image) -> Image.Image:
+        """See `Mode.finish`."""
+        return self.canvas.finish(picture)

@@ -163,6 +163,33 @@ class Flux:
             raise UsageError("there is no image to paint over: pass one")
         return self.generate(prompt, seed=seed, image=image, strength=strength, **options)
 
+    def inpaint(
+        self,
+        prompt: str,
+        image: Picture,
+        mask: Picture | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Image.Image:
+        """Draw `prompt` where `mask` is white, and keep the rest of `image`, as diffusers' klein inpaint pipeline does.
+
+        Args:
+            prompt: What to draw.
+            image: The picture, as for `img2img`; the model also looks at it.
+            mask: What to draw: a picture that is white there, or an array of bool; scaled to the size of `image`. It
+                may be None with `expand`.
+            seed: As for `generate`.
+            **options: `mask_blur`, `mask_crop`, `keep_unmasked`, `expand`, `strength` (by default 1, all steps),
+                `references`, `callback`, and any other field of `Request`.
+
+        Raises:
+            UsageError: As `generate`, and for a mask without a white part, or none.
+            ImageError: A picture can't be read.
+        """
+        if image is None or (mask is None and options.get("expand") is None):
+            raise UsageError("inpainting takes an image and a mask that is white where to draw (or expand): pass both")
+        return self.generate(prompt, seed=seed, image=image, mask=mask, **options)
+
     def edit(
         self, prompt: str, images: Picture | Iterable[Picture], seed: int | None = None, **options: Any
     ) -> Image.Image:
@@ -170,13 +197,13 @@ class Flux:
 
         Args:
             prompt: What to draw, or what to change.
-            images: A picture or up to 10, as for `img2img`. The output has the first one's size as the model looks at
+            images: A picture or up to 16, as for `img2img`. The output has the first one's size as the model looks at
                 it, at most 1 megapixel, unless `width` and `height` say otherwise.
             seed: As for `generate`.
             **options: `callback`, and any other field of `Request`.
 
         Raises:
-            UsageError: As `generate`, and for a picture too small or too narrow, none, or more than 10.
+            UsageError: As `generate`, and for a picture too small or too narrow, none, or more than 16.
             ImageError: A picture can't be read.
         """
         references = several(images)
@@ -259,7 +286,8 @@ class Flux:
         self.phases = phases = Phases(self._phase_began)
         if request.image is not None and request.strength == 0:
             for seed in seeds:
-                image = fit_start(request.image, request.width, request.height, self._unit)
+                canvas = request.canvas
+                image = canvas.whole if canvas else fit_start(request.image, request.width, request.height, self._unit)
                 yield seed, self._sign(image, request, seed)
             return
         # 1. Encode the prompts and the input pictures.

@@ -10,7 +10,7 @@ from fluxonnx.contract import Architecture, pack
 from fluxonnx.runtime.engine import SessionOptions
 from fluxonnx.runtime.images import fit_start, image_to_sample
 from fluxonnx.runtime.models import Models
-from fluxonnx.runtime.modes import Mode, PaintOver
+from fluxonnx.runtime.modes import Inpaint, Mode, PaintOver
 from fluxonnx.runtime.phases import Phases
 from fluxonnx.runtime.prompts import Prompts
 from fluxonnx.runtime.request import ResolvedRequest
@@ -77,13 +77,20 @@ def prepare(
     channels = max(sizes.vae.decoder_channels[:2])
     tile = choose_tile(drawn, request.tile, options.low_memory, channels, options.free_memory())
     request = replace(request, tile=tile)
-    images = list(request.references)
-    painted_over = request.image if request.strength < 1 else None
-    if painted_over is not None:
-        images.insert(0, fit_start(painted_over, request.width, request.height, unit))
+    canvas = request.canvas
+    start = None
+    if canvas is not None:
+        start = canvas.start()
+    elif request.image is not None and request.strength < 1:
+        start = fit_start(request.image, request.width, request.height, unit)
+    images = [*([start] if start else []), *request.references]
     latents: list[np.ndarray] = []
     if images:
         with phases("encode image"):
             latents = models.encode_images([image_to_sample(image) for image in images], Tiling(tile, unit))
-    mode = PaintOver(pack(latents.pop(0))) if painted_over is not None else Mode()
+    mode = Mode()
+    if canvas is not None:  # the picture is also the first one to look at, as in the reference
+        mode = Inpaint(pack(latents[0]), canvas.area(unit), canvas)
+    elif start is not None:
+        mode = PaintOver(pack(latents.pop(0)))
     return Prepared(request, sizes.transformer.in_channels, unit, embeds, latents, mode)

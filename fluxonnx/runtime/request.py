@@ -9,9 +9,10 @@ from typing import Any
 from PIL import Image
 
 from fluxonnx.errors import UsageError
-from fluxonnx.runtime.fields import FIELD, FIELDS, MAX_REFERENCES
+from fluxonnx.runtime.canvas import Canvas, expanded, fit_mask, lay_out
+from fluxonnx.runtime.fields import FIELD, FIELDS, MAX_BORDER, MAX_REFERENCES, STRENGTH
 from fluxonnx.runtime.images import fit_reference
-from fluxonnx.runtime.inputs import Picture, plain, rgb_picture, several
+from fluxonnx.runtime.inputs import Picture, gray_mask, plain, rgb_picture, several
 from fluxonnx.runtime.notices import warn
 from fluxonnx.runtime.schedule import custom_sigmas
 from fluxonnx.runtime.sizes import asked_size, edited_size, painted_size, size_by_ratio
@@ -20,7 +21,7 @@ from fluxonnx.runtime.sizes import asked_size, edited_size, painted_size, size_b
 DEFAULTS: dict[str, int] = {item.name: item.default for item in FIELDS if item.model_default}
 
 # The attributes of a request that hold pictures, which the table of fields does not describe.
-PICTURES = ("image", "references")
+PICTURES = ("image", "mask", "references", "canvas")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,16 @@ class Request:
             None for 4. Distilled models ignore it.
         negative_prompt: What guidance leads away from.
         image: The picture to start from.
-        strength: How much of `image` is replaced by noise, in [0, 1]; see `schedule.start_step`.
-        references: Pictures to look at while drawing, at most 10.
+        strength: How much of `image` is replaced by noise, in [0, 1]; see `schedule.start_step`. None for 0.75, or 1
+            if only a part of it is drawn.
+        mask: What is drawn of `image`: its white part, of any size, black where it is transparent; also an array of
+            bool. None for all of it. `image` then is also the first picture to look at, as in diffusers' pipeline.
+        mask_blur: The radius in pixels by which the edge of the mask is softened, from 0 to 256.
+        mask_crop: Draw only the neighbourhood of the mask's white part, with so many pixels around it, at the size
+            `width` and `height`, and put it back into `image`, whose size the result has. None for no crop.
+        keep_unmasked: Whether every pixel outside of the mask stays as it is.
+        expand: Pixels to add at the left, top, right and bottom of `image`, which are drawn like the mask's white part.
+        references: Pictures to look at while drawing, at most 16.
         schedule: "flow" (the model's own), "linear", "power" or "custom".
         sigmas: The noise levels of a custom schedule.
         power_alpha: Exponent of the power schedule.
@@ -62,7 +71,12 @@ class Request:
     guidance_scale: float | None = None
     negative_prompt: str = FIELD["negative_prompt"].default
     image: Picture | None = None
-    strength: float = FIELD["strength"].default
+    strength: float | None = None
+    mask: Picture | None = None
+    mask_blur: float = FIELD["mask_blur"].default
+    mask_crop: int | None = None
+    keep_unmasked: bool = FIELD["keep_unmasked"].default
+    expand: tuple[int, ...] | None = None
     references: Picture | Iterable[Picture] = ()
     schedule: str = FIELD["schedule"].default
     sigmas: tuple[float, ...] | None = None
@@ -77,8 +91,9 @@ class Request:
 class ResolvedRequest:
     """A checked `Request` with all defaults filled in and its pictures prepared.
 
-    The pictures are RGB; the references have the size in which they are encoded. `image` and `sigmas` are None where
-    the request has none, `tile` where pictures are not divided or the run has yet to decide.
+    The pictures are RGB; the references have the size in which they are encoded. `image`, `sigmas`, `mask_crop` and
+    `expand` are None where the request has none, `canvas` where all of the picture is drawn, `tile` where pictures are
+    not divided or the run has yet to decide.
     """
 
     prompt: str
@@ -89,6 +104,11 @@ class ResolvedRequest:
     negative_prompt: str
     image: Image.Image | None
     strength: float
+    canvas: Canvas | None
+    mask_blur: float
+    mask_crop: int | None
+    keep_unmasked: bool
+    expand: tuple[int, ...] | None
     references: tuple[Image.Image, ...]
     schedule: str
     sigmas: tuple[float, ...] | None
@@ -134,6 +154,8 @@ def resolve(
     request = _plain(request)
     references = tuple(rgb_picture(picture) for picture in _references(request))
     image = rgb_picture(request.image) if request.image is not None else None
+    mask = gray_mask(request.mask) if request.mask is not None else None
+    _check_part(request)
     untouched = image is not None and request.strength == 0 and (request.width, request.height) == image.size
     for item in fields(Request):
         value = getattr(request, item.name)
@@ -143,8 +165,16 @@ def resolve(
             FIELD[item.name].check(value, multiple)
     if not request.prompt.strip():
         raise UsageError("the prompt is empty: say what to draw")
+    if image is not None and mask is not None:
+        mask = fit_mask(mask, image.size, warn)
+    if image is not None and request.expand is not None:
+        image, mask = expanded(image, mask, request.expand)
     fitted = tuple(fit_reference(reference, multiple) for reference in references)
     width, height = _size(request, image, references, fitted, multiple, defaults, warn)
+    canvas = None
+    if image is not None and mask is not None:
+        blur, crop, keep = request.mask_blur, request.mask_crop, request.keep_unmasked
+        canvas = lay_out(image, mask, (width, height), multiple, blur=blur, crop=crop, keep=keep)
     tokens = request.max_sequence_length
     return ResolvedRequest(
         prompt=request.prompt,
@@ -154,7 +184,12 @@ def resolve(
         guidance_scale=_guidance(request, is_distilled, warn),
         negative_prompt=request.negative_prompt,
         image=image,
-        strength=request.strength,
+        strength=_strength(request),
+        canvas=canvas,
+        mask_blur=request.mask_blur,
+        mask_crop=request.mask_crop,
+        keep_unmasked=request.keep_unmasked,
+        expand=request.expand,
         references=fitted,
         schedule=request.schedule,
         sigmas=request.sigmas,
@@ -177,6 +212,31 @@ def _references(request: Request) -> tuple[Any, ...]:
     if len(references) > MAX_REFERENCES:
         raise UsageError(f"{len(references)} reference images are too many: {MAX_REFERENCES} at most")
     return references
+
+
+def _check_part(request: Request) -> None:
+    """Check what says which part of a picture is drawn."""
+    if request.mask is None and request.expand is None:
+        for name, default in (("mask_blur", 0), ("mask_crop", None), ("keep_unmasked", True)):
+            if getattr(request, name) != default:
+                raise UsageError(f"{name} says how a mask is used, but there is none: give a mask, or expand")
+    elif request.image is None:
+        name = "expand" if request.mask is None else "the mask"
+        raise UsageError(f"{name} says which part of a picture is drawn, but there is none: give the picture to paint")
+    if request.expand is not None:
+        if len(request.expand) != 4 or not all(0 <= side <= MAX_BORDER for side in request.expand):
+            shown = ",".join(map(str, request.expand))
+            raise UsageError(f"expand is {shown}, but must be left,top,right,bottom, each from 0 to {MAX_BORDER}")
+        if not any(request.expand):
+            raise UsageError("expand is 0,0,0,0, which adds nothing: leave it out")
+        if request.strength == 0:
+            raise UsageError("strength 0 draws nothing, but expand adds what has to be drawn: leave one of them out")
+
+
+def _strength(request: Request) -> float:
+    if request.strength is not None:
+        return request.strength
+    return 1.0 if request.mask is not None or request.expand is not None else STRENGTH
 
 
 def _size(
