@@ -43,6 +43,10 @@ def other(field: Field, n: int = 1) -> Any:
     """A possible value that is not the default; another one for another n."""
     if field.choices:
         return field.choices[n % len(field.choices)]
+    if field.kind is bool:
+        return not field.default if n == 1 else field.default
+    if field.name == "expand":
+        return [0, 0, 16 * n, 16]
     if field.many:
         return [1.0, 0.5 / n] if field.kind is float else ["a", f"other{n}"]
     if field.kind in (int, float):
@@ -53,7 +57,8 @@ def other(field: Field, n: int = 1) -> Any:
 
 def wrong(field: Field) -> list[Any]:
     """Values of another type, as JSON has them."""
-    values: list[Any] = [None, True, {}, [[]], ["x", 1]]
+    values: list[Any] = [None, {}, [[]], ["x", 1]]
+    values += [0, 1] if field.kind is bool else [True]
     return values + ([1, 1.5] if field.kind in (str, Path) else ["1"]) + ([0.5] if field.kind is int else [])
 
 
@@ -71,10 +76,14 @@ def picture(path: Path, **parameters: object) -> Path:
 
 def with_needed(field: Field, value: Any) -> dict[str, Any]:
     """A value with the others without which it has no effect."""
+    small = Image.new("RGB", (64, 64), "white")
+    masked = {name: {"image": small, "mask": small} for name in ("mask_blur", "mask_crop", "keep_unmasked")}
     needed: dict[str, dict[str, Any]] = {
+        **masked,
+        "expand": {"image": small},
         "sigmas": {"schedule": "custom"},
         "power_alpha": {"schedule": "power"},
-        "strength": {"image": Image.new("RGB", (64, 64))},
+        "strength": {"image": small},
     }
     return {"prompt": "a", **needed.get(field.name, {}), field.name: tuple(value) if field.many else value}
 
@@ -157,7 +166,17 @@ def test_a_picture_holds_every_value_that_matters(field):
 
 def test_a_picture_holds_nothing_without_effect():
     resolved = resolve(Request(prompt="a", negative_prompt="b", guidance_scale=1), False, UNIT)
-    idle = {"negative_prompt", "strength", "sigmas", "power_alpha", "tile"}
+    idle = {
+        "negative_prompt",
+        "mask_blur",
+        "mask_crop",
+        "keep_unmasked",
+        "expand",
+        "strength",
+        "sigmas",
+        "power_alpha",
+        "tile",
+    }
     assert resolved.parameters().keys() == {field.name for field in IN_REQUEST} - idle
 
 
@@ -216,9 +235,10 @@ def test_a_value_of_another_type_in_a_prompt_file(tmp_path, field):
 @each([field for field in IN_PROMPT_FILE if field in IN_REQUEST])
 def test_a_line_of_a_prompt_file_reaches_the_request(tmp_path, monkeypatch, field):
     monkeypatch.chdir(tmp_path)
-    Path("a.jsonl").write_text(json.dumps({"prompt": "a", field.name: other(field)}))
+    Image.new("RGB", (64, 64)).save("in.png")
+    Path("a.jsonl").write_text(json.dumps({"prompt": "a", "input": "in.png", field.name: other(field)}))
     (job,) = jobs("--prompt-file", "a.jsonl")
-    assert getattr(job.request, field.name) == other(field)
+    assert getattr(job.request, field.name) == (tuple(other(field)) if field.many else other(field))
 
 
 # Flags
@@ -233,11 +253,19 @@ def test_generate_has_the_flags_of_the_table():
 
 @each(FLAGS)
 def test_all_flags_of_a_field_set_its_value(field):
+    if field.kind is bool or field.name == "expand":
+        return  # below
     value = field.kind(other(field)[0] if field.many else other(field))
     takes_many = field.many or field.flag_options.get("nargs") == "+"
     for flag in field.flags:
         found = getattr(build_parser().parse_args(["generate", flag, str(value)]), field.name)
         assert found == ([value] if takes_many else value)
+
+
+def test_flags_of_other_forms():
+    for words, value in ((["--keep-unmasked"], True), (["--no-keep-unmasked"], False), ([], None)):
+        assert build_parser().parse_args(["generate", *words]).keep_unmasked is value
+    assert build_parser().parse_args(["generate", "--expand", "1,2,3,4"]).expand == [1, 2, 3, 4]
 
 
 @each([field for field in FLAGS if field in IN_REQUEST])
@@ -246,8 +274,12 @@ def test_a_flag_reaches_the_request_and_overrides_a_picture(tmp_path, monkeypatc
     image = picture(tmp_path / "in.png")
     known = {"image_file": str(image), "image_sha256": digest(load_image(image)), field.name: other(field)}
     made, value = picture(tmp_path / "a.png", **known), other(field, 2)
-    words = value if field.many else [value]
-    (job,) = jobs("--from", made, field.flags[-1], *words)
+    words = [field.flags[-1], *(value if field.many else [value])]
+    if field.kind is bool:
+        words = [field.flags[0] if value else field.flags[0].replace("--", "--no-")]
+    elif field.name == "expand":
+        words = [field.flags[0], ",".join(map(str, value))]
+    (job,) = jobs("--from", made, *words)
     assert getattr(job.request, field.name) == (tuple(value) if field.many else value)
 
 

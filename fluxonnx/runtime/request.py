@@ -155,7 +155,6 @@ def resolve(
     references = tuple(rgb_picture(picture) for picture in _references(request))
     image = rgb_picture(request.image) if request.image is not None else None
     mask = gray_mask(request.mask) if request.mask is not None else None
-    _check_part(request)
     untouched = image is not None and request.strength == 0 and (request.width, request.height) == image.size
     for item in fields(Request):
         value = getattr(request, item.name)
@@ -163,6 +162,7 @@ def resolve(
             continue
         if not (untouched and item.name in ("width", "height")):
             FIELD[item.name].check(value, multiple)
+    _check_part(request)
     if not request.prompt.strip():
         raise UsageError("the prompt is empty: say what to draw")
     if image is not None and mask is not None:
