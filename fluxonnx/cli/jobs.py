@@ -171,6 +171,10 @@ def choose_build(
 def _job(wanted: Wanted, known: Values, source: Path | None, numbered: bool, load: Load, where: str = "") -> Job:
     """Combine the flags with the values of a line of a prompt file, or of the picture to make again."""
     values = {field.name: known[field.name] for field in FIELDS if "request" in field.places and field.name in known}
+    if "size" in wanted.values:
+        values = {name: value for name, value in values.items() if name not in ("width", "height")}
+    elif {"width", "height"} & wanted.values.keys():
+        values.pop("size", None)
     values.update(wanted.values)
     if "expand" in values:
         values["expand"] = tuple(values["expand"])
@@ -198,7 +202,7 @@ def _job(wanted: Wanted, known: Values, source: Path | None, numbered: bool, loa
     if inputs.image and known.get("strength") == 0 and inputs.image.size == (known.get("width"), known.get("height")):
         # A copy of the input, which has sizes that can't be drawn, and again has its size if none is given.
         for name in {"width", "height"} - wanted.values.keys():
-            del values[name]
+            values.pop(name, None)
     request = Request(**values, **inputs.pictures)
     seeds = _seeds(wanted, known)
     output = Path(known.get("output") or wanted.output or FIELD["output"].default)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from fluxonnx.contract import REFERENCE_T, grid_ids, pack
-from fluxonnx.runtime.fields import MAX_SIDE
+from fluxonnx.runtime.fields import FITTED_SIDE
 from fluxonnx.runtime.models import Models, Transformer
 from fluxonnx.runtime.noise import flux2c_randn, randn, size_independent_randn
 from fluxonnx.runtime.phases import Phases
@@ -31,7 +31,7 @@ def draw_noise(prepared: Prepared, seeds: Sequence[int]) -> np.ndarray:
 
     def draw(seed: int) -> np.ndarray:
         if prepared.request.noise == "size-independent":
-            return size_independent_randn(seed, shape, MAX_SIDE // prepared.unit)
+            return size_independent_randn(seed, shape, FITTED_SIDE // prepared.unit)
         if prepared.request.noise == "flux2c":
             return flux2c_randn(seed, shape)
         return randn(seed, shape)

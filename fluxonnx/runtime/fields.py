@@ -11,8 +11,12 @@ from pathlib import Path
 
 from fluxonnx.runtime.field import Field
 
-# The sides that the model can draw (FLUX_VAE_MAX_DIM, antirez/flux2.c).
-MIN_SIDE, MAX_SIDE = 64, 1792
+# What can be drawn: at most 4 megapixels (FLUX.2 Technical Specifications, help.bfl.ai).
+MIN_SIDE, MAX_SIDE = 64, 4096
+MAX_AREA = 2048 * 2048
+# The side to which large input pictures are fitted, and the largest of which noise is sampled that has the same
+# composition at all sizes (FLUX_VAE_MAX_DIM, antirez/flux2.c).
+FITTED_SIDE = 1792
 MAX_REFERENCES = 16
 # The longest prompt of the reference pipeline (tokenizer_max_length, diffusers pipeline_flux2_klein.py).
 MAX_TOKENS = 512
@@ -50,7 +54,7 @@ FIELDS = (
         flags=("--negative-prompt",),
         group="prompt",
         metavar="TEXT",
-        help="what guidance leads away from (base models)",
+        help="what guidance leads away from (base models, others with -g above 1)",
         matters=lambda request: request.guided,
     ),
     Field(
@@ -89,7 +93,7 @@ FIELDS = (
         flags=("-W", "--width"),
         group="picture",
         metavar="PX",
-        help="default: the width of the input picture, else {default}",
+        help="default: the width of the input picture, else {default}; -W or -H alone keeps the ratio",
     ),
     Field(
         name="height",
@@ -104,6 +108,17 @@ FIELDS = (
         group="picture",
         metavar="PX",
         help="likewise; both have to be multiples of 16",
+    ),
+    Field(
+        name="size",
+        kind=str,
+        places=("request", "prompt file"),
+        choices=("input",),
+        flags=("--size",),
+        group="picture",
+        metavar="input",
+        help="input: the size of the first input picture, also where it is looked at in a smaller one",
+        matters=lambda request: False,
     ),
     Field(
         name="seed",
@@ -223,6 +238,19 @@ FIELDS = (
         flag_options={"action": "append", "default": []},
     ),
     Field(
+        name="reference_area",
+        kind=float,
+        default=1.0,
+        low=0.0625,
+        high=4,
+        flags=("--reference-area",),
+        group="input",
+        metavar="MP",
+        help="scale pictures to look at down to so many times 1024x1024 pixels (default: {default:g}, as diffusers; "
+        "the original code takes 3.9 for a single picture)",
+        matters=lambda request: bool(request.references),
+    ),
+    Field(
         name="steps",
         kind=int,
         default=4,
@@ -245,7 +273,7 @@ FIELDS = (
         flags=("-g", "--guidance"),
         group="sampling",
         metavar="X",
-        help="guidance scale, 1 turns it off (base models; default: {base_default:g})",
+        help="guidance scale, 1 turns it off (default: {default:g}, or {base_default:g} with a base model)",
     ),
     Field(
         name="sampler",

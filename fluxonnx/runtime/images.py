@@ -122,16 +122,17 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     return converted if converted is not None else image
 
 
-def fit_reference(image: Image.Image, multiple: int = 16) -> Image.Image:
+def fit_reference(image: Image.Image, multiple: int = 16, area: float = MAX_REFERENCE_AREA) -> Image.Image:
     """Scale and crop a reference picture as diffusers' klein pipeline does.
 
-    The area is capped at 1024 * 1024. Sides are floored to multiples of `multiple`, by cropping evenly.
+    The area is capped. Sides are floored to multiples of `multiple`, by cropping evenly.
 
     Source: "4. process images", diffusers pipeline_flux2_klein.py, and Flux2ImageProcessor.
 
     Args:
         image: RGB.
         multiple: Sides become multiples of this: the VAE's factor times the patch size.
+        area: The most pixels, by default 1024 * 1024.
 
     Raises:
         UsageError: A side is under 64 pixels, or one is more than 8 times the other.
@@ -143,8 +144,8 @@ def fit_reference(image: Image.Image, multiple: int = 16) -> Image.Image:
         raise UsageError(
             f"a reference image is {width}x{height}: one side may be at most {MAX_REFERENCE_RATIO} times the other"
         )
-    if width * height > MAX_REFERENCE_AREA:
-        scale = math.sqrt(MAX_REFERENCE_AREA / (width * height))
+    if width * height > area:
+        scale = math.sqrt(area / (width * height))
         width, height = int(width * scale), int(height * scale)
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     return crop_center(image, width // multiple * multiple, height // multiple * multiple)

@@ -120,7 +120,7 @@ class Flux:
 
         Args:
             prompt: What to draw. Tokens after the first `max_sequence_length` are cut, with a warning that shows them.
-            width: In pixels, a multiple of 16 from 64 to 1792; by default the model's own, which is 256 unless
+            width: In pixels, a multiple of 16 from 64 to 4096; by default the model's own, which is 256 unless
                 its manifest says otherwise.
             height: Likewise.
             steps: Denoising steps; by default 4, or 50 with a base model.

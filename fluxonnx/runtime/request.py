@@ -10,12 +10,12 @@ from PIL import Image
 
 from fluxonnx.errors import UsageError
 from fluxonnx.runtime.canvas import Canvas, expanded, fit_mask, lay_out
-from fluxonnx.runtime.fields import FIELD, FIELDS, MAX_BORDER, MAX_REFERENCES, STRENGTH
-from fluxonnx.runtime.images import fit_reference
+from fluxonnx.runtime.fields import FIELD, FIELDS, FITTED_SIDE, MAX_BORDER, MAX_REFERENCES, STRENGTH
+from fluxonnx.runtime.images import MAX_REFERENCE_AREA, fit_reference
 from fluxonnx.runtime.inputs import Picture, gray_mask, plain, rgb_picture, several
 from fluxonnx.runtime.notices import warn
 from fluxonnx.runtime.schedule import custom_sigmas
-from fluxonnx.runtime.sizes import asked_size, edited_size, painted_size, size_by_ratio
+from fluxonnx.runtime.sizes import asked_size, cropped_size, edited_size, own_size, painted_size, size_by_ratio
 
 # The defaults of models whose manifest has none.
 DEFAULTS: dict[str, int] = {item.name: item.default for item in FIELDS if item.model_default}
@@ -33,13 +33,15 @@ class Request:
 
     Attributes:
         prompt: What to draw.
-        width: In pixels, a multiple of 16 from 64 to 1792; None for the size of `image`, else of the first reference
-            as it is looked at, else the model's own, which is 256 unless its manifest says otherwise. If only one side
-            is given, the other one keeps the ratio of the picture.
+        width: In pixels, a multiple of 16 from 64 to 4096, and the area at most 2048 * 2048; None for the size of
+            `image`, else of the first reference as it is looked at, else the model's own, which is 256 unless its
+            manifest says otherwise. If only one side is given, the other one keeps the ratio.
         height: Likewise.
+        size: "input" for the size of the first input picture, as far as it can be drawn; None if `width` and `height`
+            decide.
         steps: Denoising steps; None for 4, or 50 with a base model.
         guidance_scale: How much more the prompt counts than the negative prompt, at least 1, which turns guidance off;
-            None for 4. Distilled models ignore it.
+            None for 4, or 1 with a distilled model, which was made to need none.
         negative_prompt: What guidance leads away from.
         image: The picture to start from.
         strength: How much of `image` is replaced by noise, in [0, 1]; see `schedule.start_step`. None for 0.75, or 1
@@ -52,6 +54,7 @@ class Request:
         keep_unmasked: Whether every pixel outside of the mask stays as it is.
         expand: Pixels to add at the left, top, right and bottom of `image`, which are drawn like the mask's white part.
         references: Pictures to look at while drawing, at most 16.
+        reference_area: To how many times 1024 * 1024 pixels they are scaled down, from 0.0625 to 4.
         schedule: "flow" (the model's own), "linear", "power" or "custom".
         sigmas: The noise levels of a custom schedule.
         power_alpha: Exponent of the power schedule.
@@ -67,6 +70,7 @@ class Request:
     prompt: str
     width: int | None = None
     height: int | None = None
+    size: str | None = None
     steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str = FIELD["negative_prompt"].default
@@ -78,6 +82,7 @@ class Request:
     keep_unmasked: bool = FIELD["keep_unmasked"].default
     expand: tuple[int, ...] | None = None
     references: Picture | Iterable[Picture] = ()
+    reference_area: float = FIELD["reference_area"].default
     schedule: str = FIELD["schedule"].default
     sigmas: tuple[float, ...] | None = None
     power_alpha: float = FIELD["power_alpha"].default
@@ -99,6 +104,7 @@ class ResolvedRequest:
     prompt: str
     width: int
     height: int
+    size: str | None
     steps: int
     guidance_scale: float
     negative_prompt: str
@@ -110,6 +116,7 @@ class ResolvedRequest:
     keep_unmasked: bool
     expand: tuple[int, ...] | None
     references: tuple[Image.Image, ...]
+    reference_area: float
     schedule: str
     sigmas: tuple[float, ...] | None
     power_alpha: float
@@ -156,11 +163,15 @@ def resolve(
     image = rgb_picture(request.image) if request.image is not None else None
     mask = gray_mask(request.mask) if request.mask is not None else None
     untouched = image is not None and request.strength == 0 and (request.width, request.height) == image.size
+    both = request.width is not None and request.height is not None
     for item in fields(Request):
         value = getattr(request, item.name)
         if item.name in PICTURES or (value is None and item.default is None):
             continue
-        if not (untouched and item.name in ("width", "height")):
+        if item.name in ("width", "height") and (untouched or both):
+            if error := FIELD[item.name].type_error(value):
+                raise UsageError(error)  # the range is checked of both sides together
+        else:
             FIELD[item.name].check(value, multiple)
     _check_part(request)
     if not request.prompt.strip():
@@ -169,17 +180,19 @@ def resolve(
         mask = fit_mask(mask, image.size, warn)
     if image is not None and request.expand is not None:
         image, mask = expanded(image, mask, request.expand)
-    fitted = tuple(fit_reference(reference, multiple) for reference in references)
+    area = request.reference_area * MAX_REFERENCE_AREA
+    fitted = tuple(fit_reference(reference, multiple, area) for reference in references)
     width, height = _size(request, image, references, fitted, multiple, defaults, warn)
     canvas = None
     if image is not None and mask is not None:
         blur, crop, keep = request.mask_blur, request.mask_crop, request.keep_unmasked
         canvas = lay_out(image, mask, (width, height), multiple, blur=blur, crop=crop, keep=keep)
     tokens = request.max_sequence_length
-    return ResolvedRequest(
+    resolved = ResolvedRequest(
         prompt=request.prompt,
         width=width,
         height=height,
+        size=request.size,
         steps=_steps(request, is_distilled),
         guidance_scale=_guidance(request, is_distilled, warn),
         negative_prompt=request.negative_prompt,
@@ -191,6 +204,7 @@ def resolve(
         keep_unmasked=request.keep_unmasked,
         expand=request.expand,
         references=fitted,
+        reference_area=request.reference_area,
         schedule=request.schedule,
         sigmas=request.sigmas,
         power_alpha=request.power_alpha,
@@ -199,6 +213,8 @@ def resolve(
         max_sequence_length=defaults["max_sequence_length"] if tokens is None else tokens,
         tile=request.tile,
     )
+    _check_noise(resolved)
+    return resolved
 
 
 def _plain(request: Request) -> Request:
@@ -212,6 +228,11 @@ def _references(request: Request) -> tuple[Any, ...]:
     if len(references) > MAX_REFERENCES:
         raise UsageError(f"{len(references)} reference images are too many: {MAX_REFERENCES} at most")
     return references
+
+
+def _check_noise(request: ResolvedRequest) -> None:
+    if request.noise != "torch" and max(request.width, request.height) > FITTED_SIDE:
+        raise UsageError(f"noise {request.noise} is made for sides of at most {FITTED_SIDE}: choose torch, or a size")
 
 
 def _check_part(request: Request) -> None:
@@ -249,13 +270,21 @@ def _size(
     warn: Callable[[str], None],
 ) -> tuple[int, int]:
     width, height = request.width, request.height
+    if request.size is not None:
+        if (width, height) != (None, None):
+            raise UsageError("size input is the size of the input picture: leave it out, or width and height (-W, -H)")
+        if image is None and not references:
+            raise UsageError("size input is the size of the input picture, but there is none: give one")
+        return own_size((image or references[0]).size, multiple, warn)
     if image is not None and request.strength == 0 and (width, height) in ((None, None), image.size):
         return image.size  # nothing is drawn, so any size will do: the input comes back as it is
     model = image or (references[0] if references else None)
     if model is None or (width is not None and height is not None):
-        return asked_size(width, height, multiple, defaults)
+        return asked_size(width, height, multiple, defaults, warn)
     if width is not None or height is not None:
-        return size_by_ratio(width, height, model.size, multiple)
+        return size_by_ratio(width, height, model.size, multiple, warn)
+    if image is not None and request.mask_crop is not None:
+        return cropped_size(image.size, multiple)
     if image is not None:
         return painted_size(image.size, multiple, warn)
     return edited_size(model.size, fitted[0].size, multiple, warn)
@@ -277,7 +306,7 @@ def _guidance(request: Request, is_distilled: bool, warn: Callable[[str], None])
     if not is_distilled:
         return FIELD["guidance_scale"].default_for(is_distilled) if scale is None else scale
     if scale not in (None, 1):
-        warn(f"guidance scale {scale:g} is ignored: this model was distilled to need none")
+        warn(f"guidance scale {scale:g} on a model that was distilled to need none: each step takes twice the time")
     elif request.negative_prompt:
-        warn("the negative prompt is ignored: this model was distilled to need no guidance")
-    return FIELD["guidance_scale"].default_for(is_distilled)
+        warn("the negative prompt is ignored: this model needs a guidance scale above 1 (-g) to follow one")
+    return FIELD["guidance_scale"].default_for(is_distilled) if scale is None else scale

@@ -116,6 +116,19 @@ def test_guidance_with_references(both):
     assert_same(run_fluxonnx(flux, references=(picture(64, 80),), steps=2), expected)
 
 
+@pytest.mark.parametrize("references", [(), (picture(64, 80),)], ids=["prompt", "edit"])
+def test_guidance_of_a_distilled_model(both, references):
+    """As the reference guides with the same weights, if it is told that they are not distilled."""
+    from diffusers import Flux2KleinPipeline
+
+    flux, pipe, layers = both(DISTILLED)
+    pipe = Flux2KleinPipeline(**pipe.components, is_distilled=False)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"width": 64, "height": 80, "guidance_scale": 2.5}
+    expected = run_reference(pipe, layers, image=list(references) or None, num_inference_steps=2, **options)
+    assert_same(run_fluxonnx(flux, references=references, steps=2, **options), expected)
+
+
 def test_fifty_steps_by_default(both):
     flux, pipe, layers = both(BASE)
     expected = run_reference(pipe, layers, width=64, height=64, guidance_scale=1.0)
