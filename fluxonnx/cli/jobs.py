@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxonnx.cli.inputs import Load, load_inputs, loader
-from fluxonnx.cli.prompt_file import read_prompt_file
+from fluxonnx.cli.prompt_file import prompt_file_name, read_prompt_file
 from fluxonnx.errors import UsageError
 from fluxonnx.runtime.fields import FIELD, FIELDS
 from fluxonnx.runtime.metadata import read_values
@@ -120,7 +120,7 @@ def plan(wanted: Wanted, source: Source | None) -> list[Job]:
         lines = read_prompt_file(wanted.prompt_file)
         jobs = []
         for number, line in enumerate(lines, 1):
-            where = f"prompt {number} of {wanted.prompt_file}"
+            where = f"prompt {number} of {prompt_file_name(wanted.prompt_file).removeprefix('prompt file ')}"
             with located(where):
                 jobs.append(_job(wanted, line, None, len(lines) > 1, load, where))
         return jobs

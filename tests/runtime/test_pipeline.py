@@ -253,7 +253,7 @@ def test_impossible_cache_directory(checkpoints, tmp_path):
         ({"prompt": " "}, "prompt is empty"),
         ({"width": 72}, r"width 72 can't be drawn.*nearest is 64"),
         ({"height": 4112}, "nearest is 4096"),
-        ({"width": 1000, "height": 700}, r"1000x700 can't be drawn.* nearest .* -W 1008 -H 704"),
+        ({"width": 1000, "height": 700}, r"1000x700 can't be drawn.* nearest .*-W 1008 -H 704"),
         ({"width": 4096, "height": 1040}, "4 megapixels"),
         ({"steps": 0}, "steps is 0"),
         ({"seed": -1}, "seed -1"),
