@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
 from PIL import Image
 
 from fluxonnx.contract import REFERENCE_T, grid_ids, pack
+from fluxonnx.errors import UsageError
 from fluxonnx.runtime.fields import FITTED_SIDE
 from fluxonnx.runtime.models import Models, Transformer
 from fluxonnx.runtime.noise import flux2c_randn, randn, size_independent_randn
@@ -96,24 +97,32 @@ class Step:
         self,
         state: SolverStep,
         image: Callable[[np.ndarray], Image.Image],
-        preview: Callable[[np.ndarray], Image.Image],
+        previews: Mapping[str, Callable[[np.ndarray], Image.Image]],
     ) -> None:
-        """Describe the state of a batch of one; `image` and `preview` decode f32 [1, image_seq, channels]."""
+        """Describe the state of a batch of one; `image` and `previews` decode f32 [1, image_seq, channels]."""
         self.index, self.steps, self.sigma, self.latents = state.index, state.steps, state.sigma, state.latents
-        self._state, self._image, self._preview = state, image, preview
+        self._state, self._image, self._previews = state, image, previews
 
     @cached_property
     def estimate(self) -> np.ndarray:
         """The clean picture that the model expects: f32 [1, image_seq, channels]; after the last step, `latents`."""
         return self.latents if self.index == self.steps else self._state.estimate()
 
-    def preview(self) -> Image.Image:
-        """Decode a small version of `estimate`: RGB, half as large or less, with the longer side at most 256 pixels.
+    def preview(self, method: str = "vae") -> Image.Image:
+        """Draw a small version of `estimate`: RGB, half as large or less, with the longer side at most 256 pixels.
 
-        It takes as long as decoding a picture of that size: a quarter of the whole picture's time up to 512x512, less
-        above. The first call loads the decoder, which then takes memory beside the transformer until the loop ends.
+        Args:
+            method: "vae" takes as long as decoding a picture of that size: a quarter of the whole picture's time up to
+                512x512, less above. The first call loads the decoder, which then takes memory beside the transformer
+                until the loop ends. "fast" takes a few milliseconds, shows an eighth of the picture's resolution, and
+                loads nothing but the encoder, once per model, for as long as it takes to encode a picture of 256x256.
+
+        Raises:
+            UsageError: There is no such method.
         """
-        return self._preview(self.estimate)
+        if method not in self._previews:
+            raise UsageError(f"preview method {method!r} is unknown: choose one of {', '.join(self._previews)}")
+        return self._previews[method](self.estimate)
 
     def image(self) -> Image.Image:
         """Decode `estimate`: an RGB picture whose `info` holds the parameters that make the finished one.

@@ -29,7 +29,7 @@ from fluxonnx.runtime.memory import batch_size
 from fluxonnx.runtime.models import Models
 from fluxonnx.runtime.phases import Phases
 from fluxonnx.runtime.prepare import Prepared, prepare
-from fluxonnx.runtime.preview import draw_preview
+from fluxonnx.runtime.preview import FastPreview, draw_preview, put_back
 from fluxonnx.runtime.prompts import PromptCache, Prompts, encoder_identity
 from fluxonnx.runtime.request import DEFAULTS, Request, ResolvedRequest, resolve
 from fluxonnx.runtime.seeds import checked_seed, random_seed
@@ -91,6 +91,7 @@ class Flux:
         self._unit = self._sizes.vae.scale_factor
         watched = replace(options, watch=self._emit)
         self._models = Models(checkpoint.root, build, watched, self._sizes, encoder=encoder)
+        self._fast = FastPreview(partial(self._models.encode_images, tiling=Tiling(None, self._unit)), self._unit)
         # A run changes what is loaded. A thread waits for that of another, but not for itself: it may make a picture
         # inside a callback or between two steps of another picture.
         self._lock = threading.RLock()
@@ -286,9 +287,10 @@ class Flux:
         self.phases = phases = Phases(self._phase_began)
         if request.image is not None and request.strength == 0:
             for seed in seeds:
-                canvas = request.canvas
-                image = canvas.whole if canvas else fit_start(request.image, request.width, request.height, self._unit)
-                yield seed, self._sign(image, request, seed)
+                image = request.canvas.whole if request.canvas else request.image
+                if request.canvas is None:
+                    image = fit_start(image, request.width, request.height, self._unit)
+                yield seed, self._sign(image.copy(), request, seed)
             return
         # 1. Encode the prompts and the input pictures.
         prepared = self._prepare(request, phases)
@@ -329,7 +331,8 @@ class Flux:
                 for state in steps:
                     if state.index == state.steps:
                         steps.close()  # so that the decoder does not need memory beside the transformer
-                    yield Step(state, partial(look, self._decode), partial(look, self._preview))
+                    looks = {"vae": partial(look, self._preview), "fast": partial(look, self._fast_preview)}
+                    yield Step(state, partial(look, self._decode), looks)
         finally:
             loop_ended = True
             self._models.release("vae_decoder")
@@ -347,7 +350,13 @@ class Flux:
         """f32 [1, image_seq, channels] -> a small picture; the decoder stays loaded."""
         decode = partial(self._models.decode, tiling=Tiling(None, self._unit))
         with phases("preview"):
-            return draw_preview(decode, unpack(tokens, *prepared.grid), self._unit)
+            small = draw_preview(decode, unpack(tokens, *prepared.grid), self._unit)
+            return put_back(small, prepared.request.canvas)
+
+    def _fast_preview(self, prepared: Prepared, tokens: np.ndarray, seed: int, phases: Phases) -> Image.Image:
+        """f32 [1, image_seq, channels] -> a small picture, without the decoder."""
+        with phases("preview"):
+            return put_back(self._fast.draw(unpack(tokens, *prepared.grid)), prepared.request.canvas)
 
     def _at_once(self, prepared: Prepared) -> int:
         """Return how many pictures to make in one pass: as many as fit into memory and stay reproducible."""
