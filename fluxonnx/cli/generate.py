@@ -110,7 +110,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         "--preview",
         type=path_name,
         metavar="PATH",
-        help="write what each step expects the picture to be: a file per step into a folder, or one that each step replaces",
+        help="write what each step expects the picture to be: into a folder, or into one file that each step replaces",
     )
     steps.add_argument(
         "--preview-method",
