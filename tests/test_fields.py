@@ -173,6 +173,7 @@ def test_a_picture_holds_nothing_without_effect():
     idle = {
         "size",
         "reference_area",
+        "step_cache",
         "negative_prompt",
         "mask_blur",
         "mask_crop",

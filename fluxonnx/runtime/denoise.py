@@ -17,6 +17,7 @@ from fluxonnx.runtime.phases import Phases
 from fluxonnx.runtime.prepare import Prepared
 from fluxonnx.runtime.sampler import SolverStep, Velocity, sample
 from fluxonnx.runtime.schedule import make_sigmas, start_step
+from fluxonnx.runtime.step_cache import cached
 
 
 def sigmas_of(prepared: Prepared) -> np.ndarray:
@@ -54,7 +55,7 @@ def denoise(models: Models, phases: Phases, prepared: Prepared, noise: np.ndarra
     """
     sigmas, mode = sigmas_of(prepared), prepared.mode
     with phases("load transformer"), models.transformer() as transformer:
-        velocity = _velocity(transformer, prepared, len(noise))
+        velocity = cached(_velocity(transformer, prepared, len(noise)), prepared.request.step_cache)
         with phases("denoise"):
 
             def hold(latents: np.ndarray, sigma: np.float32) -> np.ndarray:

@@ -58,6 +58,7 @@ class Request:
         schedule: "flow" (the model's own), "linear", "power" or "custom".
         sigmas: The noise levels of a custom schedule.
         power_alpha: Exponent of the power schedule.
+        step_cache: The model is called in every n-th step only, from 1 (off) to 10; see `runtime.step_cache`.
         sampler: "euler", "heun" or "dpmpp-2m".
         noise: "torch" (the noise of diffusers), "size-independent" (the same composition at all sizes) or "flux2c" (the
             noise of flux2.c).
@@ -86,6 +87,7 @@ class Request:
     schedule: str = FIELD["schedule"].default
     sigmas: tuple[float, ...] | None = None
     power_alpha: float = FIELD["power_alpha"].default
+    step_cache: int = FIELD["step_cache"].default
     sampler: str = FIELD["sampler"].default
     noise: str = FIELD["noise"].default
     max_sequence_length: int | None = None
@@ -120,6 +122,7 @@ class ResolvedRequest:
     schedule: str
     sigmas: tuple[float, ...] | None
     power_alpha: float
+    step_cache: int
     sampler: str
     noise: str
     max_sequence_length: int
@@ -208,6 +211,7 @@ def resolve(
         schedule=request.schedule,
         sigmas=request.sigmas,
         power_alpha=request.power_alpha,
+        step_cache=request.step_cache,
         sampler=request.sampler,
         noise=request.noise,
         max_sequence_length=defaults["max_sequence_length"] if tokens is None else tokens,
