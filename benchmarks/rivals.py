@@ -68,7 +68,9 @@ def line_up(arguments: argparse.Namespace, work: dict[str, Any], folder: str) ->
             skip(rival, f"pip install {missing}")
         elif package == "openblas":
             contenders.append(
-                python_contender("fluxonnx", "fluxonnx bf16, openblas", {**work, "precision": "bf16", "provider": rival})
+                python_contender(
+                    "fluxonnx", "fluxonnx bf16, openblas", {**work, "precision": "bf16", "provider": rival}
+                )
             )
         elif package == "diffusers":
             contenders.append(python_contender("diffusers", f"diffusers {precision}", {**work, "precision": precision}))

@@ -16,7 +16,8 @@ from fluxonnx.cli.generate import options_of
 from fluxonnx.cli.jobs import Job, plan, read_source
 from fluxonnx.cli.prompt_file import read_prompt_file
 from fluxonnx.errors import ImageError, UsageError
-from fluxonnx.runtime.fields import FIELD, FIELDS, Field
+from fluxonnx.runtime.field import Field
+from fluxonnx.runtime.fields import FIELD, FIELDS
 from fluxonnx.runtime.images import digest, load_image
 from fluxonnx.runtime.metadata import read_values
 from fluxonnx.runtime.noise import check_seed
@@ -42,8 +43,14 @@ def other(field: Field, n: int = 1) -> Any:
     """A possible value that is not the default; another one for another n."""
     if field.choices:
         return field.choices[n % len(field.choices)]
+    if field.kind is bool:
+        return not field.default if n == 1 else field.default
+    if field.name == "expand":
+        return [0, 0, 16 * n, 16]
     if field.many:
         return [1.0, 0.5 / n] if field.kind is float else ["a", f"other{n}"]
+    if field.whole_tokens and field.high:
+        return field.low + n * UNIT  # whose area can be drawn, whatever the ratio
     if field.kind in (int, float):
         step = 0.125 if field.kind is float else UNIT if field.whole_tokens else field.multiple or 1
         return field.high - n * step if field.high is not None else (field.low or field.above) + n * step
@@ -52,7 +59,8 @@ def other(field: Field, n: int = 1) -> Any:
 
 def wrong(field: Field) -> list[Any]:
     """Values of another type, as JSON has them."""
-    values: list[Any] = [None, True, {}, [[]], ["x", 1]]
+    values: list[Any] = [None, {}, [[]], ["x", 1]]
+    values += [0, 1] if field.kind is bool else [True]
     return values + ([1, 1.5] if field.kind in (str, Path) else ["1"]) + ([0.5] if field.kind is int else [])
 
 
@@ -70,10 +78,16 @@ def picture(path: Path, **parameters: object) -> Path:
 
 def with_needed(field: Field, value: Any) -> dict[str, Any]:
     """A value with the others without which it has no effect."""
+    small = Image.new("RGB", (64, 64), "white")
+    masked = {name: {"image": small, "mask": small} for name in ("mask_blur", "mask_crop", "keep_unmasked")}
     needed: dict[str, dict[str, Any]] = {
+        **masked,
+        "expand": {"image": small},
         "sigmas": {"schedule": "custom"},
         "power_alpha": {"schedule": "power"},
-        "strength": {"image": Image.new("RGB", (64, 64))},
+        "strength": {"image": small},
+        "size": {"image": small},
+        "reference_area": {"references": (small,)},
     }
     return {"prompt": "a", **needed.get(field.name, {}), field.name: tuple(value) if field.many else value}
 
@@ -126,7 +140,7 @@ def test_an_unknown_choice_is_refused_with_the_known_ones(field):
     with pytest.raises(UsageError, match=f"^{field.name} 'x' is unknown: choose one of {', '.join(field.choices)}$"):
         resolve(Request(prompt="a", **{field.name: "x"}), True, UNIT)
     assert all(choice in field.help for choice in field.choices)
-    assert field.help.startswith(f"{field.default} (default)")
+    assert field.default is None or field.help.startswith(f"{field.default} (default)")
 
 
 @each(IN_REQUEST)
@@ -148,7 +162,7 @@ def test_numbers_of_numpy_are_numbers():
 # Pictures
 
 
-@each(IN_REQUEST)
+@each([field for field in IN_REQUEST if "picture" in field.places])
 def test_a_picture_holds_every_value_that_matters(field):
     resolved = resolve(Request(**with_needed(field, other(field))), False, UNIT)
     assert resolved.parameters()[field.name] == other(field)
@@ -156,7 +170,20 @@ def test_a_picture_holds_every_value_that_matters(field):
 
 def test_a_picture_holds_nothing_without_effect():
     resolved = resolve(Request(prompt="a", negative_prompt="b", guidance_scale=1), False, UNIT)
-    idle = {"negative_prompt", "strength", "sigmas", "power_alpha", "tile"}
+    idle = {
+        "size",
+        "reference_area",
+        "step_cache",
+        "negative_prompt",
+        "mask_blur",
+        "mask_crop",
+        "keep_unmasked",
+        "expand",
+        "strength",
+        "sigmas",
+        "power_alpha",
+        "tile",
+    }
     assert resolved.parameters().keys() == {field.name for field in IN_REQUEST} - idle
 
 
@@ -215,9 +242,10 @@ def test_a_value_of_another_type_in_a_prompt_file(tmp_path, field):
 @each([field for field in IN_PROMPT_FILE if field in IN_REQUEST])
 def test_a_line_of_a_prompt_file_reaches_the_request(tmp_path, monkeypatch, field):
     monkeypatch.chdir(tmp_path)
-    Path("a.jsonl").write_text(json.dumps({"prompt": "a", field.name: other(field)}))
+    Image.new("RGB", (64, 64)).save("in.png")
+    Path("a.jsonl").write_text(json.dumps({"prompt": "a", "input": "in.png", field.name: other(field)}))
     (job,) = jobs("--prompt-file", "a.jsonl")
-    assert getattr(job.request, field.name) == other(field)
+    assert getattr(job.request, field.name) == (tuple(other(field)) if field.many else other(field))
 
 
 # Flags
@@ -226,17 +254,25 @@ def test_a_line_of_a_prompt_file_reaches_the_request(tmp_path, monkeypatch, fiel
 def test_generate_has_the_flags_of_the_table():
     arguments = vars(build_parser().parse_args(["generate"]))
     of_a_run = {"prompt_file", "source", "dir", "cache_dir", "precision", "provider", "threads", "low_memory"}
-    of_a_run |= {"absolute_paths", "text_encoder_precision"}
+    of_a_run |= {"absolute_paths", "text_encoder_precision", "preview", "preview_method", "animate"}
     assert arguments.keys() == {field.name for field in FLAGS} | of_a_run | {"verbose", "quiet", "run"}
 
 
 @each(FLAGS)
 def test_all_flags_of_a_field_set_its_value(field):
+    if field.kind is bool or field.name == "expand":
+        return  # below
     value = field.kind(other(field)[0] if field.many else other(field))
     takes_many = field.many or field.flag_options.get("nargs") == "+"
     for flag in field.flags:
         found = getattr(build_parser().parse_args(["generate", flag, str(value)]), field.name)
         assert found == ([value] if takes_many else value)
+
+
+def test_flags_of_other_forms():
+    for words, value in ((["--keep-unmasked"], True), (["--no-keep-unmasked"], False), ([], None)):
+        assert build_parser().parse_args(["generate", *words]).keep_unmasked is value
+    assert build_parser().parse_args(["generate", "--expand", "1,2,3,4"]).expand == [1, 2, 3, 4]
 
 
 @each([field for field in FLAGS if field in IN_REQUEST])
@@ -245,8 +281,12 @@ def test_a_flag_reaches_the_request_and_overrides_a_picture(tmp_path, monkeypatc
     image = picture(tmp_path / "in.png")
     known = {"image_file": str(image), "image_sha256": digest(load_image(image)), field.name: other(field)}
     made, value = picture(tmp_path / "a.png", **known), other(field, 2)
-    words = value if field.many else [value]
-    (job,) = jobs("--from", made, field.flags[-1], *words)
+    words = [field.flags[-1], *(value if field.many else [value])]
+    if field.kind is bool:
+        words = [field.flags[0] if value else field.flags[0].replace("--", "--no-")]
+    elif field.name == "expand":
+        words = [field.flags[0], ",".join(map(str, value))]
+    (job,) = jobs("--from", made, *words)
     assert getattr(job.request, field.name) == (tuple(value) if field.many else value)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +65,91 @@ def test_pipes_and_folders(tmp_path):
         read_prompt_file(tmp_path)
     with pytest.raises(UsageError, match="no file can have such a name"):
         read_prompt_file(tmp_path / "\0")
+
+
+# Tables
+
+
+def rows(tmp_path, text: str) -> list[dict]:
+    (tmp_path / "prompts.CSV").write_bytes(text.encode())
+    return read_prompt_file(tmp_path / "prompts.CSV")
+
+
+def test_a_table(tmp_path):
+    found = rows(
+        tmp_path,
+        "\ufeffprompt,seed,strength,input,reference,mask,expand,keep_unmasked,negative_prompt,output,\r\n"
+        '"a red circle, large",7,0.5,a.png,"b, c.png;d.png",m.png,,no,blue,x.png,note\r\n'
+        ",,,,,,,,,\r\n"
+        'two\u2028lines,,,a.png,,,"16,0,0,0",,\r\n',
+    )
+    assert found == [
+        {
+            "prompt": "a red circle, large",
+            "seed": 7,
+            "strength": 0.5,
+            "input": ["a.png"],
+            "reference": ["b, c.png", "d.png"],
+            "mask": "m.png",
+            "keep_unmasked": False,
+            "negative_prompt": "blue",
+            "output": "x.png",
+        },
+        {"prompt": "two\u2028lines", "input": ["a.png"], "expand": [16, 0, 0, 0]},
+    ]
+
+
+def test_braces_in_a_table_are_text(tmp_path):
+    assert rows(tmp_path, 'prompt\n{red|blue}\n"{""prompt"": 1}"\n') == [
+        {"prompt": "{red|blue}"},
+        {"prompt": '{"prompt": 1}'},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no prompt"),
+        ("prompt\n", "holds no prompt"),
+        ("a cat\na dog\n", 'line 1 has an unknown column "a cat": known are prompt'),
+        ("seed\n5\n", 'line 1 has no column "prompt"'),
+        ("prompt,prompt\na,b\n", "line 1 names a column twice"),
+        ("prompt,seed\na,x\n", "line 2: \"seed\" is 'x', expected an integer"),
+        ("prompt,strength\n\na,much\n", "line 3: \"strength\" is 'much', expected a number"),
+        ("prompt,keep_unmasked\na,2\n", "line 2: \"keep_unmasked\" is '2', expected true or false"),
+        ("prompt,seed\n,5\n", 'line 2 has no "prompt"'),
+        ("prompt,seed\na, b, 5\n", "line 2 has 3 cells, and the first row 2: quote"),
+        ('prompt\n"a\n', "is not valid CSV"),
+    ],
+)
+def test_wrong_tables(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message):
+        rows(tmp_path, text)
+
+
+# Standard input
+
+
+class Stream:
+    def __init__(self, content: bytes) -> None:
+        self.buffer = io.BytesIO(content)
+
+
+def test_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Stream(b'a cat\n{"prompt": "b", "input": "a.png"}\n'))
+    assert read_prompt_file(Path("-")) == [{"prompt": "a cat"}, {"prompt": "b", "input": ["a.png"]}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "^standard input holds no prompt"),
+        (b"\xff", "^standard input can't be read: it is not UTF-8 text"),
+        (b"{}", 'standard input, line 1 has no "prompt"'),
+        (None, "^standard input can't be read: it is closed"),
+    ],
+)
+def test_wrong_standard_input(monkeypatch, content, message):
+    monkeypatch.setattr(sys, "stdin", None if content is None else Stream(content))
+    with pytest.raises(UsageError, match=message):
+        read_prompt_file(Path("-"))

@@ -97,6 +97,8 @@ def add_field(flags: Flags, name: str) -> None:
     """Add the flags of a field of a request; the parsed value has the field's name."""
     field = FIELD[name]
     options: dict[str, Any] = {"dest": name, "type": field.kind, "metavar": field.metavar, **field.flag_options}
+    if field.kind is bool:  # its flags take no value
+        options = {"dest": name, "default": None, **field.flag_options}
     flags.add_argument(*field.flags, help=field.help.format_map(vars(field)), **options)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,10 @@ from fluxonnx.cli.progress import Progress, phase_line, speaker
 from fluxonnx.runtime.fields import FIELDS
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from fluxonnx.cli.jobs import Job, Wanted
+    from fluxonnx.cli.previews import Previews
     from fluxonnx.runtime.pipeline import Flux
 
 # Prompts that are encoded ahead together, so that the text encoder is loaded once for all of them.
@@ -58,6 +61,9 @@ class Options:
         threads: Threads per operator; None for one per core that this process may use.
         low_memory: Whether to need less memory and more time.
         cache_dir: The folder of encoded prompts.
+        preview: Where previews of the steps are written.
+        preview_method: How they are drawn.
+        animate: The file of an animation of the steps.
         verbose: Whether to print the seconds that phases take.
         quiet: Whether to print errors only.
     """
@@ -72,6 +78,9 @@ class Options:
     threads: int | None
     low_memory: bool
     cache_dir: Path | None
+    preview: Path | None
+    preview_method: str | None
+    animate: Path | None
     verbose: bool
     quiet: bool
 
@@ -99,6 +108,19 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         action="store_true",
         help="write into the picture where the input pictures are, and not only their names",
     )
+    steps = parser.add_argument_group("steps")
+    steps.add_argument(
+        "--preview",
+        type=path_name,
+        metavar="PATH",
+        help="write what each step expects the picture to be: into a folder, or into one file that each step replaces",
+    )
+    steps.add_argument(
+        "--preview-method",
+        metavar="NAME",
+        help="fast (default): blurred, and in no time; vae: by the decoder, see --verbose for the time that takes",
+    )
+    steps.add_argument("--animate", type=path_name, metavar="FILE", help="a .gif or .webp of the steps")
     groups["prompt"].add_argument(
         "--cache-dir",
         type=path_name,
@@ -140,7 +162,8 @@ def _add_prompt_sources(flags: Flags) -> None:
         "--prompt-file",
         type=path_name,
         metavar="FILE",
-        help='one prompt per line, or JSON objects such as {"prompt": "a cat", "seed": 7, "width": 512}',
+        help='one prompt per line, or JSON objects such as {"prompt": "a cat", "seed": 7, "input": "a.png"}; '
+        "a table if its name ends in .csv; - for standard input",
     )
     flags.add_argument(
         "--from",
@@ -168,8 +191,8 @@ def options_of(arguments: argparse.Namespace) -> Options:
             values={name: value for name, value in given.items() if value is not None},
             seed=arguments.seed,
             count=arguments.count,
-            input=arguments.input,
-            reference=arguments.reference,
+            files={"input": arguments.input, "reference": arguments.reference},
+            mask=arguments.mask,
             output=arguments.output,
             prompt_file=arguments.prompt_file,
             absolute_paths=arguments.absolute_paths,
@@ -183,6 +206,9 @@ def options_of(arguments: argparse.Namespace) -> Options:
         threads=arguments.threads,
         low_memory=arguments.low_memory,
         cache_dir=arguments.cache_dir,
+        preview=arguments.preview,
+        preview_method=arguments.preview_method,
+        animate=arguments.animate,
         verbose=arguments.verbose,
         quiet=arguments.quiet,
     )
@@ -193,12 +219,15 @@ def generate(options: Options) -> None:
     from fluxonnx import api
     from fluxonnx.cli.checks import check_jobs
     from fluxonnx.cli.jobs import choose_build, plan, read_source
+    from fluxonnx.cli.previews import open_previews
     from fluxonnx.contract import open_checkpoint
 
     say = speaker(options.quiet)
     say_seconds = speaker(quiet=not options.verbose)
     source = read_source(options.source) if options.source else None
     jobs = plan(options.wanted, source)
+    several = sum(len(job.seeds) for job in jobs) > 1
+    previews = open_previews(options.preview, options.preview_method, options.animate, several)
     model = find_model(options.dir, say)
     checkpoint = open_checkpoint(model)
     build = choose_build(options.precision, options.text_encoder_precision, options.provider, source, checkpoint.name)
@@ -225,22 +254,46 @@ def generate(options: Options) -> None:
                 if len(jobs) > 1 and i % PROMPTS_AHEAD == 0:
                     ahead = jobs[i : i + PROMPTS_AHEAD]
                     flux.encode_prompts([item.request.prompt for item in ahead], job.request.max_sequence_length)
-                _make(flux, job, bar, say, say_seconds)
+                _make(flux, job, previews, bar, say, say_seconds)
 
 
-def _make(flux: Flux, job: Job, bar: Progress, say: Callable[[str], None], say_seconds: Callable[[str], None]) -> None:
+def _make(
+    flux: Flux,
+    job: Job,
+    previews: Previews | None,
+    bar: Progress,
+    say: Callable[[str], None],
+    say_seconds: Callable[[str], None],
+) -> None:
     """Make the pictures of a job, and save each as soon as it is decoded."""
     from fluxonnx.runtime.saving import save_image
 
     bar.close()
     say(f"Seed: {', '.join(map(str, job.seeds))}")
     start = time.perf_counter()
-    for _, image in flux.pictures(job.request, job.seeds, bar.step):
+    pictures = _watched(flux, job, previews, bar) if previews else flux.pictures(job.request, job.seeds, bar.step)
+    for _, image in pictures:
         bar.close()
         saving = time.perf_counter()
         path = save_image(image, job.output, {**image.info, **job.inputs}, job.numbered)
         say_seconds(phase_line("save", time.perf_counter() - saving))
         say(f"{path} {image.width}x{image.height} ({time.perf_counter() - start:.1f} s)")
+        if previews and (animation := previews.finish(image)):
+            say(str(animation))
     bar.close()
     for name, seconds in flux.phases.seconds.items():
         say_seconds(phase_line(name, seconds))
+
+
+def _watched(flux: Flux, job: Job, previews: Previews, bar: Progress) -> Iterator[tuple[int, Image]]:
+    """Make the pictures of a job one by one, with previews of their steps."""
+    for seed in job.seeds:
+        last = None
+        for step in flux.steps(job.request, seed):
+            bar.step(step.index, step.steps, step.sigma, step.latents)
+            previews.step(step, f"{job.output.stem}-{seed}")
+            last = step
+        if last is None:  # at strength 0 there are no steps
+            yield from flux.pictures(job.request, [seed])
+        else:
+            yield seed, last.image()

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from PIL import Image
 
 from fluxonnx.errors import ImageError, UsageError
 from fluxonnx.runtime.fields import MAX_REFERENCES
-from fluxonnx.runtime.images import digest, load_image
+from fluxonnx.runtime.images import BLACK, digest, load_image
 
-# Reads a picture, and says its digest: a file of the same name can have changed later.
-Load = Callable[[Path], tuple[Image.Image, str]]
+# load(path, is_mask=False) reads a picture, and says its digest: a file of the same name can have changed later.
+Load = Callable[..., tuple[Image.Image, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,21 +25,22 @@ class Inputs:
     """The pictures of a request, and what is written about them into the picture that it makes."""
 
     image: Image.Image | None = None
+    mask: Image.Image | None = None
     references: tuple[Image.Image, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def pictures(self) -> dict[str, Any]:
         """The arguments of `Request`."""
-        return {"image": self.image, "references": self.references}
+        return {"image": self.image, "mask": self.mask, "references": self.references}
 
 
 def loader() -> Load:
     """Return a function that reads each file once: all lines of a prompt file look at the same pictures."""
 
     @cache
-    def load(path: Path) -> tuple[Image.Image, str]:
-        image = load_image(path)
+    def load(path: Path, is_mask: bool = False) -> tuple[Image.Image, str]:
+        image = load_image(path, BLACK).convert("L") if is_mask else load_image(path)
         return image, digest(image)
 
     return load
@@ -53,6 +54,7 @@ def load_inputs(
     source: Path | None,
     absolute_paths: bool,
     load: Load,
+    mask: Path | None = None,
 ) -> Inputs:
     """Load the pictures that flags name, else those of the picture that is made again.
 
@@ -61,32 +63,33 @@ def load_inputs(
     Args:
         input: Those of -i.
         reference: Those of -r.
-        paints_over: Whether -t is given.
+        paints_over: Whether -t, a mask or borders to add are given.
         known: The values of the picture that is made again.
         source: That picture.
         absolute_paths: Whether to write down where files are, and not only their names.
         load: Reads a picture.
+        mask: That of --mask.
 
     Raises:
         UsageError: Flags contradict each other, or there are too many pictures.
         ImageError: A picture is missing or can't be read.
     """
     if paints_over and len(input) > 1:
-        raise UsageError("-t paints over one picture: give one -i, and the others with -r")
+        raise UsageError("-t, --mask and --expand paint over one picture: give one -i, and the others with -r")
     if paints_over and not input and "image_file" not in known:
-        raise UsageError("-t sets how much of a picture to paint over: give the picture with -i")
+        raise UsageError("-t, --mask and --expand say how to paint over a picture: give the picture with -i")
     looked_at = [*([] if paints_over else input), *reference]
     count = len(looked_at or known.get("reference_files", []))
     if count > MAX_REFERENCES:
         raise UsageError(f"{count} reference images are too many: {MAX_REFERENCES} at most")
 
-    def given(path: Path) -> tuple[Image.Image, str, str]:
-        image, sha256 = load(path)
+    def given(path: Path, is_mask: bool = False) -> tuple[Image.Image, str, str]:
+        image, sha256 = load(path, is_mask)
         return image, str(path.absolute()) if absolute_paths else path.name, sha256
 
-    def remembered(name: str, expected: str | None) -> tuple[Image.Image, str, str]:
-        path = _find(name, expected, source, load)
-        image, sha256 = load(path)
+    def remembered(name: str, expected: str | None, is_mask: bool = False) -> tuple[Image.Image, str, str]:
+        path = _find(name, expected, source, partial(load, is_mask=is_mask))
+        image, sha256 = load(path, is_mask)
         if sha256 != expected:
             warnings.warn(f"{path} has changed since: the result will differ", stacklevel=5)
         return image, str(path.absolute()) if absolute_paths else name, sha256
@@ -96,6 +99,11 @@ def load_inputs(
         start = given(input[0])
     elif known.get("image_file"):
         start = remembered(known["image_file"], known.get("image_sha256"))
+    painted = None
+    if mask is not None:
+        painted = given(mask, is_mask=True)
+    elif start and known.get("mask_file"):
+        painted = remembered(known["mask_file"], known.get("mask_sha256"), is_mask=True)
     if looked_at:
         others = [given(path) for path in looked_at]
     else:
@@ -104,10 +112,15 @@ def load_inputs(
     metadata: dict[str, Any] = {}
     if start:
         metadata |= {"image_file": start[1], "image_sha256": start[2]}
+    if painted:
+        metadata |= {"mask_file": painted[1], "mask_sha256": painted[2]}
     if others:
         metadata |= {"reference_files": [other[1] for other in others], "reference_sha256": [o[2] for o in others]}
     return Inputs(
-        image=start[0] if start else None, references=tuple(image for image, _, _ in others), metadata=metadata
+        image=start[0] if start else None,
+        mask=painted[0] if painted else None,
+        references=tuple(image for image, _, _ in others),
+        metadata=metadata,
     )
 
 

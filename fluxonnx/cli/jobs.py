@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from fluxonnx.cli.inputs import Load, load_inputs, loader
-from fluxonnx.cli.prompt_file import read_prompt_file
+from fluxonnx.cli.prompt_file import prompt_file_name, read_prompt_file
 from fluxonnx.errors import UsageError
 from fluxonnx.runtime.fields import FIELD, FIELDS
 from fluxonnx.runtime.metadata import read_values
-from fluxonnx.runtime.pipeline import random_seed
 from fluxonnx.runtime.providers import CPU, OPENBLAS, available
 from fluxonnx.runtime.request import Request
 from fluxonnx.runtime.saving import check_output_path
+from fluxonnx.runtime.seeds import random_seed
+
+# The flags that name pictures, several each.
+PICTURE_FILES = ("input", "reference")
+# The values that say that the input is painted over, and not only looked at.
+PAINTS_OVER = ("strength", "expand")
 
 # Values by the names of the table of fields, with its types.
 Values = Mapping[str, Any]
@@ -31,8 +36,9 @@ class Wanted:
         values: Attributes of `Request`; they override the values of a file.
         seed: The seeds.
         count: The number of pictures to make from one seed.
-        input: Pictures to look at, or with a strength the one to paint over.
-        reference: More pictures to look at.
+        files: Pictures by the flag that names them: "input" for pictures to look at, or with a strength, a mask or
+            borders the one to paint over; "reference" for more pictures to look at.
+        mask: The part of the input to paint.
         output: The file to write.
         prompt_file: A file with prompts.
         absolute_paths: Whether pictures say where their input pictures are, and not only their names.
@@ -41,8 +47,8 @@ class Wanted:
     values: Values
     seed: list[int] | None = None
     count: int | None = None
-    input: list[Path]
-    reference: list[Path]
+    files: Mapping[str, list[Path]]
+    mask: Path | None = None
     output: Path | None = None
     prompt_file: Path | None = None
     absolute_paths: bool = False
@@ -114,7 +120,7 @@ def plan(wanted: Wanted, source: Source | None) -> list[Job]:
         lines = read_prompt_file(wanted.prompt_file)
         jobs = []
         for number, line in enumerate(lines, 1):
-            where = f"prompt {number} of {wanted.prompt_file}"
+            where = f"prompt {number} of {prompt_file_name(wanted.prompt_file).removeprefix('prompt file ')}"
             with located(where):
                 jobs.append(_job(wanted, line, None, len(lines) > 1, load, where))
         return jobs
@@ -165,7 +171,13 @@ def choose_build(
 def _job(wanted: Wanted, known: Values, source: Path | None, numbered: bool, load: Load, where: str = "") -> Job:
     """Combine the flags with the values of a line of a prompt file, or of the picture to make again."""
     values = {field.name: known[field.name] for field in FIELDS if "request" in field.places and field.name in known}
+    if "size" in wanted.values:
+        values = {name: value for name, value in values.items() if name not in ("width", "height")}
+    elif {"width", "height"} & wanted.values.keys():
+        values.pop("size", None)
     values.update(wanted.values)
+    if "expand" in values:
+        values["expand"] = tuple(values["expand"])
     if "sigmas" in values:
         values["sigmas"] = tuple(values["sigmas"])
         if "sigmas" in wanted.values and "schedule" not in wanted.values:
@@ -173,12 +185,24 @@ def _job(wanted: Wanted, known: Values, source: Path | None, numbered: bool, loa
         values.setdefault("schedule", "custom")
         if "steps" not in wanted.values:
             values.pop("steps", None)
-    paints_over = "strength" in wanted.values
-    inputs = load_inputs(wanted.input, wanted.reference, paints_over, known, source, wanted.absolute_paths, load)
+    # A line of a prompt file has the paths of its pictures; the picture to make again has names to look for.
+    files = {name: wanted.files.get(name) or [Path(file) for file in known.get(name, ())] for name in PICTURE_FILES}
+    mask = wanted.mask or (Path(known["mask"]) if "mask" in known else None)
+    said = wanted.values if source else values
+    inputs = load_inputs(
+        files["input"],
+        files["reference"],
+        mask is not None or any(name in said for name in PAINTS_OVER),
+        known,
+        source,
+        wanted.absolute_paths,
+        load,
+        mask,
+    )
     if inputs.image and known.get("strength") == 0 and inputs.image.size == (known.get("width"), known.get("height")):
         # A copy of the input, which has sizes that can't be drawn, and again has its size if none is given.
         for name in {"width", "height"} - wanted.values.keys():
-            del values[name]
+            values.pop(name, None)
     request = Request(**values, **inputs.pictures)
     seeds = _seeds(wanted, known)
     output = Path(known.get("output") or wanted.output or FIELD["output"].default)

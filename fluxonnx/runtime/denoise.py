@@ -2,67 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
 from PIL import Image
 
-from fluxonnx.checkpoint.manifest import Shape
 from fluxonnx.contract import REFERENCE_T, grid_ids, pack
-from fluxonnx.runtime.fields import MAX_SIDE
+from fluxonnx.errors import UsageError
+from fluxonnx.runtime.fields import FITTED_SIDE
 from fluxonnx.runtime.models import Models, Transformer
 from fluxonnx.runtime.noise import flux2c_randn, randn, size_independent_randn
 from fluxonnx.runtime.phases import Phases
-from fluxonnx.runtime.request import ResolvedRequest
+from fluxonnx.runtime.prepare import Prepared
 from fluxonnx.runtime.sampler import SolverStep, Velocity, sample
 from fluxonnx.runtime.schedule import make_sigmas, start_step
-from fluxonnx.runtime.tiles import Tiling
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A request whose prompts and pictures are encoded: everything that all its pictures have in common.
-
-    Attributes:
-        request: The request; whether tiles are used is decided.
-        channels: Channels of a latent token.
-        unit: Pixels along each side of a latent token.
-        embeds: Embeddings of the prompt and, with guidance, of the negative prompt: f32 [1, text_seq, 3 * hidden] each.
-        start: The picture to start from, f32 [1, channels, rows, columns]; None to start from noise alone.
-        references: The references, f32 [1, channels, their rows, their columns] each.
-    """
-
-    request: ResolvedRequest
-    channels: int
-    unit: int
-    embeds: list[np.ndarray]
-    start: np.ndarray | None
-    references: list[np.ndarray]
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of latent tokens."""
-        return self.request.height // self.unit, self.request.width // self.unit
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that the transformer gets for each picture: text, picture and references."""
-        rows, columns = self.grid
-        references = sum(reference[0, 0].size for reference in self.references)
-        return self.request.max_sequence_length + rows * columns + references
-
-    @property
-    def shape(self) -> Shape | None:
-        """What a static build has to draw for it; None with references, which none draws."""
-        request = self.request
-        return None if self.references else Shape(request.width, request.height, request.max_sequence_length)
-
-    @property
-    def tiling(self) -> Tiling:
-        """How its pictures are divided."""
-        return Tiling(self.request.tile, self.unit)
+from fluxonnx.runtime.step_cache import cached
 
 
 def sigmas_of(prepared: Prepared) -> np.ndarray:
@@ -72,40 +27,41 @@ def sigmas_of(prepared: Prepared) -> np.ndarray:
     return sigmas if request.image is None else sigmas[start_step(len(sigmas) - 1, request.strength) :]
 
 
-def first_latents(prepared: Prepared, seeds: Sequence[int], sigma: np.float32) -> np.ndarray:
-    """Draw noise for each seed, and mix it with the picture to start from: f32 [len(seeds), image_seq, channels]."""
+def draw_noise(prepared: Prepared, seeds: Sequence[int]) -> np.ndarray:
+    """Draw noise for each seed: f32 [len(seeds), image_seq, channels]."""
     shape = (1, prepared.channels, *prepared.grid)
 
     def draw(seed: int) -> np.ndarray:
         if prepared.request.noise == "size-independent":
-            return size_independent_randn(seed, shape, MAX_SIDE // prepared.unit)
+            return size_independent_randn(seed, shape, FITTED_SIDE // prepared.unit)
         if prepared.request.noise == "flux2c":
             return flux2c_randn(seed, shape)
         return randn(seed, shape)
 
-    noise = pack(np.concatenate([draw(seed) for seed in seeds]))
-    return noise if prepared.start is None else sigma * noise + (1 - sigma) * pack(prepared.start)
+    return pack(np.concatenate([draw(seed) for seed in seeds]))
 
 
-def denoise(
-    models: Models, phases: Phases, prepared: Prepared, latents: np.ndarray, sigmas: np.ndarray
-) -> Generator[SolverStep, None, None]:
-    """Denoise a batch; the transformer is loaded until the generator ends or is closed.
+def denoise(models: Models, phases: Phases, prepared: Prepared, noise: np.ndarray) -> Generator[SolverStep, None, None]:
+    """Walk from noise to the latents of pictures; the transformer is loaded until the generator ends or is closed.
 
     Args:
         models: The graphs.
-        phases: Told about the loading and the loop.
-        prepared: What the pictures of the batch have in common.
-        latents: f32 [batch, image_seq, channels], at noise level sigmas[0].
-        sigmas: f32 [steps + 1].
+        phases: Told of loading and denoising.
+        prepared: What the pictures have in common.
+        noise: Of `draw_noise`: f32 [batch, image_seq, channels].
 
     Yields:
         The state after each step.
     """
+    sigmas, mode = sigmas_of(prepared), prepared.mode
     with phases("load transformer"), models.transformer(prepared.shape) as transformer:
-        velocity = _velocity(transformer, prepared, len(latents))
+        velocity = cached(_velocity(transformer, prepared, len(noise)), prepared.request.step_cache)
         with phases("denoise"):
-            yield from sample(velocity, latents, sigmas, prepared.request.sampler)
+
+            def hold(latents: np.ndarray, sigma: np.float32) -> np.ndarray:
+                return mode.hold(latents, noise, sigma)
+
+            yield from sample(velocity, mode.begin(noise, sigmas[0]), sigmas, prepared.request.sampler, hold)
 
 
 def _velocity(transformer: Transformer, prepared: Prepared, batch: int) -> Velocity:
@@ -142,24 +98,32 @@ class Step:
         self,
         state: SolverStep,
         image: Callable[[np.ndarray], Image.Image],
-        preview: Callable[[np.ndarray], Image.Image],
+        previews: Mapping[str, Callable[[np.ndarray], Image.Image]],
     ) -> None:
-        """Describe the state of a batch of one; `image` and `preview` decode f32 [1, image_seq, channels]."""
+        """Describe the state of a batch of one; `image` and `previews` decode f32 [1, image_seq, channels]."""
         self.index, self.steps, self.sigma, self.latents = state.index, state.steps, state.sigma, state.latents
-        self._state, self._image, self._preview = state, image, preview
+        self._state, self._image, self._previews = state, image, previews
 
     @cached_property
     def estimate(self) -> np.ndarray:
         """The clean picture that the model expects: f32 [1, image_seq, channels]; after the last step, `latents`."""
         return self.latents if self.index == self.steps else self._state.estimate()
 
-    def preview(self) -> Image.Image:
-        """Decode a small version of `estimate`: RGB, half as large or less, with the longer side at most 256 pixels.
+    def preview(self, method: str = "vae") -> Image.Image:
+        """Draw a small version of `estimate`: RGB, half as large or less, with the longer side at most 256 pixels.
 
-        It takes as long as decoding a picture of that size: a quarter of the whole picture's time up to 512x512, less
-        above. The first call loads the decoder, which then takes memory beside the transformer until the loop ends.
+        Args:
+            method: "vae" takes as long as decoding a picture of that size: a quarter of the whole picture's time up to
+                512x512, less above. The first call loads the decoder, which then takes memory beside the transformer
+                until the loop ends. "fast" takes a few milliseconds, shows an eighth of the picture's resolution, and
+                loads nothing but the encoder, once per model, for as long as it takes to encode a picture of 256x256.
+
+        Raises:
+            UsageError: There is no such method.
         """
-        return self._preview(self.estimate)
+        if method not in self._previews:
+            raise UsageError(f"preview method {method!r} is unknown: choose one of {', '.join(self._previews)}")
+        return self._previews[method](self.estimate)
 
     def image(self) -> Image.Image:
         """Decode `estimate`: an RGB picture whose `info` holds the parameters that make the finished one.

@@ -6,168 +6,34 @@ table. The module imports nothing heavy, because `fluxonnx --help` needs it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from numbers import Integral, Real
+from argparse import ArgumentTypeError, BooleanOptionalAction
 from pathlib import Path
-from typing import Any, Literal
 
-from fluxonnx.errors import UsageError
+from fluxonnx.runtime.field import Field
 
-# The sides that the model can draw (FLUX_VAE_MAX_DIM, antirez/flux2.c).
-MIN_SIDE, MAX_SIDE = 64, 1792
-MAX_REFERENCES = 10
+# What can be drawn: at most 4 megapixels (FLUX.2 Technical Specifications, help.bfl.ai).
+MIN_SIDE, MAX_SIDE = 64, 4096
+MAX_AREA = 2048 * 2048
+# The side to which large input pictures are fitted, and the largest of which noise is sampled that has the same
+# composition at all sizes (FLUX_VAE_MAX_DIM, antirez/flux2.c).
+FITTED_SIDE = 1792
+MAX_REFERENCES = 16
 # The longest prompt of the reference pipeline (tokenizer_max_length, diffusers pipeline_flux2_klein.py).
 MAX_TOKENS = 512
 STRENGTH = 0.75
-# Longer integers are not printed.
-MOST_BITS = 128
-# Longer values are cut in messages.
-MOST_CHARACTERS = 200
-
-# What a value may be, and its name in messages. The abstract classes include numpy's numbers.
-KINDS: dict[type, tuple[type, str]] = {
-    str: (str, "string"),
-    Path: (str, "string"),
-    int: (Integral, "integer"),
-    float: (Real, "number"),
-}
-
-# Where a value can be given besides a flag: an attribute of `Request`, a line of a prompt file, the metadata of the
-# picture that --from names.
-Place = Literal["request", "prompt file", "picture"]
+# The most pixels that --expand adds at a side.
+MAX_BORDER = 4096
+# How many pixels around the mask --mask-crop alone takes in.
+CROP_PAD = 32
 
 
-@dataclass(frozen=True, kw_only=True)
-class Field:
-    """One value that steers a picture.
-
-    Attributes:
-        name: The attribute of `Request`, the key in prompt files and the key in the metadata of a picture.
-        kind: str, int, float or Path, which files hold as a string.
-        many: Whether the value is a list.
-        places: Where it can be given besides its flag.
-        default: The value if none is given.
-        base_default: The same for base models, where it is another one.
-        model_default: Whether a model's manifest can set another default.
-        low: The least value.
-        high: The greatest value.
-        low_note: The meaning of the least value.
-        high_note: The meaning of the greatest value.
-        above: A value that it has to exceed.
-        multiple: A number of which it has to be a multiple.
-        whole_tokens: Whether it has to be a multiple of the pixels along a side of a latent token.
-        choices: The only possible values.
-        complaint: The message about a value out of range.
-        flags: The flags of `generate`; empty if there is none.
-        group: The group of flags that they belong to.
-        metavar: The name of the value in the help.
-        help: The text in the help; {name} stands for an attribute of the field.
-        flag_options: Further arguments of `ArgumentParser.add_argument`.
-        matters: Whether the value has an effect on a picture, given the `ResolvedRequest`: a picture's metadata leaves
-            out values that have none.
-    """
-
-    name: str
-    kind: type[Any]
-    many: bool = False
-    places: tuple[Place, ...] = ("request", "prompt file", "picture")
-    default: Any = None
-    base_default: Any = None
-    model_default: bool = False
-    low: float | None = None
-    high: float | None = None
-    low_note: str = ""
-    high_note: str = ""
-    above: float | None = None
-    multiple: int | None = None
-    whole_tokens: bool = False
-    choices: tuple[str, ...] = ()
-    complaint: str = "{name} is {value}, but must be {range}"
-    flags: tuple[str, ...] = ()
-    group: str = ""
-    metavar: str = ""
-    help: str = ""
-    flag_options: Mapping[str, Any] = field(default_factory=dict)
-    matters: Callable[[Any], bool] = lambda request: True
-
-    def default_for(self, is_distilled: bool) -> Any:
-        """Return the default for a distilled or a base model."""
-        return self.default if is_distilled or self.base_default is None else self.base_default
-
-    def type_error(self, value: object) -> str | None:
-        """Return what is wrong with the type of a value from Python or from JSON; None if nothing is."""
-        noun = KINDS[self.kind][1]
-        if self.many:
-            expected = f"a list of {noun}s"
-            fits = (
-                isinstance(value, Iterable)
-                and not isinstance(value, (str, Mapping))
-                and all(self._is_one(item) for item in value)
-            )
-        else:
-            expected = f"an {noun}" if noun == "integer" else f"a {noun}"
-            fits = self._is_one(value)
-        return None if fits else f'"{self.name}" is {_short(value)}, expected {expected}'
-
-    def _is_one(self, value: object) -> bool:
-        # To Python, a bool is an int.
-        return isinstance(value, KINDS[self.kind][0]) and not isinstance(value, bool)
-
-    def check(self, value: Any, pixels_per_token: int = 1) -> None:
-        """Check the type, the choices and the range of a value; the items of a list only for their type.
-
-        Raises:
-            UsageError: The value is impossible.
-        """
-        if error := self.type_error(value):
-            raise UsageError(error)
-        if self.choices and value not in self.choices:
-            raise UsageError(f"{self.name} {_short(value)} is unknown: choose one of {', '.join(self.choices)}")
-        multiple = pixels_per_token if self.whole_tokens else self.multiple
-        # Comparisons with NaN are false, so that NaN is out of every range.
-        fits = (
-            (self.low is None or value >= self.low)
-            and (self.high is None or value <= self.high)
-            and (self.above is None or value > self.above)
-            and (multiple is None or value % multiple == 0)
-        )
-        if not fits:
-            bounds, nearest = self._range(multiple), self._nearest(value, multiple)
-            raise UsageError(self.complaint.format(name=self.name, value=_text(value), range=bounds, nearest=nearest))
-
-    def _range(self, multiple: int | None) -> str:
-        low = f"{self.low} {self.low_note}".rstrip()
-        high = f"{self.high} {self.high_note}".rstrip()
-        parts = [f"a multiple of {multiple}"] if multiple is not None else []
-        if self.low is not None and self.high is not None:
-            parts.append(f"from {low} to {high}")
-        elif self.low is not None:
-            parts.append(f"and at least {low}" if parts else f"at least {low}")
-        if self.above is not None:
-            parts.append(f"above {self.above}")
-        return " ".join(parts)
-
-    def _nearest(self, value: float, multiple: int | None) -> float | None:
-        if multiple is None or self.low is None or self.high is None:
-            return None
-        return round(min(max(value, self.low), self.high) / multiple) * multiple
-
-
-def _text(value: object) -> str:
-    """Return a value for a message: Python refuses to print integers of thousands of digits."""
-    if isinstance(value, int) and value.bit_length() > MOST_BITS:
-        return f"{'-' if value < 0 else ''}2**{value.bit_length() - 1} or so"
-    return str(value)
-
-
-def _short(value: object) -> str:
-    """Return the representation of any value for a message of one line."""
+def four_numbers(text: str) -> list[int]:
+    """Parse --expand."""
     try:
-        text = " ".join(repr(value).split())
-    except Exception:  # a list of such integers, or an object of the caller's
-        return f"of type {type(value).__name__}"
-    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
+        left, top, right, bottom = (int(part) for part in text.split(","))
+    except ValueError:
+        raise ArgumentTypeError(f"{text[:40]!r} is not four numbers of pixels, such as 64,0,64,0") from None
+    return [left, top, right, bottom]
 
 
 CANNOT_DRAW = "{name} {value} can't be drawn: it must be {range}, the nearest is {nearest}"
@@ -188,7 +54,7 @@ FIELDS = (
         flags=("--negative-prompt",),
         group="prompt",
         metavar="TEXT",
-        help="what guidance leads away from (base models)",
+        help="what guidance leads away from (base models, others with -g above 1)",
         matters=lambda request: request.guided,
     ),
     Field(
@@ -227,7 +93,7 @@ FIELDS = (
         flags=("-W", "--width"),
         group="picture",
         metavar="PX",
-        help="default: the width of the input picture, else {default}",
+        help="default: the width of the input picture, else {default}; -W or -H alone keeps the ratio",
     ),
     Field(
         name="height",
@@ -242,6 +108,17 @@ FIELDS = (
         group="picture",
         metavar="PX",
         help="likewise; both have to be multiples of 16",
+    ),
+    Field(
+        name="size",
+        kind=str,
+        places=("request", "prompt file"),
+        choices=("input",),
+        flags=("--size",),
+        group="picture",
+        metavar="input",
+        help="input: the size of the first input picture, also where it is looked at in a smaller one",
+        matters=lambda request: False,
     ),
     Field(
         name="seed",
@@ -271,7 +148,7 @@ FIELDS = (
         name="input",
         kind=Path,
         many=True,
-        places=(),
+        places=("prompt file",),
         flags=("-i", "--input"),
         group="input",
         metavar="FILE",
@@ -281,7 +158,6 @@ FIELDS = (
     Field(
         name="strength",
         kind=float,
-        places=("request", "picture"),
         default=STRENGTH,
         low=0,
         high=1,
@@ -295,15 +171,84 @@ FIELDS = (
         matters=lambda request: request.image is not None,
     ),
     Field(
+        name="mask",
+        kind=Path,
+        places=("prompt file",),
+        flags=("--mask",),
+        group="input",
+        metavar="FILE",
+        help="repaint only the white part of this mask of the input, in all steps unless -t says otherwise",
+    ),
+    Field(
+        name="mask_blur",
+        kind=float,
+        default=0.0,
+        low=0,
+        high=256,
+        low_note="(a sharp edge)",
+        flags=("--mask-blur",),
+        group="input",
+        metavar="PX",
+        help="soften the edge of the mask by this radius (default: {default:g})",
+        matters=lambda request: request.canvas is not None,
+    ),
+    Field(
+        name="mask_crop",
+        kind=int,
+        low=0,
+        high=4096,
+        flags=("--mask-crop",),
+        group="input",
+        metavar="PX",
+        help="draw only the mask's neighbourhood, PX pixels around it (alone: {flag_options[const]}), at the full size "
+        "of -W and -H; the result has the input's size",
+        flag_options={"nargs": "?", "const": CROP_PAD},
+        matters=lambda request: request.mask_crop is not None,
+    ),
+    Field(
+        name="keep_unmasked",
+        kind=bool,
+        default=True,
+        flags=("--keep-unmasked",),
+        group="input",
+        help="keep every pixel outside of the mask as it is (default), or show all of the drawn picture",
+        flag_options={"action": BooleanOptionalAction},
+        matters=lambda request: request.canvas is not None,
+    ),
+    Field(
+        name="expand",
+        kind=int,
+        many=True,
+        flags=("--expand",),
+        group="input",
+        metavar="L,T,R,B",
+        help="outpaint: add so many pixels at the left, top, right and bottom of the input, and draw them",
+        flag_options={"type": four_numbers},
+        matters=lambda request: request.expand is not None,
+    ),
+    Field(
         name="reference",
         kind=Path,
         many=True,
-        places=(),
+        places=("prompt file",),
         flags=("-r", "--reference"),
         group="input",
         metavar="FILE",
         help=f"a picture to look at; up to {MAX_REFERENCES}, also together with -i and -t",
         flag_options={"action": "append", "default": []},
+    ),
+    Field(
+        name="reference_area",
+        kind=float,
+        default=1.0,
+        low=0.0625,
+        high=4,
+        flags=("--reference-area",),
+        group="input",
+        metavar="MP",
+        help="scale pictures to look at down to so many times 1024x1024 pixels (default: {default:g}, as diffusers; "
+        "the original code takes 3.9 for a single picture)",
+        matters=lambda request: bool(request.references),
     ),
     Field(
         name="steps",
@@ -328,7 +273,20 @@ FIELDS = (
         flags=("-g", "--guidance"),
         group="sampling",
         metavar="X",
-        help="guidance scale, 1 turns it off (base models; default: {base_default:g})",
+        help="guidance scale, 1 turns it off (default: {default:g}, or {base_default:g} with a base model)",
+    ),
+    Field(
+        name="step_cache",
+        kind=int,
+        default=1,
+        low=1,
+        high=10,
+        low_note="(off)",
+        flags=("--step-cache",),
+        group="sampling",
+        metavar="N",
+        help="call the model in every N-th step only (base models, 50 steps): 2 halves the time and changes little",
+        matters=lambda request: request.step_cache != 1,
     ),
     Field(
         name="sampler",
@@ -394,6 +352,8 @@ FIELDS = (
     # What the metadata of a picture says about its input pictures and about the model.
     Field(name="image_file", kind=str, places=("picture",)),
     Field(name="image_sha256", kind=str, places=("picture",)),
+    Field(name="mask_file", kind=str, places=("picture",)),
+    Field(name="mask_sha256", kind=str, places=("picture",)),
     Field(name="reference_files", kind=str, many=True, places=("picture",)),
     Field(name="reference_sha256", kind=str, many=True, places=("picture",)),
     Field(name="model", kind=str, places=("picture",)),

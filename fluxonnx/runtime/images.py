@@ -34,10 +34,18 @@ SEVERAL_FRAMES = {
 ORIENTED_BY = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
 
-def load_image(path: str | Path) -> Image.Image:
+# What lies behind the transparent parts of a picture, and of a mask, which are not to be repainted.
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+
+
+def load_image(path: str | Path, behind: tuple[int, int, int] = WHITE) -> Image.Image:
     """Read a picture as a viewer shows it: upright, sRGB, 8 bits, on white where it is transparent.
 
     Of an animation, the first frame is used, with a warning.
+
+    Args:
+        path: The file.
+        behind: Another colour than white.
 
     Returns:
         An RGB picture.
@@ -47,13 +55,13 @@ def load_image(path: str | Path) -> Image.Image:
     """
     with metadata.opened(path) as image:
         notice = SEVERAL_FRAMES.get(image.format or "") if getattr(image, "n_frames", 1) > 1 else None
-        picture = as_rgb(image)
+        picture = as_rgb(image, behind)
     if notice:
         warnings.warn(f"{path} {notice}", stacklevel=2)
     return picture
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image, behind: tuple[int, int, int] = WHITE) -> Image.Image:
     """Convert any picture to RGB as a viewer shows it; see `load_image`."""
     profile = image.info.get("icc_profile")
     image = upright(image)
@@ -62,8 +70,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         # La, with alpha multiplied in, converts to LA only
         image = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image).convert("RGB")
+        paper = Image.new("RGBA", image.size, (*behind, 255))
+        image = Image.alpha_composite(paper, image).convert("RGB")
     if image.mode == "P":
         image = image.convert("RGB")
     if profile and image.mode in ("L", "RGB", "CMYK"):
@@ -114,16 +122,17 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     return converted if converted is not None else image
 
 
-def fit_reference(image: Image.Image, multiple: int = 16) -> Image.Image:
+def fit_reference(image: Image.Image, multiple: int = 16, area: float = MAX_REFERENCE_AREA) -> Image.Image:
     """Scale and crop a reference picture as diffusers' klein pipeline does.
 
-    The area is capped at 1024 * 1024. Sides are floored to multiples of `multiple`, by cropping evenly.
+    The area is capped. Sides are floored to multiples of `multiple`, by cropping evenly.
 
     Source: "4. process images", diffusers pipeline_flux2_klein.py, and Flux2ImageProcessor.
 
     Args:
         image: RGB.
         multiple: Sides become multiples of this: the VAE's factor times the patch size.
+        area: The most pixels, by default 1024 * 1024.
 
     Raises:
         UsageError: A side is under 64 pixels, or one is more than 8 times the other.
@@ -135,8 +144,8 @@ def fit_reference(image: Image.Image, multiple: int = 16) -> Image.Image:
         raise UsageError(
             f"a reference image is {width}x{height}: one side may be at most {MAX_REFERENCE_RATIO} times the other"
         )
-    if width * height > MAX_REFERENCE_AREA:
-        scale = math.sqrt(MAX_REFERENCE_AREA / (width * height))
+    if width * height > area:
+        scale = math.sqrt(area / (width * height))
         width, height = int(width * scale), int(height * scale)
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     return crop_center(image, width // multiple * multiple, height // multiple * multiple)

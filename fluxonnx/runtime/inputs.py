@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from fluxonnx.errors import ImageError, UsageError
-from fluxonnx.runtime.fields import MOST_BITS, Field
-from fluxonnx.runtime.images import as_rgb, load_image
+from fluxonnx.runtime.field import MOST_BITS, Field
+from fluxonnx.runtime.images import BLACK, WHITE, as_rgb, load_image
 
 # A picture: opened by Pillow, a path, or uint8 [height, width], [height, width, 3] or [height, width, 4]
 Picture = Image.Image | str | os.PathLike[str] | np.ndarray
@@ -39,15 +39,29 @@ def several(value: object) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def rgb_picture(value: object) -> Image.Image:
-    """Return a picture that a program passed as RGB.
+def gray_mask(value: object) -> Image.Image:
+    """Return a mask that a program passed in any form of a picture, or as an array of bool, as L.
+
+    It is black where it is transparent.
+
+    Raises:
+        UsageError: It is no picture.
+        ImageError: Its file or its data can't be read.
+    """
+    if isinstance(value, np.ndarray) and value.dtype == bool:
+        value = value.astype(np.uint8) * 255
+    return rgb_picture(value, BLACK).convert("L")
+
+
+def rgb_picture(value: object, behind: tuple[int, int, int] = WHITE) -> Image.Image:
+    """Return a picture that a program passed as RGB, with a colour behind its transparent parts.
 
     Raises:
         UsageError: It is no picture.
         ImageError: Its file or its data can't be read.
     """
     if isinstance(value, (str, os.PathLike)):
-        return load_image(os.fspath(value))
+        return load_image(os.fspath(value), behind)
     if isinstance(value, np.ndarray):
         value = _from_array(value)
     if not isinstance(value, Image.Image):
@@ -55,7 +69,7 @@ def rgb_picture(value: object) -> Image.Image:
     if 0 in value.size:
         raise UsageError(f"a picture is {value.width}x{value.height}: it has no pixels")
     try:
-        return as_rgb(value)
+        return as_rgb(value, behind)
     except (OSError, ValueError, SyntaxError) as error:  # Pillow reads the pixels of a file only now
         name = getattr(value, "filename", "") or "a picture"
         raise ImageError(f"{name} can't be read: {error}") from None

@@ -93,17 +93,40 @@ def _utf8(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+# The names of samplers and schedules in AUTOMATIC1111's web UI (modules/sd_samplers_kdiffusion.py, sd_schedulers.py).
+A1111_NAMES = {"euler": "Euler", "heun": "Heun", "dpmpp-2m": "DPM++ 2M", "flow": "Simple", "linear": "Normal"}
+
+
 def readable(parameters: Mapping[Any, Any]) -> str:
-    """Return the parameters in the form of AUTOMATIC1111's web UI, which gallery programs show."""
+    """Return the parameters in the form of AUTOMATIC1111's web UI, which gallery programs show.
+
+    Source: create_infotext and parse_generation_parameters, modules/processing.py and infotext_utils.py.
+    """
     facts = {
         "Steps": parameters.get("steps"),
+        "Sampler": _a1111_name(parameters.get("sampler")),
+        "Schedule type": _a1111_name(parameters.get("schedule")),
+        "CFG scale": parameters.get("guidance_scale"),
         "Seed": parameters.get("seed"),
         "Size": f"{parameters['width']}x{parameters['height']}" if {"width", "height"} <= parameters.keys() else None,
         "Model": parameters.get("model"),
+        "Denoising strength": parameters.get("strength"),
+        "Mask blur": parameters.get("mask_blur"),
         "Version": _software(parameters),
     }
-    known = ", ".join(f"{key}: {value}" for key, value in facts.items() if value is not None)
-    return f"{parameters.get('prompt', '')}\n{known}"
+    known = ", ".join(f"{key}: {_quoted(value)}" for key, value in facts.items() if value is not None)
+    negative = parameters.get("negative_prompt")
+    return f"{parameters.get('prompt', '')}\n" + (f"Negative prompt: {negative}\n" if negative else "") + known
+
+
+def _a1111_name(name: Any) -> Any:
+    return A1111_NAMES.get(name, name) if isinstance(name, str) else name
+
+
+def _quoted(value: Any) -> str:
+    """Quote a value that holds what separates others (infotext_utils.quote)."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(letter in text for letter in ",:\n") else text
 
 
 def read_parameters(path: str | Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -20,22 +19,23 @@ from fluxonnx.checkpoint.manifest import FILE_NAME, Build, Manifest
 from fluxonnx.contract import Architecture, unpack
 from fluxonnx.errors import Cancelled, UsageError
 from fluxonnx.machine import usable_cores
-from fluxonnx.runtime.denoise import Prepared, Step, denoise, first_latents, sigmas_of
+from fluxonnx.runtime.denoise import Step, denoise, draw_noise
 from fluxonnx.runtime.engine import SessionOptions
 from fluxonnx.runtime.engines import name_of
 from fluxonnx.runtime.events import Event, PhaseBegan
 from fluxonnx.runtime.fields import FIELD
-from fluxonnx.runtime.images import fit_start, image_to_sample, sample_to_image
-from fluxonnx.runtime.inputs import Picture, plain, several
+from fluxonnx.runtime.images import fit_start, sample_to_image
+from fluxonnx.runtime.inputs import Picture, several
 from fluxonnx.runtime.memory import batch_size
 from fluxonnx.runtime.models import Models
-from fluxonnx.runtime.noise import check_seed
 from fluxonnx.runtime.phases import Phases
-from fluxonnx.runtime.preview import draw_preview
+from fluxonnx.runtime.prepare import Prepared, prepare
+from fluxonnx.runtime.preview import FastPreview, draw_preview, put_back
 from fluxonnx.runtime.prompts import PromptCache, Prompts, encoder_identity
 from fluxonnx.runtime.request import DEFAULTS, Request, ResolvedRequest, resolve
+from fluxonnx.runtime.seeds import checked_seed, random_seed
 from fluxonnx.runtime.text import Tokenizer
-from fluxonnx.runtime.tiles import Tiling, choose_tile
+from fluxonnx.runtime.tiles import Tiling
 from fluxonnx.runtime.turns import in_turns
 from fluxonnx.version import __version__
 
@@ -46,11 +46,6 @@ Callback = Callable[[int, int, float, np.ndarray], object]
 # fewer, and how many it gets depends on the number of rows. Narrow models draw one picture at a time, so that a picture
 # out of a batch is bitwise what it is alone.
 BITWISE_COLUMNS = 64
-
-
-def random_seed() -> int:
-    """Draw a seed that a person can type again."""
-    return secrets.randbelow(2**32)
 
 
 class Flux:
@@ -99,6 +94,7 @@ class Flux:
         self._unit = self._sizes.vae.scale_factor
         watched = replace(options, watch=self._emit)
         self._models = Models(checkpoint.root, build, watched, self._sizes, encoder=encoder, static=static)
+        self._fast = FastPreview(partial(self._models.encode_images, tiling=Tiling(None, self._unit)), self._unit)
         # A run changes what is loaded. A thread waits for that of another, but not for itself: it may make a picture
         # inside a callback or between two steps of another picture.
         self._lock = threading.RLock()
@@ -131,7 +127,7 @@ class Flux:
 
         Args:
             prompt: What to draw. Tokens after the first `max_sequence_length` are cut, with a warning that shows them.
-            width: In pixels, a multiple of 16 from 64 to 1792; by default the model's own, which is 256 unless
+            width: In pixels, a multiple of 16 from 64 to 4096; by default the model's own, which is 256 unless
                 its manifest says otherwise.
             height: Likewise.
             steps: Denoising steps; by default 4, or 50 with a base model.
@@ -174,6 +170,33 @@ class Flux:
             raise UsageError("there is no image to paint over: pass one")
         return self.generate(prompt, seed=seed, image=image, strength=strength, **options)
 
+    def inpaint(
+        self,
+        prompt: str,
+        image: Picture,
+        mask: Picture | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Image.Image:
+        """Draw `prompt` where `mask` is white, and keep the rest of `image`, as diffusers' klein inpaint pipeline does.
+
+        Args:
+            prompt: What to draw.
+            image: The picture, as for `img2img`; the model also looks at it.
+            mask: What to draw: a picture that is white there, or an array of bool; scaled to the size of `image`. It
+                may be None with `expand`.
+            seed: As for `generate`.
+            **options: `mask_blur`, `mask_crop`, `keep_unmasked`, `expand`, `strength` (by default 1, all steps),
+                `references`, `callback`, and any other field of `Request`.
+
+        Raises:
+            UsageError: As `generate`, and for a mask without a white part, or none.
+            ImageError: A picture can't be read.
+        """
+        if image is None or (mask is None and options.get("expand") is None):
+            raise UsageError("inpainting takes an image and a mask that is white where to draw (or expand): pass both")
+        return self.generate(prompt, seed=seed, image=image, mask=mask, **options)
+
     def edit(
         self, prompt: str, images: Picture | Iterable[Picture], seed: int | None = None, **options: Any
     ) -> Image.Image:
@@ -181,13 +204,13 @@ class Flux:
 
         Args:
             prompt: What to draw, or what to change.
-            images: A picture or up to 10, as for `img2img`. The output has the first one's size as the model looks at
+            images: A picture or up to 16, as for `img2img`. The output has the first one's size as the model looks at
                 it, at most 1 megapixel, unless `width` and `height` say otherwise.
             seed: As for `generate`.
             **options: `callback`, and any other field of `Request`.
 
         Raises:
-            UsageError: As `generate`, and for a picture too small or too narrow, none, or more than 10.
+            UsageError: As `generate`, and for a picture too small or too narrow, none, or more than 16.
             ImageError: A picture can't be read.
         """
         references = several(images)
@@ -223,7 +246,7 @@ class Flux:
             raise UsageError(f"the seeds are of type {type(seeds).__name__}: pass a list of integers")
         if callback is not None and not callable(callback):
             raise UsageError(f"the callback is of type {type(callback).__name__}: pass a function, or None")
-        checked = [_checked_seed(seed) for seed in seeds]
+        checked = [checked_seed(seed) for seed in seeds]
         return in_turns(self._lock, self._pictures(self._resolve(request), checked, callback))
 
     def steps(self, request: Request, seed: int) -> Generator[Step, None, None]:
@@ -240,7 +263,7 @@ class Flux:
             UsageError: At once, if a value of the request or the seed is out of its range.
             FluxonnxError: A graph could not be loaded or run.
         """
-        return in_turns(self._lock, self._steps(self._resolve(request), _checked_seed(seed)))
+        return in_turns(self._lock, self._steps(self._resolve(request), checked_seed(seed)))
 
     def check(self, request: Request) -> None:
         """Check a request as `run` does, without running anything.
@@ -270,17 +293,18 @@ class Flux:
         self.phases = phases = Phases(self._phase_began)
         if request.image is not None and request.strength == 0:
             for seed in seeds:
-                image = fit_start(request.image, request.width, request.height, self._unit)
-                yield seed, self._sign(image, request, seed)
+                image = request.canvas.whole if request.canvas else request.image
+                if request.canvas is None:
+                    image = fit_start(image, request.width, request.height, self._unit)
+                yield seed, self._sign(image.copy(), request, seed)
             return
         # 1. Encode the prompts and the input pictures.
         prepared = self._prepare(request, phases)
-        sigmas = sigmas_of(prepared)
         for group in _groups(seeds, self._at_once(prepared)):
             # 2. Draw noise.
-            latents = first_latents(prepared, group, sigmas[0])
+            latents = noise = draw_noise(prepared, group)
             # 3. Denoise it.
-            with closing(denoise(self._models, phases, prepared, latents, sigmas)) as steps:
+            with closing(denoise(self._models, phases, prepared, noise)) as steps:
                 for step in steps:
                     latents = step.latents
                     if callback and callback(step.index, step.steps, step.sigma, latents) is False:
@@ -307,51 +331,38 @@ class Flux:
                     if loop_ended:
                         self._models.release("vae_decoder")
 
-        sigmas = sigmas_of(prepared)
-        latents = first_latents(prepared, [seed], sigmas[0])
+        noise = draw_noise(prepared, [seed])
         try:
-            with closing(denoise(self._models, phases, prepared, latents, sigmas)) as steps:
+            with closing(denoise(self._models, phases, prepared, noise)) as steps:
                 for state in steps:
                     if state.index == state.steps:
                         steps.close()  # so that the decoder does not need memory beside the transformer
-                    yield Step(state, partial(look, self._decode), partial(look, self._preview))
+                    looks = {"vae": partial(look, self._preview), "fast": partial(look, self._fast_preview)}
+                    yield Step(state, partial(look, self._decode), looks)
         finally:
             loop_ended = True
             self._models.release("vae_decoder")
 
     def _prepare(self, request: ResolvedRequest, phases: Phases) -> Prepared:
-        """Decide about tiles, and encode prompts and pictures."""
-        with phases("encode prompt"):
-            prompts = [request.prompt, request.negative_prompt] if request.guided else [request.prompt]
-            embeds = self._prompts.encode(prompts, request.max_sequence_length)
-        # What is decided is written into the picture, since tiles change it a little.
-        sizes = [(request.width, request.height), *(reference.size for reference in request.references)]
-        channels, options = max(self._sizes.vae.decoder_channels[:2]), self._options
-        tile = choose_tile(sizes, request.tile, options.low_memory, channels, options.free_memory())
-        request = replace(request, tile=tile)
-        images = list(request.references)
-        painted_over = request.image if request.strength < 1 else None
-        if painted_over is not None:
-            images.insert(0, fit_start(painted_over, request.width, request.height, self._unit))
-        latents: list[np.ndarray] = []
-        if images:
-            with phases("encode image"):
-                samples = [image_to_sample(image) for image in images]
-                latents = self._models.encode_images(samples, Tiling(tile, self._unit))
-        start = latents.pop(0) if painted_over is not None else None
-        return Prepared(request, self._sizes.transformer.in_channels, self._unit, embeds, start, latents)
+        return prepare(request, self._sizes, self._prompts, self._models, self._options, phases)
 
     def _decode(self, prepared: Prepared, tokens: np.ndarray, seed: int, phases: Phases) -> Image.Image:
         """f32 [1, image_seq, channels] -> a picture; the decoder stays loaded."""
         with phases("decode"):
             sample = self._models.decode(unpack(tokens, *prepared.grid), prepared.tiling)
-        return self._sign(sample_to_image(sample), prepared.request, seed)
+        return self._sign(prepared.mode.finish(sample_to_image(sample)), prepared.request, seed)
 
     def _preview(self, prepared: Prepared, tokens: np.ndarray, seed: int, phases: Phases) -> Image.Image:
         """f32 [1, image_seq, channels] -> a small picture; the decoder stays loaded."""
         decode = partial(self._models.decode, tiling=Tiling(None, self._unit))
         with phases("preview"):
-            return draw_preview(decode, unpack(tokens, *prepared.grid), self._unit)
+            small = draw_preview(decode, unpack(tokens, *prepared.grid), self._unit)
+            return put_back(small, prepared.request.canvas)
+
+    def _fast_preview(self, prepared: Prepared, tokens: np.ndarray, seed: int, phases: Phases) -> Image.Image:
+        """f32 [1, image_seq, channels] -> a small picture, without the decoder."""
+        with phases("preview"):
+            return put_back(self._fast.draw(unpack(tokens, *prepared.grid)), prepared.request.canvas)
 
     def _at_once(self, prepared: Prepared) -> int:
         """Return how many pictures to make in one pass: as many as fit into memory and stay reproducible."""
@@ -401,17 +412,6 @@ class Flux:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _checked_seed(seed: Any) -> int:
-    """Return a seed as an integer of Python; raises UsageError if it can't be one."""
-    seed = plain(FIELD["seed"], seed)
-    if error := FIELD["seed"].type_error(seed):
-        raise UsageError(error)
-    if seed.bit_length() > 64:
-        FIELD["seed"].check(seed)  # whose message can name integers of any length
-    check_seed(seed)
-    return seed
 
 
 def _groups(seeds: Sequence[int], size: int) -> Iterator[Sequence[int]]:

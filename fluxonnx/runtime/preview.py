@@ -1,4 +1,4 @@
-"""Small previews: neighbouring latent pixels are averaged, so that the decoder has less to do.
+"""Small previews: from the decoder, of averaged latent pixels, or from a linear map of latents to colours.
 
 With the autoencoder of the 4B model, a preview takes a quarter of the time of the whole picture at 512x512. With the
 bundled demo model on two cores, previews at 128x128, 512x512 and 1024x1024 take 0.01, 0.15 and 0.15 s, whole pictures
@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+from fluxonnx.runtime.canvas import Canvas
 from fluxonnx.runtime.images import sample_to_image
 
 # The longer side of a preview in pixels, at most. Pictures of up to 512 become half as large, so that their preview
@@ -37,6 +38,73 @@ def draw_preview(decode: Callable[[np.ndarray], np.ndarray], latents: np.ndarray
     factor = preview_factor(width, height)
     image = sample_to_image(decode(shrink(latents, factor)))
     return image.crop((0, 0, math.ceil(width / factor), math.ceil(height / factor)))
+
+
+class FastPreview:
+    """Draws small pictures by a linear map from each latent pixel to the mean colour of its part of the picture.
+
+    The map is fitted by least squares at the first use, to a picture of plain areas that is encoded for it. With the
+    bundled demo model, the previews of five prompts are 19.5 to 27.8 dB from the downscaled pictures; those of the
+    decoder are 20.0 to 28.6, and a map that is fitted to these pictures themselves gives 21.1 to 27.0.
+    """
+
+    def __init__(self, encode: Callable[[list[np.ndarray]], list[np.ndarray]], unit: int) -> None:
+        """Fit nothing yet.
+
+        Args:
+            encode: f32 [1, 3, height, width] in [-1, 1] each -> latents f32 [1, channels, rows, columns].
+            unit: Pixels along each side of a latent token.
+        """
+        self._encode, self._unit = encode, unit
+        self._colours: np.ndarray | None = None  # f32 [latent channels + 1, 3]; the last row is added
+
+    def draw(self, latents: np.ndarray) -> Image.Image:
+        """Return a small version of a picture, given its latents, f32 [1, channels, rows, columns]."""
+        if self._colours is None:
+            self._colours = self._fitted()
+        pixels = _latent_pixels(latents) @ self._colours[:-1] + self._colours[-1]
+        image = sample_to_image(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        height, width = (side * self._unit for side in latents.shape[2:])
+        factor = preview_factor(width, height)
+        return image.resize((math.ceil(width / factor), math.ceil(height / factor)), Image.Resampling.BICUBIC)
+
+    def _fitted(self) -> np.ndarray:
+        sample = _areas(16 * self._unit)
+        pixels = _latent_pixels(self._encode([sample])[0])
+        features = np.concatenate([pixels, np.ones_like(pixels[..., :1])], axis=-1).reshape(-1, pixels.shape[-1] + 1)
+        side = self._unit // 2
+        rows, columns = (length // side for length in sample.shape[2:])
+        colours = sample[0].reshape(3, rows, side, columns, side).mean((2, 4)).reshape(3, -1).T
+        # A little weight on small factors: latents have directions in which this picture hardly varies.
+        weight = 1e-3 * len(features) * np.eye(features.shape[1])
+        return np.linalg.solve(features.T @ features + weight, features.T @ colours).astype(np.float32)
+
+
+def put_back(preview: Image.Image, canvas: Canvas | None) -> Image.Image:
+    """Show what a preview is a part of, if a part of a picture is drawn."""
+    if canvas is None:
+        return preview
+    whole = canvas.finish(preview.resize(canvas.size, Image.Resampling.BICUBIC))
+    factor = preview_factor(*whole.size)
+    return whole.resize((math.ceil(whole.width / factor), math.ceil(whole.height / factor)), Image.Resampling.BOX)
+
+
+def _areas(side: int) -> np.ndarray:
+    """Return a picture of plain areas of random colours, coarser and finer ones: f32 [1, 3, side, side] in [-1, 1]."""
+    random, half = np.random.default_rng(0), side // 2
+    quarters = []
+    for cells in (2, 2, 4, 8):
+        colours = random.integers(0, 256, (cells, cells, 3), np.uint8)
+        quarters.append(colours.repeat(half // cells, 0).repeat(half // cells, 1))
+    picture = np.concatenate([np.concatenate(quarters[:2], 1), np.concatenate(quarters[2:], 1)])
+    return np.ascontiguousarray((picture / np.float32(127.5) - 1).transpose(2, 0, 1)[None], np.float32)
+
+
+def _latent_pixels(latents: np.ndarray) -> np.ndarray:
+    """f32 [1, 4 * latent channels, rows, columns] -> [2 * rows, 2 * columns, latent channels]; see `shrink`."""
+    _, channels, rows, columns = latents.shape
+    tokens = latents.reshape(channels // 4, 2, 2, rows, columns)
+    return tokens.transpose(3, 1, 4, 2, 0).reshape(2 * rows, 2 * columns, channels // 4)
 
 
 def shrink(latents: np.ndarray, factor: int) -> np.ndarray:

@@ -11,6 +11,9 @@ import numpy as np
 # velocity(latents f32 [batch, seq, channels], sigma) -> f32 of the same shape, noise minus picture
 Velocity = Callable[[np.ndarray, np.float32], np.ndarray]
 
+# hold(latents, sigma) -> the latents at noise level sigma, with what has to stay as it is put back
+Hold = Callable[[np.ndarray, np.float32], np.ndarray]
+
 # advance(velocity, latents, sigma, next sigma) -> latents at the next sigma, and the velocity at this sigma
 Advanced = tuple[np.ndarray, np.ndarray]
 Advance = Callable[[Velocity, np.ndarray, np.float32, np.float32], Advanced]
@@ -27,6 +30,7 @@ class SolverStep:
         latents: f32 [batch, image_seq, channels], after the step.
         before: Likewise, before the step.
         velocity: Of `before`.
+        hold: Puts back what has to stay as it is.
     """
 
     index: int
@@ -35,16 +39,24 @@ class SolverStep:
     latents: np.ndarray
     before: np.ndarray
     velocity: np.ndarray
+    hold: Hold
 
     def estimate(self) -> np.ndarray:
         """Return the clean picture that the model expected before the step: f32 [batch, image_seq, channels].
 
         It is where a straight line along the velocity ends, and so equals `latents` after a step to sigma 0.
         """
-        return self.before - self.sigma * self.velocity
+        return self.hold(self.before - self.sigma * self.velocity, np.float32(0))
 
 
-def sample(velocity: Velocity, latents: np.ndarray, sigmas: np.ndarray, solver: str = "euler") -> Iterator[SolverStep]:
+def as_it_is(latents: np.ndarray, sigma: np.float32) -> np.ndarray:
+    """Put nothing back."""
+    return latents
+
+
+def sample(
+    velocity: Velocity, latents: np.ndarray, sigmas: np.ndarray, solver: str = "euler", hold: Hold = as_it_is
+) -> Iterator[SolverStep]:
     """Walk from noise to a picture along `sigmas`.
 
     Args:
@@ -52,6 +64,7 @@ def sample(velocity: Velocity, latents: np.ndarray, sigmas: np.ndarray, solver: 
         latents: f32 [batch, image_seq, channels], at noise level sigmas[0].
         sigmas: f32 [steps + 1], falling, the last usually 0.
         solver: A key of `SOLVERS`.
+        hold: Called after each step, with the noise level that it led to.
 
     Yields:
         The state after each step.
@@ -61,7 +74,8 @@ def sample(velocity: Velocity, latents: np.ndarray, sigmas: np.ndarray, solver: 
     for i in range(steps):
         before = latents
         latents, found = advance(velocity, before, sigmas[i], sigmas[i + 1])
-        yield SolverStep(i + 1, steps, float(sigmas[i]), latents, before, found)
+        latents = hold(latents, sigmas[i + 1])
+        yield SolverStep(i + 1, steps, float(sigmas[i]), latents, before, found, hold)
 
 
 def euler() -> Advance:

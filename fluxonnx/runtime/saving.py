@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,15 @@ FORMATS: dict[str, dict[str, Any]] = {
     ".webp": {"format": "WEBP", "lossless": True},
     ".ppm": {"format": "PPM"},
 }
+
+
+# The options of an animation, by its suffix.
+ANIMATIONS: dict[str, dict[str, Any]] = {
+    ".gif": {"format": "GIF"},
+    ".webp": {"format": "WEBP", "quality": 90},
+}
+# How long its frames and its last one are shown, in milliseconds.
+FRAME_TIME, LAST_TIME = 300, 2000
 
 
 def check_output_path(path: str | Path, numbered: bool = False) -> None:
@@ -71,9 +80,37 @@ def save_image(
     extra = metadata.embed(options["format"], parameters) if parameters else {}
     clean = image.copy()
     clean.info = {}
+    return _save(clean, path, numbered, **options, **extra)
+
+
+def save_animation(frames: Sequence[Image.Image], path: Path, numbered: bool = False) -> Path:
+    """Write an animation, whole or not at all; all frames get the size of the last one.
+
+    Args:
+        frames: RGB.
+        path: .gif or .webp.
+        numbered: See `save_image`.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ImageError: The file can't be written.
+    """
+    *others, last = frames
+    scaled = [frame.resize(last.size, Image.Resampling.BICUBIC) for frame in others]
+    times = [FRAME_TIME] * len(scaled) + [LAST_TIME]
+    clean = [frame.copy() for frame in (*scaled, last)]
+    for frame in clean:
+        frame.info = {}
+    options = ANIMATIONS[path.suffix.lower()]
+    return _save(clean[0], path, numbered, save_all=True, append_images=clean[1:], duration=times, loop=0, **options)
+
+
+def _save(image: Image.Image, path: Path, numbered: bool, **options: Any) -> Path:
     buffer = io.BytesIO()
     try:
-        clean.save(buffer, **options, **extra)
+        image.save(buffer, **options)
         if numbered:
             return write_numbered(path, buffer.getvalue())
         write_output(path, buffer.getvalue())

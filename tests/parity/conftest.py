@@ -8,6 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
+import fluxonnx
+from tests.support import Case
+
 
 @lru_cache(maxsize=4)
 def _reference(path: Path) -> SimpleNamespace:
@@ -23,3 +26,18 @@ def _reference(path: Path) -> SimpleNamespace:
 def reference():
     """reference(path) -> Flux2KleinPipeline in float32."""
     return _reference
+
+
+@pytest.fixture
+def both(checkpoints, reference):
+    """both(case) -> a Flux, the reference pipeline, and the hidden states they use."""
+    opened = []
+
+    def both(case: Case):
+        flux = fluxonnx.load(checkpoints.exported(case))
+        opened.append(flux)
+        return flux, reference(checkpoints.get(case)), flux.text_encoder_out_layers
+
+    yield both
+    for flux in opened:
+        flux.close()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import fluxonnx
 from fluxonnx.runtime.request import Request
+from tests.parity.support import PROMPT, SEED, assert_same, picture, run_fluxonnx, run_reference
 from tests.support import IMAGE_TOLERANCE, LATENTS_TOLERANCE, Case, relative_error
 
 torch = pytest.importorskip("torch")
@@ -17,61 +17,6 @@ pytestmark = pytest.mark.parity
 DISTILLED = Case("odd-heads", "fp32")
 BASE = Case("odd-heads", "fp32", is_distilled=False)
 SHARDED = Case("one-double-three-single", "bf16", shards=3)
-SEED, PROMPT = 77, "a boat"
-
-
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Smooth colours, so that resampling has something to do."""
-    small = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), np.uint8)
-    return Image.fromarray(small, "RGB").resize((width, height), Image.Resampling.BICUBIC)
-
-
-@pytest.fixture
-def both(checkpoints, reference):
-    """both(case) -> a Flux, the reference pipeline, and the hidden states they use."""
-    opened = []
-
-    def both(case: Case):
-        flux = fluxonnx.load(checkpoints.exported(case))
-        opened.append(flux)
-        return flux, reference(checkpoints.get(case)), flux.text_encoder_out_layers
-
-    yield both
-    for flux in opened:
-        flux.close()
-
-
-def run_reference(pipe, layers, seed=SEED, **options):
-    """Return the final latents and the picture."""
-    latents = []
-
-    def keep(pipe, i, t, values):
-        latents.append(values["latents"].numpy())
-        return values
-
-    image = pipe(
-        prompt=PROMPT,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        max_sequence_length=32,
-        text_encoder_out_layers=layers,
-        callback_on_step_end=keep,
-        **options,
-    ).images[0]
-    return latents[-1], image
-
-
-def run_fluxonnx(flux, seed=SEED, **options):
-    latents = []
-    image = flux.generate(
-        PROMPT, seed=seed, max_sequence_length=32, callback=lambda step, steps, sigma, x: latents.append(x), **options
-    )
-    return latents[-1], image
-
-
-def assert_same(found, expected):
-    assert relative_error(found[0], expected[0]) < LATENTS_TOLERANCE
-    assert found[1].size == expected[1].size
-    assert np.abs(np.asarray(found[1], np.int16) - np.asarray(expected[1], np.int16)).max() <= IMAGE_TOLERANCE
 
 
 @pytest.mark.parametrize("case", [DISTILLED, SHARDED], ids=lambda case: case.id)
@@ -169,6 +114,19 @@ def test_guidance_with_references(both):
     flux, pipe, layers = both(BASE)
     expected = run_reference(pipe, layers, image=[picture(64, 80)], num_inference_steps=2, guidance_scale=4.0)
     assert_same(run_fluxonnx(flux, references=(picture(64, 80),), steps=2), expected)
+
+
+@pytest.mark.parametrize("references", [(), (picture(64, 80),)], ids=["prompt", "edit"])
+def test_guidance_of_a_distilled_model(both, references):
+    """As the reference guides with the same weights, if it is told that they are not distilled."""
+    from diffusers import Flux2KleinPipeline
+
+    flux, pipe, layers = both(DISTILLED)
+    pipe = Flux2KleinPipeline(**pipe.components, is_distilled=False)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"width": 64, "height": 80, "guidance_scale": 2.5}
+    expected = run_reference(pipe, layers, image=list(references) or None, num_inference_steps=2, **options)
+    assert_same(run_fluxonnx(flux, references=references, steps=2, **options), expected)
 
 
 def test_fifty_steps_by_default(both):

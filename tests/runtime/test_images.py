@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import re
 import warnings
 
 import numpy as np
@@ -199,6 +200,42 @@ def test_png_text_is_readable_by_others(tmp_path):
         assert json.loads(image.text["fluxonnx"]) == PARAMETERS
         assert image.text["parameters"].endswith("Steps: 4, Seed: 42, Size: 8x8, Model: m, Version: fluxonnx 1")
         assert image.text["Software"] == "fluxonnx 1"
+
+
+# What AUTOMATIC1111's web UI reads the last line with (re_param, modules/infotext_utils.py).
+A1111_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+def test_parameters_in_the_form_of_a1111(tmp_path):
+    parameters = {
+        "prompt": "a cat\non a mat",
+        "negative_prompt": "rain, snow",
+        "steps": 4,
+        "seed": 42,
+        "width": 64,
+        "height": 96,
+        "sampler": "dpmpp-2m",
+        "schedule": "flow",
+        "guidance_scale": 3.5,
+        "strength": 0.7,
+        "model": 'my, "model"',
+        "version": "1",
+    }
+    save_image(Image.new("RGB", (8, 8)), tmp_path / "a.png", parameters)
+    with Image.open(tmp_path / "a.png") as image:
+        *prompt, negative, last = image.text["parameters"].split("\n")
+    assert (prompt, negative) == (["a cat", "on a mat"], "Negative prompt: rain, snow")
+    assert {key: json.loads(value) if value[0] == '"' else value for key, value in A1111_PAIR.findall(last)} == {
+        "Steps": "4",
+        "Sampler": "DPM++ 2M",
+        "Schedule type": "Simple",
+        "CFG scale": "3.5",
+        "Seed": "42",
+        "Size": "64x96",
+        "Model": 'my, "model"',
+        "Denoising strength": "0.7",
+        "Version": "fluxonnx 1",
+    }
 
 
 @pytest.mark.parametrize("name", ["a.ppm", "b.png"])

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from fluxonnx.errors import UsageError
-from fluxonnx.runtime.fields import MAX_SIDE, MIN_SIDE
+from fluxonnx.runtime.fields import FITTED_SIDE, MAX_AREA, MAX_SIDE, MIN_SIDE
 from fluxonnx.runtime.request import Request, ResolvedRequest, resolve
 
 FLAGS = re.compile(r"-W (\d+) -H (\d+)")
@@ -41,11 +41,11 @@ def test_painted_over(size, expected):
     """However large: only what can't be drawn is scaled, and that is told."""
     found, told = resolved(image=photo(size), strength=0.5)
     assert (found.width, found.height) == (expected or size)
-    if max(size) > MAX_SIDE:
-        assert told == [
-            f"the picture to paint over is {size[0]}x{size[1]}, more than can be drawn: "
-            f"the result is {found.width}x{found.height}"
-        ]
+    if max(size) > FITTED_SIDE:
+        (text,) = told
+        assert f"the picture to paint over is {size[0]}x{size[1]}, more than is drawn unless asked for" in text
+        assert f"the result is {found.width}x{found.height}" in text
+        assert "(--size input)" in text
     else:
         assert told == []
 
@@ -55,27 +55,28 @@ def test_painted_over(size, expected):
     [
         ((1024, 1024), (1024, 1024), None),
         ((1000, 700), (992, 688), None),
-        ((1920, 1080), (1360, 768), (1792, 1008)),
+        ((1920, 1080), (1360, 768), (1920, 1072)),
         ((1600, 1200), (1168, 880), (1600, 1200)),
-        ((4032, 3024), (1168, 880), (1792, 1344)),
-        ((2048, 512), (1792, 448), None),
-        ((4000, 600), (1792, 272), None),
+        ((4032, 3024), (1168, 880), (2352, 1760)),
+        ((2048, 512), (1792, 448), (2048, 512)),
+        ((4000, 600), (1792, 272), (4000, 592)),
     ],
 )
 def test_edited(size, expected, offered):
-    """References are capped at 1 megapixel: the warning names both sizes, and the flags for the photo's own."""
+    """References are capped at 1 megapixel: the warning names both sizes, and the flag for the photo's own."""
     found, told = resolved(references=(photo(size), photo((64, 64))))
     assert (found.width, found.height) == expected
     if offered:
         (text,) = told
         assert f"{size[0]}x{size[1]}" in text
         assert f"the result is {expected[0]}x{expected[1]}" in text
-        assert tuple(map(int, FLAGS.search(text).groups())) == offered
-        again, told = resolved(references=(photo(size),), width=offered[0], height=offered[1])
+        assert f"(--size input), which is {offered[0]}x{offered[1]}" in text
+        again, told = resolved(references=(photo(size),), size="input")
         assert (again.width, again.height) == offered
-        assert told == []
+        assert again.width * again.height <= MAX_AREA
+        assert any("more than can be drawn" in text for text in told) == (size == (4032, 3024))
     else:
-        assert len(told) == (max(size) > MAX_SIDE)
+        assert told == []
 
 
 @pytest.mark.parametrize("place", ["image", "references"])
@@ -96,8 +97,73 @@ def test_one_side_keeps_the_ratio(place, size, given, expected):
 
 
 def test_one_side_without_a_picture():
+    """It keeps the ratio of the default size."""
     found, _ = resolved(width=512)
-    assert (found.width, found.height) == (512, 256)
+    assert (found.width, found.height) == (512, 512)
+    defaults = {"width": 256, "height": 128, "max_sequence_length": 64}
+    resized = resolve(Request(prompt="a", height=512), True, 16, defaults)
+    assert (resized.width, resized.height) == (1024, 512)
+
+
+@pytest.mark.parametrize(
+    ("size", "offered"),
+    [
+        ((1000, 700), (1008, 704)),
+        ((1920, 1080), (1936, 1088)),
+        ((1080, 1920), (1088, 1936)),
+        ((4096, 4096), (2048, 2048)),
+        ((8000, 6000), (2352, 1760)),
+        ((10, 10), (64, 64)),
+        ((60, 6000), None),
+    ],
+)
+def test_the_nearest_size_with_the_ratio_is_offered(size, offered):
+    with pytest.raises(
+        UsageError, match=f"^{size[0]}x{size[1]} can't be drawn: sides must be multiples of 16"
+    ) as found:
+        resolved(width=size[0], height=size[1])
+    flags = FLAGS.search(str(found.value))
+    assert (tuple(map(int, flags.groups())) if flags else None) == offered
+    if offered:
+        again, _ = resolved(width=offered[0], height=offered[1])
+        assert (again.width, again.height) == offered
+
+
+@pytest.mark.parametrize(
+    ("size", "warned"), [((1024, 1024), 0), ((2048, 1024), 0), ((2048, 1040), 1), ((4096, 1024), 1)]
+)
+def test_a_warning_above_what_is_recommended(size, warned):
+    found, told = resolved(width=size[0], height=size[1])
+    assert (found.width, found.height) == size
+    assert len([text for text in told if "above 2 megapixels" in text]) == len(told) == warned
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"size": "input"}, "size input is the size of the input picture, but there is none"),
+        ({"size": "input", "image": photo((64, 64)), "width": 64}, "leave it out, or width and height"),
+        ({"size": "huge"}, "size 'huge' is unknown: choose one of input"),
+        ({"width": 2048, "noise": "size-independent"}, "is made for sides of at most 1792"),
+        ({"reference_area": 5}, "reference_area is 5, but must be from 0.0625 to 4"),
+    ],
+)
+def test_impossible_sizes(values, message):
+    with pytest.raises(UsageError, match=message):
+        resolved(**values)
+
+
+@pytest.mark.parametrize(
+    ("area", "expected"), [(1, (1168, 880)), (4, (2000, 1488)), (0.25, (576, 432)), (3.9, (2000, 1488))]
+)
+def test_the_area_of_references(area, expected):
+    found, _ = resolved(references=(photo((2000, 1500)),), reference_area=area)
+    assert found.references[0].size == expected
+
+
+def test_the_size_of_the_input_of_a_photo_that_is_painted_over():
+    found, told = resolved(image=photo((1930, 1090)), strength=0.5, size="input")
+    assert (found.width, found.height, told) == (1920, 1088, [])
 
 
 @pytest.mark.parametrize(
@@ -105,7 +171,7 @@ def test_one_side_without_a_picture():
     [
         ({"image": photo((50, 64))}, "width 48 can't be drawn: the picture is 50x64"),
         ({"image": photo((300, 20))}, "height 16 can't be drawn"),
-        ({"image": photo((3000, 400)), "height": 512}, "height 512 can't be drawn with the ratio .* 3840x512"),
+        ({"image": photo((3000, 400)), "height": 1024}, "height 1024 can't be drawn with the ratio .* 7680x1024"),
         ({"references": (photo((600, 100)),), "width": 256}, "width 256 can't be drawn with the ratio .* 256x48"),
     ],
 )
