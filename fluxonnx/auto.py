@@ -33,7 +33,7 @@ WITHOUT_ENCODER = tuple(name for name in COMPONENTS if name != ENCODER)
 # Of several builds, the one whose pictures are closest to the checkpoint's comes first; fp16 is for providers that
 # compute in it, as CPUs convert its weights to float32 when they load them.
 CLOSEST_FIRST = ("bf16", "fp32", "int8", "int4", "fp16")
-CLOSEST_FIRST_IN_HALF = ("fp16", "fp32", "bf16", "int8", "int4")
+CLOSEST_FIRST_IN_HALF = ("fp16", "bf16-native", "fp32", "bf16", "int8", "int4")
 
 
 @dataclass(frozen=True)

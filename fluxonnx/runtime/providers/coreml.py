@@ -18,7 +18,7 @@ COREML = Traits(
         "ModelCacheDirectory": (),
     },
     cache="ModelCacheDirectory",
-    lacking=("bf16", "int8", "int4"),
+    lacking=("bf16", "bf16-native", "int8", "int4"),
     static_shapes=True,
     needs="macOS",
     limits=(

@@ -32,6 +32,7 @@ CUDA = Traits(
         "cudnn_conv_algo_search": "HEURISTIC",
     },
     device="cuda",
+    lacking=("int8",),
     needs=NEEDS,
     limits=(
         "bf16-native needs a GPU that computes in bfloat16 (NVIDIA Ampere or later); older ones take fp16.",
@@ -43,6 +44,7 @@ CUDA = Traits(
 )
 TENSORRT = Traits(
     "onnxruntime-gpu",
+    lacking=(),
     needs=f"{NEEDS}, and TensorRT's libraries",
     limits=("It compiles each graph anew for other shapes, which takes minutes.",),
 )

@@ -48,7 +48,7 @@ class Traits:
     options: Mapping[str, tuple[str, ...]] | None = None
     cache: str = ""
     plugin: str = ""
-    lacking: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ("bf16-native",)
     needs: str = ""
     static_shapes: bool = False
     limits: tuple[str, ...] = ()

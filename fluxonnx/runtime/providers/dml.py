@@ -14,6 +14,6 @@ DML = Traits(
         "enable_graph_capture": ("true", "false"),
         "enable_graph_serialization": ("true", "false"),
     },
-    lacking=("bf16",),
+    lacking=("bf16", "bf16-native"),
     needs="Windows and a GPU for DirectX 12",
 )

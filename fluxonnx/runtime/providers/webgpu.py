@@ -28,7 +28,7 @@ WEBGPU = Traits(
             ("disabled", "lazyRelease", "simple", "bucket"),
         ),
     },
-    lacking=("bf16",),
+    lacking=("bf16", "bf16-native"),
     needs="a GPU with a driver for Vulkan, Metal or DirectX 12",
     limits=(
         "Graphs of the flavour ort were silently wrong on a software adapter: it gets portable ones.",
