@@ -24,6 +24,7 @@ from fluxonnx.checkpoint.manifest import (
     graph_file,
     is_current,
     is_source_checkout,
+    packed_scalings,
     read_manifest,
     salvaged_manifest,
 )
@@ -361,6 +362,7 @@ def _write_component(
         out_layers=list(sizes.text_encoder.out_layers) if component == "text_encoder" else None,
         errors=graph.errors,
         kept=graph.kept,
+        scaling=packed_scalings(weight.source for weight in graph.weights),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fluxonnx.checkpoint.manifest import DEFAULT_FLAVOUR, FILE_NAME, Build, depe
 from fluxonnx.checkpoint.reading import check_readable, shown
 from fluxonnx.contract import COMPONENTS, EMBEDDING_TABLE, Architecture, text_ids
 from fluxonnx.errors import CheckpointError
+from fluxonnx.lora.adapted import Adapted
 from fluxonnx.runtime.engine import Runner, SessionOptions
 from fluxonnx.runtime.engines import engine_for
 from fluxonnx.runtime.events import GraphRan
@@ -71,6 +73,8 @@ class Models:
         self._engine = options.engine or engine_for(options.provider)
         self._resident, self._read_ahead, self._prefault = resident, read_ahead, prefault
         self._kept: dict[str, Runner] = {}
+        # adapt(component, graph) -> the graph to run instead; None for that one
+        self.adapt: Callable[[str, Path], Adapted | None] = lambda component, graph: None
         self._transformer_is_new = False
 
     def builds(self) -> dict[str, str]:
@@ -87,7 +91,8 @@ class Models:
             check_readable(self._root / name)
         # Another process may export the build again while this one uses it.
         with unchanged({self._root / name: digest for name, digest in found.files.items()}):
-            return self._engine(self._root / found.graph, component, build, self._options)
+            options = replace(self._options, adapted=self.adapt(component, self._root / found.graph))
+            return self._engine(self._root / found.graph, component, build, options)
 
     def _run(self, component: str, runner: Runner, /, **inputs: np.ndarray) -> list[np.ndarray]:
         outputs = runner.run(**inputs)

@@ -20,6 +20,7 @@ from fluxonnx.checkpoint.manifest import FILE_NAME, Build, Manifest
 from fluxonnx.contract import Architecture, unpack
 from fluxonnx.errors import Cancelled, UsageError
 from fluxonnx.machine import usable_cores
+from fluxonnx.runtime.adapters import Adapters
 from fluxonnx.runtime.denoise import Prepared, Step, denoise, first_latents, sigmas_of
 from fluxonnx.runtime.engine import Engine, SessionOptions
 from fluxonnx.runtime.events import Event, PhaseBegan
@@ -64,6 +65,7 @@ class Flux:
         text_encoder_out_layers: The hidden states that make up prompt embeddings.
         phases: The phases of the last run and the seconds they took.
         watch: Called with every event, see `events`; may be set between runs.
+        load_lora, set_lora_scale, unload_lora: See `adapters.Adapters`.
     """
 
     def __init__(
@@ -96,8 +98,7 @@ class Flux:
         self._unit = self._sizes.vae.scale_factor
         watched = replace(options, watch=self._emit)
         self._models = Models(checkpoint.root, build, watched, self._sizes, encoder=encoder)
-        # A run changes what is loaded. A thread waits for that of another, but not for itself: it may make a picture
-        # inside a callback or between two steps of another picture.
+        # A run changes what is loaded. A thread may make a picture inside a callback or between two steps of another.
         self._lock = threading.RLock()
         cache = None
         if cache_dir:
@@ -105,6 +106,10 @@ class Flux:
             identify = partial(encoder_identity, checkpoint.root, manifest, encoder or build, engine, options.provider)
             cache = PromptCache(cache_dir, identify, self._sizes.text_encoder.embedding_dim)
         self._prompts = Prompts(Tokenizer(checkpoint.root / "tokenizer"), self._models, cache)
+        adapters = Adapters(checkpoint, build, encoder or build, self._sizes, options, self._lock)
+        adapters.attach(self._models, self._prompts)
+        self.load_lora, self.set_lora_scale, self.unload_lora = adapters.load, adapters.set_scale, adapters.unload
+        self._adapters = adapters
         self._defaults = {**DEFAULTS, **manifest.defaults}
         self._resolve = partial(resolve, is_distilled=self.is_distilled, multiple=self._unit, defaults=self._defaults)
 
@@ -361,6 +366,7 @@ class Flux:
             "seed": seed,
             "model": self.name,
             **self._models.builds(),
+            **self._adapters.metadata(),
             "provider": self._options.provider,
             "version": __version__,
         }
@@ -375,10 +381,7 @@ class Flux:
         self._emit(PhaseBegan(name))
 
     def release_text_encoder(self) -> None:
-        """Free the text encoder's memory (about 8 GB of mapped weights); a new prompt loads it again.
-
-        This happens by itself once the prompts of a run are encoded.
-        """
+        """Free the text encoder's memory, as a run does once its prompts are encoded; a new prompt loads it again."""
         with self._lock:
             self._models.release("text_encoder")
 

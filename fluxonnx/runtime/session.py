@@ -149,7 +149,7 @@ class Session:
         self._profile = Profile(told) if options.profile else None
         try:
             self._session = onnxruntime.InferenceSession(
-                str(path),
+                options.adapted.handed_to(told, path.parent) if options.adapted else str(path),
                 told,
                 providers=session_providers(chosen.provider, chosen.threads, told),
                 disabled_optimizers=list(chosen.disabled_optimizers) or None,
