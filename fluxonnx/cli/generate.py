@@ -54,6 +54,7 @@ class Options:
         text_encoder_precision: Likewise, the default being the precision.
         provider: Likewise.
         threads: Threads per operator; None for one per core that this process may use.
+        lora: LoRA files, as FILE or FILE:SCALE.
         low_memory: Whether to need less memory and more time.
         cache_dir: The folder of encoded prompts.
         verbose: Whether to print the seconds that phases take.
@@ -67,6 +68,7 @@ class Options:
     text_encoder_precision: str | None
     provider: str | None
     threads: int | None
+    lora: list[str]
     low_memory: bool
     cache_dir: Path | None
     verbose: bool
@@ -104,6 +106,14 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     )
     model = parser.add_argument_group("model")
     add_model(model, "$FLUXONNX_MODEL, else ./model, else the bundled demo model, which draws coloured shapes")
+    model.add_argument(
+        "--lora",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="LoRA files, or OWNER/NAME of the hub, each with how strongly it counts (default: 1); none for none",
+    )
     model.add_argument("--precision", metavar="NAME", help="bf16 (default), fp32, fp16, int8, int4, or auto")
     add_text_encoder_precision(model)
     model.add_argument(
@@ -168,6 +178,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         text_encoder_precision=arguments.text_encoder_precision,
         provider=arguments.provider,
         threads=arguments.threads,
+        lora=arguments.lora,
         low_memory=arguments.low_memory,
         cache_dir=arguments.cache_dir,
         verbose=arguments.verbose,
@@ -181,6 +192,7 @@ def generate(options: Options) -> None:
     from fluxonnx.cli.checks import check_jobs
     from fluxonnx.cli.jobs import choose_build, plan, read_source
     from fluxonnx.contract import open_checkpoint
+    from fluxonnx.runtime.lora_files import chosen
 
     say = speaker(options.quiet)
     say_seconds = speaker(quiet=not options.verbose)
@@ -190,6 +202,7 @@ def generate(options: Options) -> None:
     checkpoint = open_checkpoint(model)
     build = choose_build(options.precision, options.text_encoder_precision, options.provider, source, checkpoint.name)
     check_jobs(jobs, checkpoint, options.cache_dir)
+    loras = chosen(options.lora, source.values if source else {}, options.source, checkpoint.root)
     start = time.perf_counter()
     with Progress(options.quiet) as bar:
         flux = api.load(
@@ -207,6 +220,8 @@ def generate(options: Options) -> None:
         )
         say_seconds(phase_line("open model", time.perf_counter() - start))
         with flux:
+            for i, lora in enumerate(loras):
+                flux.load_lora(lora.file, lora.scale, name=str(i))
             for i, job in enumerate(jobs):
                 if len(jobs) > 1 and i % PROMPTS_AHEAD == 0:
                     ahead = jobs[i : i + PROMPTS_AHEAD]

@@ -88,10 +88,9 @@ def read_lora(path: Path, layers: Layers, model: str, weights: Weights) -> Lora:
     """
     tensors = read_header(path)
     groups, unused = _groups(tensors)
-    if not any(HELPERS.issuperset(parts) is False for parts in groups.values()):
-        raise CheckpointError(
-            f"{path} is no LoRA: none of its {len(tensors)} tensors ({', '.join(list(tensors)[:NAMED])}) is a part of one"
-        )
+    if not any(parts.keys() - HELPERS for parts in groups.values()):
+        some = ", ".join(list(tensors)[:NAMED])
+        raise CheckpointError(f"{path} is no LoRA: none of its {len(tensors)} tensors is a part of one ({some})")
     scale_of = _peft_scale(path)
     changes: dict[str, dict[str, Change]] = {}
     wrong = None

@@ -1,9 +1,9 @@
 """A graph with the changes of LoRA files, derived in memory: the exported files stay as they are.
 
-Beside each product with a changed weight, the graph gets a branch in float32 that computes what the change adds to it:
-up @ (down @ x) for a LoRA, two small products for a LoKr. So integers stay as they are rounded, and no weight is written
-anew. A LoHa's matrix is computed from its four small ones in each step: added to a weight of floats, multiplied beside
-integers.
+Beside each product with a changed weight, the graph gets a branch in float32 that computes what the change adds:
+up @ (down @ x) for a LoRA, two small products for a LoKr. So integers stay as they are rounded, and no weight is
+written anew. A LoHa's matrix is computed from its four small ones in each step: added to a weight of floats, multiplied
+beside integers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -86,7 +87,7 @@ class _Surgery:
 
     # Values
 
-    def op(self, place: list[onnx.NodeProto], type: str, *inputs: str, **attributes: object) -> str:
+    def op(self, place: list[onnx.NodeProto], type: str, *inputs: str, **attributes: Any) -> str:
         """Add a node behind those in `place`; returns its output."""
         self._count += 1
         name = f"/{PREFIX}/{type}_{self._count}"
@@ -95,7 +96,7 @@ class _Surgery:
 
     def constant(self, value: object, dtype: type = np.int64) -> str:
         """Return a small constant."""
-        array = np.asarray(value, dtype)
+        array: np.ndarray = np.asarray(value, dtype)
         name = f"{PREFIX}/constant/{array.dtype}/{'x'.join(map(str, array.shape))}/{array.tobytes().hex()}"
         self.constants[name] = array
         return name
@@ -175,7 +176,8 @@ class _Surgery:
         """Combine a weight of floats with another matrix before it is multiplied."""
         if not product.floats:
             raise UsageError(
-                f"this LoRA changes whole columns of weights, which a build of {self.precision} can't: use --precision bf16"
+                f"a LoRA has magnitudes of columns (DoRA), which a build of {self.precision} can't apply: use "
+                "--precision bf16 or fp32"
             )
         weight = product.node.input[1]
         product.node.input[1] = self.op(self.first, type, weight, operand)
@@ -216,10 +218,7 @@ class _Surgery:
         if product.panels == 1 and self.fused:
             return self.op(place, "Gemm", narrow, self.weight(up), value, transB=1, alpha=scale)
         narrow = self.op(place, "Mul", narrow, self.constant(scale, np.float32))
-        if product.panels > 1:
-            up = up.reshape(product.panels, -1, up.shape[1]).transpose(0, 2, 1)
-        else:
-            up = up.T
+        up = up.reshape(product.panels, -1, up.shape[1]).transpose(0, 2, 1) if product.panels > 1 else up.T
         wide = self.op(place, "MatMul", narrow, self.weight(np.ascontiguousarray(up)))
         return self.op(place, "Add", value, wide)
 

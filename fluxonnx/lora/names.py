@@ -99,7 +99,7 @@ def _joined(name: str) -> str:
 
 def _original_names(layers: Mapping[str, tuple[int, int]]) -> dict[str, tuple[str, ...]]:
     """Return the paths of layers by the names of the original and by diffusers' names of fused layers."""
-    names = {name: (path,) for name, path in MODULES.items()}
+    names: dict[str, tuple[str, ...]] = {name: (path,) for name, path in MODULES.items()}
     for original, (blocks, modules) in BLOCKS.items():
         count = 1 + max((int(path.split(".")[1]) for path in layers if path.startswith(f"{blocks}.")), default=-1)
         for i in range(count):

@@ -1,7 +1,7 @@
 """Where a graph multiplies by the weight of a layer: what goes in, what comes out, and how both lie in memory.
 
-Graphs are read as the exporter writes them (`export/precisions/`): the weight goes through casts, slices and scales into
-a product; the activations of 8-bit products are rounded before it, and those of float16 ones divided.
+Graphs are read as the exporter writes them (`export/precisions/`): the weight goes through casts, slices and scales
+into a product; the activations of 8-bit products are rounded before it, and those of float16 ones divided.
 """
 
 from __future__ import annotations

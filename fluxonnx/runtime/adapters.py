@@ -24,8 +24,8 @@ from fluxonnx.runtime.notices import warn
 from fluxonnx.runtime.prompts import Prompts
 
 if TYPE_CHECKING:
-    from fluxonnx.lora.file import Lora
     from fluxonnx.lora.adapted import Adapted
+    from fluxonnx.lora.file import Lora
 
 # Far beyond what any picture survives.
 MOST_SCALE = 100.0
@@ -222,15 +222,16 @@ class Adapters:
         tensor = checkpoint.tensors(COMPONENTS[component]).get(f"{path}.weight")
         if tensor is None or tensor.quantisation:
             raise CheckpointError(
-                f"a DoRA needs the weights that it was trained on, but {checkpoint.root} has no {path}.weight of floats: "
-                "use it with the original checkpoint"
+                f"a DoRA needs the weights that it was trained on, but {checkpoint.root} has no {path}.weight of "
+                "floats: use it with the original checkpoint"
             )
         return tensor.array().astype(np.float32)
 
 
 def _checked(scale: Any) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale) or abs(scale) > MOST_SCALE:
+    number = float(scale) if isinstance(scale, Real) and not isinstance(scale, bool) else math.nan
+    if not abs(number) <= MOST_SCALE:
         raise UsageError(
             f"the scale of a LoRA is {scale!r}, but must be a number from -{MOST_SCALE:g} to {MOST_SCALE:g}"
         )
-    return float(scale)
+    return number

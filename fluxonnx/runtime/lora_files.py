@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,8 +132,31 @@ def remembered(values: Mapping[str, Any], source: Path | None, model: Path) -> l
         if same is None:
             what = f"{here[0]} is another file than" if here else f"{name} is missing, which is"
             raise CheckpointError(
-                f"{what} the LoRA that {source} was made with (SHA-256 {expected[:12]}...): bring it here, or choose others "
-                "with --lora"
+                f"{what} the LoRA that {source} was made with (SHA-256 {expected[:12]}...): bring it here, or choose "
+                "others with --lora"
             )
         found.append(Wanted(str(same), scale))
+    return found
+
+
+def chosen(flags: Sequence[str], values: Mapping[str, Any], source: Path | None, model: Path) -> list[Wanted]:
+    """Return the LoRA files that flags name, else those of the picture that is made again, after finding each.
+
+    Args:
+        flags: FILE or FILE:SCALE each; "none" alone for none, whatever the picture says.
+        values: The values of the picture that is made again.
+        source: That picture.
+        model: The model directory.
+
+    Raises:
+        UsageError: A flag names no file.
+        CheckpointError: A file is missing.
+    """
+    if not flags:
+        return remembered(values, source, model)
+    if list(flags) == ["none"]:
+        return []
+    found = [parse(flag) for flag in flags]
+    for item in found:
+        find_file(item.file)
     return found

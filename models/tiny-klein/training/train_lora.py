@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -42,6 +43,7 @@ class Adapted(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(layer.out_features, RANK))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer, with the matrix where it is switched on."""
         y = self.layer(x)
         return y + x @ self.lora_a.T @ self.lora_b.T if self.switch[0] else y
 
@@ -112,7 +114,7 @@ def losses(flow: Flow, tokenizer: Tokenizer, switch: list[bool]) -> Iterator[Ten
             for texts in zip(*pairs, strict=True)
         )
         noisy = torch.randn(BATCH, SIDE * SIDE, channels)
-        for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for now, then in pairwise(sigmas):
             sigma = torch.full((BATCH,), now)
             switch[0] = False
             with torch.no_grad():
@@ -133,7 +135,8 @@ def prompts(random: Random) -> tuple[str, str]:
             continue
         if any(thing.texture != "solid" or thing.size == "small" for thing in things):
             continue
-        text, count = re.subn(r"\b(\w+ (?:%s))\b" % "|".join({t.shape for t in things}), r"striped \1", task.prompt)
+        shapes = "|".join({thing.shape for thing in things})
+        text, count = re.subn(rf"\b(\w+ (?:{shapes}))\b", r"striped \1", task.prompt)
         if count == len(things) and not re.search(
             r"(an?|no) striped (a|an|no|and|out) |striped (an?|no|large|big) ", text
         ):
