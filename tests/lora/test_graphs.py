@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.outliers import graph_inputs
 from fluxonnx.checkpoint.manifest import build_name, graph_file, read_manifest, unpacked_scaling
 from fluxonnx.contract import open_checkpoint
 from fluxonnx.errors import CheckpointError, UsageError
@@ -17,8 +16,8 @@ from fluxonnx.lora.file import read_lora
 from fluxonnx.lora.graph import Active, Scales, adapt
 from fluxonnx.runtime.engine import SessionOptions
 from fluxonnx.runtime.engines import engine_for
-from tests.lora.making import everything, layers_of, merged, pair, random, weight, written
-from tests.support import GRAPH_TOLERANCE, Case, golden_inputs, optional, relative_error
+from tests.lora.making import CASE, everything, layers_of, merged, pair, random, weight, written
+from tests.support import GRAPH_TOLERANCE, optional, relative_error
 from tools.architectures import Architecture, TextEncoderSize, TransformerSize, VaeSize
 from tools.make_checkpoint import make_checkpoint
 from tools.outliers import inject
@@ -33,7 +32,6 @@ WIDE = Architecture(
     TransformerSize(4, 64, 1, 2, text_dim=96, in_channels=32, axes=(16, 16, 16, 16)),
     VaeSize((16, 24, 32, 32), latent_channels=8, layers_per_block=1, groups=4),
 )
-GOLDEN_CASE = Case("one-double-three-single", "fp32")
 # What rounding to 8 and to 4 bits costs may differ between two sets of weights that are about the same.
 ALIKE = 1.5
 
@@ -47,7 +45,7 @@ def run(
     provider="cpu",
     component="transformer",
 ):
-    """The output of a graph on the golden inputs, with a LoRA or without."""
+    """The output of a graph on the same inputs, with a LoRA or without."""
     import onnx
 
     build = read_manifest(root).builds[build_name(precision, flavour)]
@@ -61,9 +59,7 @@ def run(
     options = SessionOptions(provider=provider, adapted=adapted)
     runner = engine_for(provider)(path, component, build, options)
     try:
-        if read_architecture(open_checkpoint(root), None).transformer.dim == WIDE.transformer.heads * 64:
-            return runner.run(**graph_inputs(root, component, read_architecture(open_checkpoint(root), None)))[0]
-        return runner.run(**golden_inputs(component))[0]
+        return runner.run(**inputs(root, component))[0]
     finally:
         runner.close()
 
@@ -71,6 +67,20 @@ def run(
 def turned(kinds: tuple[str, ...], first: int) -> tuple[str, ...]:
     """Other layers are of the first kind."""
     return (*kinds[first:], *kinds[:first])
+
+
+def inputs(root: Path, component: str) -> dict[str, np.ndarray]:
+    """Twelve tokens of a picture and eight of a prompt, at random; angles are those of no rotation."""
+    if component == "text_encoder":
+        return {"input_ids": np.arange(8)[None], "attention_mask": np.ones((1, 8), np.int64)}
+    c = read_architecture(open_checkpoint(root), None).transformer
+    return {
+        "hidden_states": random(1, 12, c.in_channels, size=c.in_channels**0.5),
+        "encoder_hidden_states": random(1, 8, c.text_dim, size=c.text_dim**0.5),
+        "timestep_proj": random(1, c.timestep_channels, size=c.timestep_channels**0.5),
+        "rotary_cos": np.ones((20, c.head_dim), np.float32),
+        "rotary_sin": np.zeros((20, c.head_dim), np.float32),
+    }
 
 
 class Kinds:
@@ -118,7 +128,7 @@ class Kinds:
 def kinds(checkpoints, tmp_path_factory):
     """Exported in every float precision."""
     folder = tmp_path_factory.mktemp("kinds")
-    root = merged(checkpoints.get(GOLDEN_CASE), folder / "model", {})
+    root = merged(checkpoints.get(CASE), folder / "model", {})
     for precision, flavour in (
         ("fp32", "ort"),
         ("bf16", "ort"),
@@ -173,7 +183,7 @@ def test_openblas(kinds, rounded):
 
 @pytest.fixture(scope="module")
 def rounded(tmp_path_factory):
-    """With outliers, so that channels are scaled for rounding, and wide enough for panels; exported in int8 and int4."""
+    """In int8 and int4, with outliers, so that channels are scaled for rounding, and wide enough for panels."""
     folder = tmp_path_factory.mktemp("rounded")
     source = make_checkpoint(folder / "source", WIDE, dtype="fp32")
     outliers = ["values", "swiglu", "modulation"]
@@ -200,7 +210,7 @@ def test_rounded_builds(rounded, tmp_path, first):
 
 
 def test_text_encoder(checkpoints, tmp_path):
-    root = merged(checkpoints.get(GOLDEN_CASE), tmp_path / "model", {})
+    root = merged(checkpoints.get(CASE), tmp_path / "model", {})
     export(root, precision="fp32", components=["text_encoder"])
     kinds = Kinds(root, tmp_path, "text_encoder")
     file, changes = kinds.make("lora")
