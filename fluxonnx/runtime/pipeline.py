@@ -98,18 +98,16 @@ class Flux:
         self._unit = self._sizes.vae.scale_factor
         watched = replace(options, watch=self._emit)
         self._models = Models(checkpoint.root, build, watched, self._sizes, encoder=encoder)
-        # A run changes what is loaded. A thread may make a picture inside a callback or between two steps of another.
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # a thread may make a picture inside a callback or between two steps of another
         cache = None
         if cache_dir:
             engine = _name_of(options.engine) if options.engine else "onnxruntime"
             identify = partial(encoder_identity, checkpoint.root, manifest, encoder or build, engine, options.provider)
             cache = PromptCache(cache_dir, identify, self._sizes.text_encoder.embedding_dim)
         self._prompts = Prompts(Tokenizer(checkpoint.root / "tokenizer"), self._models, cache)
-        adapters = Adapters(checkpoint, build, encoder or build, self._sizes, options, self._lock)
+        adapters = self._adapters = Adapters(checkpoint, build, encoder or build, self._sizes, options, self._lock)
         adapters.attach(self._models, self._prompts)
         self.load_lora, self.set_lora_scale, self.unload_lora = adapters.load, adapters.set_scale, adapters.unload
-        self._adapters = adapters
         self._defaults = {**DEFAULTS, **manifest.defaults}
         self._resolve = partial(resolve, is_distilled=self.is_distilled, multiple=self._unit, defaults=self._defaults)
 

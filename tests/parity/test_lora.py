@@ -63,8 +63,8 @@ def lokr(layers):
     for seed, (path, (n_out, n_in)) in enumerate(layers.shapes["transformer"].items()):
         if "transformer_blocks" in path:
             key = f"lycoris_{path.replace('.', '_')}"
-            down, up = pair((n_out // 2, n_in // 4), seed)
-            tensors |= {f"{key}.lokr_w1": random(2, 4, seed=seed), f"{key}.lokr_w2_a": up, f"{key}.lokr_w2_b": down}
+            down, up = pair((n_out // 2, n_in // 2), seed)
+            tensors |= {f"{key}.lokr_w1": random(2, 2, seed=seed), f"{key}.lokr_w2_a": up, f"{key}.lokr_w2_b": down}
             tensors[f"{key}.alpha"] = np.float32(6)
     return tensors
 
