@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -31,6 +31,23 @@ if TYPE_CHECKING:
 MOST_SCALE = 100.0
 # Precisions whose weights are scaled for rounding.
 SCALED = ("int8", "int4")
+
+
+class Load(Protocol):
+    """The type of `Adapters.load`."""
+
+    def __call__(self, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
+        """See `Adapters.load`."""
+
+
+class Unload(Protocol):
+    """The type of `Adapters.unload`."""
+
+    def __call__(self, name: str | None = None) -> None:
+        """See `Adapters.unload`."""
+
+
+SetScale = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -69,8 +86,12 @@ class Adapters:
         self._layers = Layers(sizes)
         self._loaded: dict[str, Loaded] = {}
 
-    def attach(self, models: Models, prompts: Prompts) -> None:
-        """Have graphs adapted when they are loaded, and prompts encoded anew after the text encoder has changed."""
+    def attach(self, models: Models, prompts: Prompts) -> tuple[Load, SetScale, Unload]:
+        """Have graphs adapted when they are loaded, and prompts encoded anew after the text encoder has changed.
+
+        Returns:
+            `load`, `set_scale` and `unload`.
+        """
         models.adapt, prompts.adapted = self.graph, self.identity
 
         def changed() -> None:
@@ -78,6 +99,7 @@ class Adapters:
             prompts.forget()
 
         self._changed: Callable[[], None] = changed
+        return self.load, self.set_scale, self.unload
 
     def load(self, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
         """Add a LoRA to the model, from the next picture on; nothing is written, and the graphs stay as they are.

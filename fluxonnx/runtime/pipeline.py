@@ -106,8 +106,7 @@ class Flux:
             cache = PromptCache(cache_dir, identify, self._sizes.text_encoder.embedding_dim)
         self._prompts = Prompts(Tokenizer(checkpoint.root / "tokenizer"), self._models, cache)
         adapters = self._adapters = Adapters(checkpoint, build, encoder or build, self._sizes, options, self._lock)
-        adapters.attach(self._models, self._prompts)
-        self.load_lora, self.set_lora_scale, self.unload_lora = adapters.load, adapters.set_scale, adapters.unload
+        self.load_lora, self.set_lora_scale, self.unload_lora = adapters.attach(self._models, self._prompts)
         self._defaults = {**DEFAULTS, **manifest.defaults}
         self._resolve = partial(resolve, is_distilled=self.is_distilled, multiple=self._unit, defaults=self._defaults)
 
