@@ -41,16 +41,16 @@ def parse(text: str) -> Wanted:
         UsageError: There is no file.
     """
     file, colon, scale = text.rpartition(":")
+    wanted = Wanted(text, 1.0)
     if colon and not is_file(Path(text)):
         try:
-            text, number = file, float(scale)
+            wanted = Wanted(file, float(scale))
         except ValueError:
-            number = 1.0
-    else:
-        number = 1.0
-    if not text:
+            if is_file(Path(file)):
+                raise UsageError(f"--lora {text}: {scale!r} is no number: write FILE or FILE:SCALE") from None
+    if not wanted.file:
         raise UsageError("--lora has no file: write FILE or FILE:SCALE")
-    return Wanted(text, number)
+    return wanted
 
 
 def find_file(name: str) -> Found:
@@ -65,7 +65,8 @@ def find_file(name: str) -> Found:
     if is_folder(path):
         chosen = _chosen([child.name for child in sorted(path.iterdir())], name)
         return Found(path / chosen, chosen)
-    if REPOSITORY.fullmatch(name) and not path.is_absolute():
+    local = is_folder(path.parent) or (name.endswith(ENDING) and name.count("/") < 2)
+    if REPOSITORY.fullmatch(name) and not local:
         return _from_hub(name)
     raise CheckpointError(f"{name} does not exist: name a LoRA's .safetensors file, or a repository as OWNER/NAME")
 
@@ -86,12 +87,15 @@ def _from_hub(name: str, cached: bool = False) -> Found:
     """Return a file on the hub; with `cached`, only one that was downloaded before."""
     try:
         from huggingface_hub import HfApi, hf_hub_download
+        from huggingface_hub.utils import logging
     except ImportError:
         raise CheckpointError(
             f"{name} does not exist here, and loading it from the hub needs a package: pip install huggingface_hub"
         ) from None
     owner, repository, *rest = name.split("/", 2)
     identifier = f"{owner}/{repository}"
+    loud = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would tell of each attempt
     try:
         file = rest[0] if rest else _chosen(sorted(HfApi().list_repo_files(identifier)), identifier)
         return Found(Path(hf_hub_download(identifier, file, local_files_only=cached)), f"{identifier}/{file}")
@@ -100,6 +104,8 @@ def _from_hub(name: str, cached: bool = False) -> Found:
     except Exception as error:  # the hub's and its client's errors have no common base
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{name} is no file here, and can't be loaded from the hub: {reason}") from None
+    finally:
+        logging.set_verbosity(loud)
 
 
 def remembered(values: Mapping[str, Any], source: Path | None, model: Path) -> list[Wanted]:

@@ -94,6 +94,8 @@ def test_refused(root, lora, fails, tmp_path):
     fails(2, "but must be a number from -100 to 100", *words, f"{lora}:1e9")
     fails(2, "but must be a number", *words, f"{lora}:nan")
     fails(2, "--lora has no file", *words, ":0.5")
+    fails(2, "'much' is no number", *words, f"{lora}:much")
+    fails(1, "does not exist", *words, "files/nothing.safetensors")  # nobody means a repository by that
     fails(1, "is no LoRA", *words, root / "transformer/diffusion_pytorch_model.safetensors")
     fails(1, "is not a whole safetensors file", *words, root / "model_index.json")
     fails(1, r"holds no \.safetensors file", *words, tmp_path)
