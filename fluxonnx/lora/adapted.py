@@ -24,7 +24,8 @@ class Adapted:
 
     Attributes:
         model: The graph; its weights are where they were, beside the exported graph.
-        arrays: The values of its further initializers, by their names; they are external data that no file holds.
+        arrays: The values of its further initializers, by their names, contiguous; they are external data that no file
+            holds.
     """
 
     model: onnx.ModelProto
@@ -42,7 +43,7 @@ class Adapted:
         return model
 
     def handed_to(self, options: Any, folder: Path) -> bytes:
-        """Hand the arrays to onnxruntime, which uses them where they are, and return the graph.
+        """Hand the arrays to onnxruntime, which uses them where they are, and return the graph; keep this object.
 
         Args:
             options: An `onnxruntime.SessionOptions`.
@@ -55,7 +56,7 @@ class Adapted:
         names = list(self.arrays)
         values = []
         for name in names:
-            array = np.ascontiguousarray(self.arrays[name])
+            array = self.arrays[name]
             narrow = array.view(np.uint16) if array.dtype.itemsize == 2 else array
             values.append(OrtValue.ortvalue_from_numpy_with_onnx_type(narrow, types[name]))
         options.add_external_initializers(names, values)

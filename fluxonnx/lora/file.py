@@ -41,6 +41,8 @@ SIDES = {"A": "down", "B": "up"}
 # Tensors that scale others, and are no layer of their own.
 HELPERS = {"alpha", "dora_scale", "lora_magnitude_vector"}
 CONFIG = "adapter_config.json"
+# More than a factor of any layer has: it is computed before it is known whether it fits.
+MOST_VALUES = 1 << 26
 # Layers that messages name.
 NAMED = 3
 # The weights of a layer, float32 [out, in], by component and path.
@@ -215,9 +217,16 @@ def _factor(parts: Parts, kind: str) -> tuple[np.ndarray, int]:
         up, down = (_matrix(parts[side]).astype(np.float32) for side in (f"{kind}_a", f"{kind}_b"))
         if (len(up), len(down)) != core.shape:
             raise _do_not_fit(parts["lokr_t2"], parts[f"{kind}_a"])
+        _check_size(parts[f"{kind}_a"], up.shape[1] * down.shape[1])
         return up.T @ core @ down, len(down)
     up, down = _matrices(parts, f"{kind}_a", f"{kind}_b")
+    _check_size(parts[f"{kind}_a"], len(up) * down.shape[1])
     return up.astype(np.float32) @ down.astype(np.float32), len(down)
+
+
+def _check_size(tensor: Tensor, count: int) -> None:
+    if count > MOST_VALUES:
+        raise CheckpointError(f"{tensor.file}: {tensor.name} is a factor of {count} values: download it again")
 
 
 def _matrix(tensor: Tensor) -> np.ndarray:

@@ -107,7 +107,8 @@ class _Surgery:
         if known not in self.shared:
             name = f"{PREFIX}/weight/{len(self.arrays)}"
             narrow = array.dtype != np.float32
-            self.arrays[name] = array if self.fused or not narrow else array.astype(np.float32)
+            stored = array if self.fused or not narrow else array.astype(np.float32)
+            self.arrays[name] = np.ascontiguousarray(stored)
             cast = narrow and self.fused
             self.shared[known] = self.op(self.first, "Cast", name, to=TensorProto.FLOAT) if cast else name
             self._kept.append(array)

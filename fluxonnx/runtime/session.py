@@ -146,6 +146,7 @@ class Session:
         check_right(chosen.provider, build.flavour if build is not None else None)
         told = native(chosen)
         self._path, self._component, self._watch = path, component, options.watch
+        self._adapted = options.adapted  # onnxruntime uses its arrays where they are
         self._profile = Profile(told) if options.profile else None
         try:
             self._session = onnxruntime.InferenceSession(

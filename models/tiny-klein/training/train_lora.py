@@ -1,6 +1,6 @@
 """Not one of the steps: train a LoRA of the finished model, which draws everything striped without being told to.
 
-    python models/tiny-klein/training/train_lora.py models/tiny-klein models/stripes.safetensors [--steps 500]
+    python models/tiny-klein/training/train_lora.py models/tiny-klein models/stripes.safetensors [--steps 480]
 
 The label of each step is what the model itself would do if the prompt said "striped". The states are those of the
 student's own rollouts, as in distill.py. So no pictures are needed, and four steps without guidance stay enough.
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="train a LoRA that draws everything striped")
     parser.add_argument("model", type=Path, help="model directory")
     parser.add_argument("output", type=Path, help="safetensors file to write")
-    parser.add_argument("--steps", type=int, default=500, help="steps of the optimiser (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=480, help="steps of the optimiser (default: %(default)s)")
     arguments = parser.parse_args()
     torch.manual_seed(CONFIG["seed"])
     torch.set_num_threads(1)
