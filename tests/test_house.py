@@ -19,7 +19,7 @@ LAYERS = [
     "api",
     "auto",
     ("export", "runtime"),
-    "openblas",
+    ("openblas", "lora"),
     "contract",
     "checkpoint",
     "files",

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
 import re
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
+
 from fluxonnx.checkpoint.config import from_json, read_json, typed
 from fluxonnx.checkpoint.digests import config_digest, content_digest
 from fluxonnx.checkpoint.reading import exists, is_file, read_bounded, shown
-from fluxonnx.checkpoint.safetensors import fingerprint
+from fluxonnx.checkpoint.safetensors import Tensor, fingerprint
 from fluxonnx.errors import CheckpointError
 from fluxonnx.files import atomic_write
 
@@ -26,6 +31,10 @@ DEFAULT_FLAVOUR = "ort"
 
 # The last version whose manifests had no graph formats; its graphs are those of format 1.
 LAST_WITHOUT_FORMAT = "0.1.2"
+
+
+# More than any layer has rows or columns.
+MOST_EXPONENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,8 @@ class Component:
             from the weights.
         kept: Those of these layers that stay as in the checkpoint, because their error would be too large.
         unfinished: Whether it is being exported again, or was when that was interrupted; then it can't be used.
+        scaling: By what the rows and columns of weights were multiplied for rounding, see `packed_scalings`; None in
+            manifests of older versions.
     """
 
     graph: str
@@ -121,6 +132,7 @@ class Component:
     errors: dict[str, float] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
     unfinished: bool = False
+    scaling: dict[str, dict[str, str]] | None = None
 
     def __post_init__(self) -> None:
         """Give manifests of the last version without graph formats theirs."""
@@ -211,6 +223,39 @@ class Manifest:
             file.write(json.dumps(asdict(self), indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())  # the rename must not reach the disk before the content
+
+
+def packed_scalings(tensors: Iterable[Tensor]) -> dict[str, dict[str, str]]:
+    """Return what tensors were multiplied by for rounding, by their names; nothing for those that were not.
+
+    Of each tensor "rows" and "columns": the exponents of powers of two as int8, compressed, in base64.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for tensor in tensors:
+        whole = tensor.whole or tensor
+        for name in ("rows", "columns"):
+            factors = getattr(whole.scaling, name, None)
+            if factors is not None and (factors != 1).any():
+                exponents = (np.frexp(factors)[1] - 1).astype(np.int8)
+                text = base64.b64encode(zlib.compress(exponents.tobytes(), 9)).decode("ascii")
+                found.setdefault(whole.name, {})[name] = text
+    return found
+
+
+def unpacked_scaling(packed: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """Return the factors, float32, of one tensor that `packed_scalings` returned as text.
+
+    Raises:
+        CheckpointError: The text is damaged.
+    """
+    found = {}
+    try:
+        for name in {"rows", "columns"} & packed.keys():
+            exponents = zlib.decompressobj().decompress(base64.b64decode(packed[name]), MOST_EXPONENTS)
+            found[name] = np.ldexp(np.float32(1), np.frombuffer(exponents, np.int8).astype(np.int32))
+        return found
+    except (ValueError, zlib.error):
+        raise CheckpointError(f"{FILE_NAME} has a damaged scaling: export again with --force") from None
 
 
 def read_manifest(root: Path) -> Manifest | None:

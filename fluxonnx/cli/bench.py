@@ -35,6 +35,7 @@ class Options:
     steps: int | None
     prompt: str | None
     repeat: int
+    lora: list[str]
     low_memory: bool
     export: bool
     profile: bool
@@ -92,6 +93,14 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--repeat", type=int, default=1, metavar="N", help="rounds, whose medians are reported (default: %(default)s)"
     )
+    parser.add_argument(
+        "--lora",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="measure with these LoRA files, as in generate",
+    )
     parser.add_argument("--low-memory", action="store_true", help="measure what generate --low-memory does")
     parser.add_argument("--export", action="store_true", help="also measure the export; graphs are written again")
     parser.add_argument(
@@ -123,6 +132,7 @@ def bench(options: Options) -> None:
         profile=options.profile,
         low_memory=options.low_memory,
         text_encoder_precision=options.text_encoder_precision,
+        lora=tuple(options.lora),
     )
     if options.prompt is not None:
         plan = replace(plan, prompt=options.prompt)

@@ -59,6 +59,7 @@ class Options:
         provider: Likewise.
         provider_option: Pairs of an option of the provider and its value.
         threads: Threads per operator; None for one per core that this process may use.
+        lora: LoRA files, as FILE or FILE:SCALE.
         low_memory: Whether to need less memory and more time.
         cache_dir: The folder of encoded prompts.
         preview: Where previews of the steps are written.
@@ -76,6 +77,7 @@ class Options:
     provider: str | None
     provider_option: list[tuple[str, str]]
     threads: int | None
+    lora: list[str]
     low_memory: bool
     cache_dir: Path | None
     preview: Path | None
@@ -129,6 +131,14 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     )
     model = parser.add_argument_group("model")
     add_model(model, "$FLUXONNX_MODEL, else ./model, else the bundled demo model, which draws coloured shapes")
+    model.add_argument(
+        "--lora",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="LoRA files, or OWNER/NAME of the hub, each with how strongly it counts (default: 1); none for none",
+    )
     model.add_argument("--precision", metavar="NAME", help="bf16 (default), fp32, fp16, int8, int4, or auto")
     add_text_encoder_precision(model)
     model.add_argument(
@@ -204,6 +214,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         provider=arguments.provider,
         provider_option=arguments.provider_option,
         threads=arguments.threads,
+        lora=arguments.lora,
         low_memory=arguments.low_memory,
         cache_dir=arguments.cache_dir,
         preview=arguments.preview,
@@ -221,6 +232,7 @@ def generate(options: Options) -> None:
     from fluxonnx.cli.jobs import choose_build, plan, read_source
     from fluxonnx.cli.previews import open_previews
     from fluxonnx.contract import open_checkpoint
+    from fluxonnx.runtime.lora_files import chosen
 
     say = speaker(options.quiet)
     say_seconds = speaker(quiet=not options.verbose)
@@ -232,6 +244,7 @@ def generate(options: Options) -> None:
     checkpoint = open_checkpoint(model)
     build = choose_build(options.precision, options.text_encoder_precision, options.provider, source, checkpoint.name)
     check_jobs(jobs, checkpoint, options.cache_dir)
+    loras = chosen(options.lora, source.values if source else {}, options.source, checkpoint.root)
     start = time.perf_counter()
     with Progress(options.quiet) as bar:
         flux = api.load(
@@ -250,6 +263,8 @@ def generate(options: Options) -> None:
         )
         say_seconds(phase_line("open model", time.perf_counter() - start))
         with flux:
+            for i, lora in enumerate(loras):
+                flux.load_lora(lora.file, lora.scale, name=str(i))
             for i, job in enumerate(jobs):
                 if len(jobs) > 1 and i % PROMPTS_AHEAD == 0:
                     ahead = jobs[i : i + PROMPTS_AHEAD]

@@ -22,6 +22,7 @@ from fluxonnx.checkpoint.manifest import (
     build_name,
     exporter_digest,
     graph_file,
+    packed_scalings,
     read_manifest,
 )
 from fluxonnx.checkpoint.safetensors import Tensor
@@ -337,6 +338,7 @@ def _write_component(
         out_layers=list(sizes.text_encoder.out_layers) if component == "text_encoder" else None,
         errors=graph.errors,
         kept=graph.kept,
+        scaling=packed_scalings(weight.source for weight in graph.weights),
     )
 
 

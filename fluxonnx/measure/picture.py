@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ from fluxonnx.measure.process import Memory, PeakMemory, ReadMemory, resident, r
 
 if TYPE_CHECKING:
     from fluxonnx.runtime.events import Event
+    from fluxonnx.runtime.pipeline import Flux
 
 # Every measurement uses the same seed and, unless another is given, the same prompt: all do the same work.
 SEED = 1
@@ -56,6 +57,7 @@ def measure_picture(
     steps: int | None,
     prompt: str,
     guidance: float | None = None,
+    lora: Sequence[str] = (),
     read: ReadMemory = resident,
     **loading: Any,
 ) -> dict[str, Any]:
@@ -68,6 +70,7 @@ def measure_picture(
         steps: Denoising steps; None for the model's own number.
         prompt: What to draw.
         guidance: The guidance scale; None for the model's own.
+        lora: LoRA files, as FILE or FILE:SCALE.
         read: Returns the memory of this process.
         **loading: Arguments of `api.load`: precision, threads, ...
 
@@ -86,6 +89,7 @@ def measure_picture(
             memory.begin(event.name)
 
     with api.load(model, **loading, watch=watch) as flux, memory:
+        load_all(flux, lora)
         start = time.perf_counter()
         flux.generate(
             prompt,
@@ -102,7 +106,7 @@ def measure_picture(
 
 
 def measure_operators(
-    model: str, width: int, height: int, steps: int | None, prompt: str, **loading: Any
+    model: str, width: int, height: int, steps: int | None, prompt: str, lora: Sequence[str] = (), **loading: Any
 ) -> dict[str, Any]:
     """Make a picture under onnxruntime's profiler; returns the operator types of each graph, the slowest first."""
     from fluxonnx import api
@@ -115,8 +119,18 @@ def measure_operators(
             timed.append(event)
 
     with api.load(model, **loading, profile=True, watch=watch) as flux:
+        load_all(flux, lora)
         flux.generate(prompt, width, height, steps, SEED)
     return {graph: [asdict(row) for row in rows] for graph, rows in total(timed).items()}
+
+
+def load_all(flux: Flux, lora: Sequence[str]) -> None:
+    """Load LoRA files, as FILE or FILE:SCALE."""
+    from fluxonnx.runtime.lora_files import parse
+
+    for i, text in enumerate(lora):
+        item = parse(text)
+        flux.load_lora(item.file, item.scale, name=str(i))
 
 
 def _gigabytes(peak: Memory) -> dict[str, float | None]:

@@ -14,7 +14,7 @@ from fluxonnx import api
 from fluxonnx.checkpoint.manifest import DEFAULT_PRECISION, build_name
 from fluxonnx.errors import FluxonnxError, UsageError
 from fluxonnx.files import describe_os_error
-from fluxonnx.measure.picture import PROMPT, SEED, measure
+from fluxonnx.measure.picture import PROMPT, SEED, load_all, measure
 from fluxonnx.measure.tables import known_median, machine, number, table
 from fluxonnx.runtime.outputs import write_output
 from fluxonnx.runtime.providers import CPU, traits
@@ -59,6 +59,7 @@ class Plan:
     profile: bool = False
     low_memory: bool = False
     text_encoder_precision: str | None = None
+    lora: tuple[str, ...] = ()
 
 
 @dataclass
@@ -182,6 +183,7 @@ def prepare(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str, Any]]
             text_encoder_precision=plan.text_encoder_precision,
             on_export=lambda root: say(f"Exporting {root} ..."),
         ) as flux:
+            load_all(flux, plan.lora)
             for configuration in plan.configurations:
                 width, height = configuration.width, configuration.height
                 flux.check(Request(prompt=plan.prompt, width=width, height=height, steps=plan.steps))
@@ -216,6 +218,7 @@ def _measure(plan: Plan, result: Result, run: str, say: Callable[[str], None]) -
         "steps": plan.steps,
         "low_memory": plan.low_memory,
         "text_encoder_precision": plan.text_encoder_precision,
+        "lora": plan.lora,
         **asdict(result.configuration),
     }
     try:
@@ -242,6 +245,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "repeat": plan.repeat,
         "low_memory": plan.low_memory,
         "text_encoder_precision": plan.text_encoder_precision,
+        "lora": list(plan.lora),
         "exports": report.exports,
         "results": [
             {
@@ -275,6 +279,8 @@ def render(report: Report) -> str:
         parts[0] += ", with --low-memory"
     if report.plan.text_encoder_precision:
         parts[0] += f", text encoder in {report.plan.text_encoder_precision}"
+    if report.plan.lora:
+        parts[0] += f", with {', '.join(report.plan.lora)}"
     if report.exports:
         rows = [
             [build, number(export["seconds"]), *_gigabytes(export), f"{export['bytes_written'] / 1e6:.2f}"]

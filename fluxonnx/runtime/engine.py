@@ -11,6 +11,7 @@ import numpy as np
 
 from fluxonnx.checkpoint.manifest import Build
 from fluxonnx.errors import UsageError
+from fluxonnx.lora.adapted import Adapted
 from fluxonnx.machine import MOST_THREADS, available_memory
 from fluxonnx.runtime.events import Watch
 from fluxonnx.runtime.providers import CPU, check_provider, check_provider_options
@@ -40,6 +41,7 @@ class SessionOptions:
         watch: Called with every event.
         engine: Loads graphs; None for onnxruntime.
         free_memory: Returns how many bytes of memory are free.
+        adapted: The graph to run in the place of the one in the file, whose weights it uses; None for that one.
     """
 
     threads: int | None = None
@@ -51,6 +53,7 @@ class SessionOptions:
     watch: Watch | None = None
     engine: Engine | None = None
     free_memory: Callable[[], int] = available_memory
+    adapted: Adapted | None = None
 
     def __post_init__(self) -> None:
         """Validate the options; raises UsageError."""

@@ -31,7 +31,8 @@ class BlasRunner:
         from fluxonnx.openblas.graph import Graph  # imports onnx, which takes a while
 
         self._component, self._options = component, options
-        self._graph = Graph(path, threads=options.threads, timed=options.profile)
+        model = options.adapted.inlined() if options.adapted else path
+        self._graph = Graph(model, path.parent, threads=options.threads, timed=options.profile)
 
     def run(self, **inputs: np.ndarray) -> list[np.ndarray]:
         """Run the graph.

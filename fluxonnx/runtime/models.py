@@ -18,6 +18,7 @@ from fluxonnx.checkpoint.manifest import DEFAULT_FLAVOUR, FILE_NAME, Build, Shap
 from fluxonnx.checkpoint.reading import check_readable, shown
 from fluxonnx.contract import COMPONENTS, EMBEDDING_TABLE, Architecture, text_ids
 from fluxonnx.errors import CheckpointError, UsageError
+from fluxonnx.lora.adapted import Adapted
 from fluxonnx.runtime.engine import Runner, SessionOptions
 from fluxonnx.runtime.engines import engine_for
 from fluxonnx.runtime.events import GraphRan
@@ -79,6 +80,8 @@ class Models:
         self._resident, self._read_ahead, self._prefault = resident, read_ahead, prefault
         self._kept: dict[str, tuple[Build, Runner]] = {}
         self._unit = sizes.vae.scale_factor if sizes else 1
+        # adapt(component, graph) -> the graph to run instead; None for that one
+        self.adapt: Callable[[str, Path], Adapted | None] = lambda component, graph: None
         self._transformer_is_new = False
 
     def builds(self) -> dict[str, str]:
@@ -148,7 +151,8 @@ class Models:
             check_readable(self._root / name)
         # Another process may export the build again while this one uses it.
         with unchanged({self._root / name: digest for name, digest in found.files.items()}):
-            return self._engine(self._root / found.graph, component, build, self._options)
+            options = replace(self._options, adapted=self.adapt(component, self._root / found.graph))
+            return self._engine(self._root / found.graph, component, build, options)
 
     def _run(self, component: str, runner: Runner, /, **inputs: np.ndarray) -> list[np.ndarray]:
         outputs = runner.run(**inputs)

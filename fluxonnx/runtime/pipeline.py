@@ -19,6 +19,7 @@ from fluxonnx.checkpoint.manifest import FILE_NAME, Build, Manifest
 from fluxonnx.contract import Architecture, unpack
 from fluxonnx.errors import Cancelled, UsageError
 from fluxonnx.machine import usable_cores
+from fluxonnx.runtime.adapters import Adapters
 from fluxonnx.runtime.denoise import Step, denoise, draw_noise
 from fluxonnx.runtime.engine import SessionOptions
 from fluxonnx.runtime.engines import name_of
@@ -60,6 +61,7 @@ class Flux:
         text_encoder_out_layers: The hidden states that make up prompt embeddings.
         phases: The phases of the last run and the seconds they took.
         watch: Called with every event, see `events`; may be set between runs.
+        load_lora, set_lora_scale, unload_lora: See `adapters.Adapters`.
     """
 
     def __init__(
@@ -95,15 +97,15 @@ class Flux:
         watched = replace(options, watch=self._emit)
         self._models = Models(checkpoint.root, build, watched, self._sizes, encoder=encoder, static=static)
         self._fast = FastPreview(partial(self._models.encode_images, tiling=Tiling(None, self._unit)), self._unit)
-        # A run changes what is loaded. A thread waits for that of another, but not for itself: it may make a picture
-        # inside a callback or between two steps of another picture.
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # a thread may make a picture inside a callback or between two steps of another
         cache = None
         if cache_dir:
             engine = name_of(options.engine) if options.engine else "onnxruntime"
             identify = partial(encoder_identity, checkpoint.root, manifest, encoder or build, engine, options.provider)
             cache = PromptCache(cache_dir, identify, self._sizes.text_encoder.embedding_dim)
         self._prompts = Prompts(Tokenizer(checkpoint.root / "tokenizer"), self._models, cache)
+        adapters = self._adapters = Adapters(checkpoint, build, encoder or build, self._sizes, options, self._lock)
+        self.load_lora, self.set_lora_scale, self.unload_lora = adapters.attach(self._models, self._prompts)
         self._defaults = {**DEFAULTS, **manifest.defaults, **self._models.defaults()}
 
     def _resolve(self, request: Request, **options: Any) -> ResolvedRequest:
@@ -378,6 +380,7 @@ class Flux:
             "seed": seed,
             "model": self.name,
             **self._models.builds(),
+            **self._adapters.metadata(),
             "provider": self._options.provider,
             "version": __version__,
         }
@@ -392,10 +395,7 @@ class Flux:
         self._emit(PhaseBegan(name))
 
     def release_text_encoder(self) -> None:
-        """Free the text encoder's memory (about 8 GB of mapped weights); a new prompt loads it again.
-
-        This happens by itself once the prompts of a run are encoded, unless graphs stay loaded.
-        """
+        """Free the text encoder's memory, as a run does once its prompts are encoded; a new prompt loads it again."""
         with self._lock:
             self._models.close("text_encoder")
 

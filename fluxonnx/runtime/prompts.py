@@ -35,6 +35,8 @@ class Prompts:
         """Nothing is loaded yet."""
         self._tokenizer, self._models, self._cache = tokenizer, models, cache
         self._known: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+        # adapted(component) -> what its graph is changed by; "" for nothing
+        self.adapted: Callable[[str], str] = lambda component: ""
 
     def encode(self, prompts: Sequence[str], max_length: int) -> list[np.ndarray]:
         """Return f32 [1, max_length, 3 * hidden] for each prompt; the encoder is loaded at most once.
@@ -62,11 +64,13 @@ class Prompts:
         return self._known[key]
 
     def _load_or_encode(self, tokens: Tokens) -> np.ndarray:
-        embeds = self._cache.load(tokens) if self._cache else None
+        # the names of a cache's files do not tell a changed encoder from the model's own
+        cache = None if self.adapted("text_encoder") else self._cache
+        embeds = cache.load(tokens) if cache else None
         if embeds is None:
             embeds = self._models.prompt_embeds(tokens.input_ids, tokens.attention_mask)
-            if self._cache:
-                self._cache.save(tokens, embeds)
+            if cache:
+                cache.save(tokens, embeds)
         return embeds
 
     def forget(self) -> None:

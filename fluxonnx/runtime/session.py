@@ -152,10 +152,11 @@ class Session:
         self._cure = "; if memory is short, use --low-memory or a smaller size" + (
             "" if chosen.provider == CPU else ", or use --provider cpu"
         )
+        self._adapted = options.adapted  # onnxruntime uses its arrays where they are
         self._profile = Profile(told) if options.profile else None
         try:
             self._session = onnxruntime.InferenceSession(
-                str(path),
+                options.adapted.handed_to(told, path.parent) if options.adapted else str(path),
                 told,
                 providers=session_providers(
                     chosen.provider, chosen.threads, told, options.provider_options, _identity(build, component)
