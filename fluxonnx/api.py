@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fluxonnx.auto import Choice, choose
 from fluxonnx.checkpoint.directory import Checkpoint
+from fluxonnx.checkpoint.formats import native_precision
 from fluxonnx.checkpoint.manifest import (
     DEFAULT_FLAVOUR,
     DEFAULT_PRECISION,
@@ -234,8 +235,7 @@ def default_precision(checkpoint: Checkpoint, provider: str = CPU) -> str:
     Raises:
         CheckpointError: The transformer's weights are missing or corrupt.
     """
-    quantised = any(tensor.quantisation for tensor in checkpoint.tensors("transformer").values())
-    return "int8" if quantised else traits(provider).precision or DEFAULT_PRECISION
+    return native_precision(checkpoint.tensors("transformer")) or traits(provider).precision or DEFAULT_PRECISION
 
 
 def _only_build(checkpoint: Checkpoint, flavour: str | None, preferred: str) -> Build | None:
@@ -320,8 +320,9 @@ def _cure(root: Path, build: Build) -> str:
     """Return what makes a build again that can't be exported from its own directory."""
     flavour = f" --flavour {build.flavour}" if build.flavour != DEFAULT_FLAVOUR else ""
     what = f"--precision {build.precision}{flavour}"
-    if build.parsed_settings.transformer:
-        return f"make it again with fluxonnx export -d {root} {what} --transformer FILE"
+    if parts := build.parsed_settings.parts:
+        flags = " ".join(sorted({f"--{COMPONENTS[name].replace('_', '-')} FILE" for name in parts}))
+        return f"make it again with fluxonnx export -d {root} {what} {flags}"
     return f"make it again with fluxonnx export -d CHECKPOINT -o {root} {what}"
 
 
@@ -329,19 +330,24 @@ def _not_exportable(checkpoint: Checkpoint, build: Build, part: str) -> str | No
     """Return why a component can't be exported here; None if it can."""
     folder = COMPONENTS[part]
     # without the graph, the setting is of an export that never ended
-    replaced = build.parsed_settings.transformer if "transformer" in build.components else None
-    if part == "transformer" and replaced:
-        return None if _replacement(checkpoint.root, build) else f"{replaced}, which it was made from, is gone"
+    replaced = build.parsed_settings.parts.get(part) if part in build.components else None
+    if replaced:
+        return None if _replacement(checkpoint.root, build, part) else f"{replaced}, which it was made from, is gone"
     if part == "conditioning" or checkpoint.has_weights(folder):
         return None
     return f"{checkpoint.root / folder} holds no weights to make it from"
 
 
-def _replacement(root: Path, build: Build) -> Path | None:
-    """Return the file that --transformer named when a build was made, if it is still there."""
-    sources = build.components["transformer"].sources if "transformer" in build.components else {}
-    name = build.parsed_settings.transformer
-    return next((root / source for source in sources if Path(source).name == name and (root / source).is_file()), None)
+def _replacement(root: Path, build: Build, part: str) -> Path | None:
+    """Return the file, or index of files, that a graph's weights came from instead of the directory's, if it is there.
+
+    It is one of the sources, or lies beside them.
+    """
+    sources = build.components[part].sources if part in build.components else {}
+    name = build.parsed_settings.parts.get(part)
+    if name is None:
+        return None
+    return next((file for source in sources if (file := (root / source).with_name(name)).is_file()), None)
 
 
 def _export(root: Path, manifest: Manifest, precision: str, flavour: str, components: list[str]) -> None:
@@ -361,7 +367,9 @@ def _export(root: Path, manifest: Manifest, precision: str, flavour: str, compon
         keep=settings.keep,
         block=settings.block,
         rotate=settings.rotate,
-        transformer=_replacement(root, stale),
+        transformer=_replacement(root, stale, "transformer"),
+        text_encoder=_replacement(root, stale, "text_encoder"),
+        vae=_replacement(root, stale, "vae_encoder") or _replacement(root, stale, "vae_decoder"),
         # A stale graph is derived from other files: overwriting it loses nothing.
         renew=True,
     )

@@ -20,6 +20,9 @@ from fluxonnx.files import atomic_write
 FILE_NAME = "fluxonnx.json"
 FORMAT_VERSION = 1
 
+# The graphs whose weights may come from another file (those of `contract.COMPONENTS` that have weights).
+GRAPHS = ("text_encoder", "transformer", "vae_encoder", "vae_decoder")
+
 DEFAULT_PRECISION = "bf16"
 DEFAULT_FLAVOUR = "ort"
 
@@ -99,14 +102,14 @@ class BuildSettings:
         block: Weights that share a scale.
         rotate: Whether all inputs are mixed by Hadamard matrices.
         saturating: Whether 8-bit weights are rounded so that pairs of products can be added in 16 bits.
-        transformer: Name of the file that replaced the transformer's weights.
+        parts: Names of the files that replaced the weights of graphs, by the graphs' names.
     """
 
     keep: str | None = None
     block: int | None = None
     rotate: bool = False
     saturating: bool = False
-    transformer: str | None = None
+    parts: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -128,7 +131,7 @@ class Build:
             block=int(values["block"]) if "block" in values else None,
             rotate=values.get("rotate") == "true",
             saturating=values.get("products") == "pairs",
-            transformer=values["transformer"].rpartition(" ")[0] if "transformer" in values else None,
+            parts={name: values[name].rpartition(" ")[0] for name in GRAPHS if name in values},
         )
 
 

@@ -70,7 +70,7 @@ def copy_model(
             shutil.copyfile(file, temporary)
         done += file.stat().st_size
         say("copy", done, total)
-    return open_checkpoint(output, checkpoint.transformer)
+    return open_checkpoint(output, **checkpoint.parts)
 
 
 def _same(source: Path, target: Path) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import onnx
 
 from fluxonnx.checkpoint.digests import config_digest, content_digest
 from fluxonnx.checkpoint.directory import Checkpoint
+from fluxonnx.checkpoint.files import files_of
 from fluxonnx.checkpoint.formats import unmarked
 from fluxonnx.checkpoint.manifest import (
     FILE_NAME,
@@ -36,6 +38,7 @@ from fluxonnx.export.components import Target, build_graph, make_passes, read_ar
 from fluxonnx.export.copying import copy_model, prepare_copy
 from fluxonnx.export.graph import Graph
 from fluxonnx.export.precisions import Precision
+from fluxonnx.export.precisions.blocks import described
 from fluxonnx.files import atomic_write, describe_os_error, exclusive, probe, remove_leftovers, require_text
 from fluxonnx.version import __version__
 
@@ -64,6 +67,8 @@ def export(
     output: str | Path | None = None,
     *,
     transformer: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    vae: str | Path | None = None,
     precision: str | Precision = "bf16",
     text_encoder_precision: str | None = None,
     flavour: str = "ort",
@@ -85,9 +90,12 @@ def export(
         output: A folder for a self-contained copy (weights, configs, tokenizer, graphs); by default the graphs are
             written beside the checkpoint's folders. The copy of an fp16, int8 or int4 build has no weights but the
             build's own.
-        transformer: A safetensors file that replaces the transformer's weights, with diffusers' or the original's
-            names. Weights that ComfyUI's tools quantised (int8_tensorwise) stay the same integers with "int8"; other
-            precisions restore them. A file that does not say whether they are rotated is warned of.
+        transformer: A file that replaces the transformer's weights, or the folder of one: safetensors or GGUF, with
+            any names and formats of docs/checkpoints.md. Weights that ComfyUI's tools quantised (int8_tensorwise) stay
+            the same integers with "int8"; other precisions restore them. A file that does not say whether they are
+            rotated is warned of.
+        text_encoder: Likewise for the text encoder.
+        vae: Likewise for the autoencoder.
         precision: "bf16" leaves the weights in the checkpoint's files as they are. "fp32" converts them. "fp16"
             converts them to half the size, and computes the products of the blocks and of the autoencoder in float16,
             for GPUs (on a CPU onnxruntime converts them to float32 when it loads them). "int8" and "int4" quantise the
@@ -117,7 +125,7 @@ def export(
     )
     say = progress or (lambda what, done, total: None)
     try:
-        checkpoint = open_checkpoint(directory, transformer)
+        checkpoint = open_checkpoint(directory, transformer, text_encoder=text_encoder, vae=vae)
         root = checkpoint.root if output is None else Path(output)
         require_text(root)
         copied: list[Path] | None = None
@@ -163,20 +171,21 @@ def _export_components(
     precision, flavour = target.precision.name, target.flavour
     name = build_name(precision, flavour)
     build = recorded = manifest.builds.get(name)
-    settings, replaced = target.precision.settings(), _transformer(checkpoint)
-    if build is None or (build.opset, _without_transformer(build.settings)) != (target.opset, settings):
+    settings, replaced = target.precision.settings(), _replaced(checkpoint)
+    if build is None or (build.opset, _without_parts(build.settings)) != (target.opset, settings):
         # Graphs of another opset or other settings are never mixed into one build.
         build = manifest.builds[name] = Build(precision, flavour, target.opset, settings)
     withdrawn = recorded is not None and recorded is not build
 
     usable = {} if force else build.components
     current = {key: c for key, c in usable.items() if _is_current(root, checkpoint, c, manifest)}
-    if build.settings.get("transformer") != replaced.get("transformer"):
-        current.pop("transformer", None)
+    for component in COMPONENTS:
+        if build.settings.get(component) != replaced.get(component):
+            current.pop(component, None)
     pending = [component for component in names if component not in current]
     # Whatever can be wrong with the checkpoint is found before anything is written.
     graphs = {component: _build_graph(checkpoint, root, component, sizes, target) for component in pending}
-    if "transformer" in pending and (notice := unmarked(checkpoint.tensors("transformer"))):
+    for notice in _notices(checkpoint, pending, target):
         warnings.warn(notice, stacklevel=3)
     for component, graph in graphs.items():
         if graph.kept:
@@ -206,8 +215,8 @@ def _export_components(
             withdrawn = False
         done = _write_component(checkpoint, root, component, graphs.pop(component), sizes, target, known, force, say)
         build.components[component] = done
-        if component == "transformer":
-            build.settings = settings | replaced
+        build.settings = {key: value for key, value in build.settings.items() if key != component}
+        build.settings |= {key: value for key, value in replaced.items() if key == component}
         manifest.save(root)
         seconds = time.perf_counter() - start
         reports.append(Report(component, file, done.nodes, done.parameters, done.bytes_written, seconds))
@@ -222,9 +231,17 @@ def _listed(layers: list[str]) -> str:
     return ", ".join(layers[:MOST_LISTED]) + more
 
 
-def _without_transformer(settings: dict[str, str]) -> dict[str, str]:
-    """Return the settings that all graphs of a build share; which weights the transformer has is its own."""
-    return {key: value for key, value in settings.items() if key != "transformer"}
+def _notices(checkpoint: Checkpoint, components: Sequence[str], target: Target) -> Iterator[str]:
+    """Yield what a person has to know of the weights that graphs are made from."""
+    for folder in sorted({COMPONENTS[name] for name in components if name != "conditioning"}):
+        tensors = checkpoint.tensors(folder)
+        bits = getattr(target.precision, "bits", None)
+        yield from filter(None, (unmarked(tensors), described(target.precision.name, bits, tensors)))
+
+
+def _without_parts(settings: dict[str, str]) -> dict[str, str]:
+    """Return the settings that all graphs of a build share; from which file a graph has its weights is its own."""
+    return {key: value for key, value in settings.items() if key not in COMPONENTS}
 
 
 def _is_current(root: Path, checkpoint: Checkpoint, component: Component, manifest: Manifest) -> bool:
@@ -251,9 +268,9 @@ def _withdraw(build: Build, component: str, replaced: dict[str, str]) -> bool:
     there was an entry.
     """
     known = build.components.get(component)
-    if component == "transformer" and build.settings.get("transformer") != replaced.get("transformer"):
+    if build.settings.get(component) != replaced.get(component):
         build.components.pop(component, None)
-        build.settings = _without_transformer(build.settings)
+        build.settings = {key: value for key, value in build.settings.items() if key != component}
     elif known is not None:
         build.components[component] = replace(known, unfinished=True)
     return known is not None
@@ -344,7 +361,7 @@ def _write_component(
         onnx.save(graph.model, temporary)
         _check(temporary, file)
     written = [file, *([stored.name] if stored else [])]
-    config = f"{COMPONENTS[component]}/config.json"
+    config = _location(checkpoint.root, checkpoint.config_path(COMPONENTS[component]))
     return Component(
         graph=file,
         exporter_version=__version__,
@@ -392,15 +409,31 @@ def _location(root: Path, path: Path) -> str:
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
-def _transformer(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the setting of a build whose transformer's weights come from another file."""
-    file = checkpoint.transformer
-    return {"transformer": f"{_text(file.name)} {fingerprint(file)[:12]}"} if file else {}
+def _replaced(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the settings of a build whose graphs have their weights from other files, by the graphs' names."""
+    stated = {part: f"{_text(file.name)} {_fingerprint(file)}" for part, file in checkpoint.parts.items()}
+    return {
+        name: stated[part] for name, part in COMPONENTS.items() if part in stated and name != "conditioning"
+    }
+
+
+def _fingerprint(file: Path) -> str:
+    """Return what tells a file, or an index and the files that it names, from others."""
+    index, files = files_of(file)
+    if index is None:
+        return fingerprint(file)[:12]
+    return hashlib.sha256("".join(map(fingerprint, files)).encode()).hexdigest()[:12]
 
 
 def _text(name: str) -> str:
     """Return a file's name as graphs can hold it: bytes that are not UTF-8 are replaced."""
     return name.encode(errors="replace").decode()
+
+
+def _replacement(checkpoint: Checkpoint, component: str) -> dict[str, str]:
+    """Return the one of `_replaced` that a graph states: by the name of its part."""
+    found = _replaced(checkpoint).get(component)
+    return {COMPONENTS[component]: found} if found else {}
 
 
 def _metadata(checkpoint: Checkpoint, component: str, target: Target, sizes: Architecture) -> dict[str, str]:
@@ -413,6 +446,6 @@ def _metadata(checkpoint: Checkpoint, component: str, target: Target, sizes: Arc
         "flavour": target.flavour,
         "opset": str(target.opset),
         **target.precision.settings(),
-        **(_transformer(checkpoint) if component == "transformer" else {}),
+        **_replacement(checkpoint, component),
         "architecture": sizes.component_json(component),
     }

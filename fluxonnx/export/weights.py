@@ -14,10 +14,11 @@ from typing import BinaryIO
 import numpy as np
 
 from fluxonnx.checkpoint.digests import content_digest
-from fluxonnx.checkpoint.safetensors import DTYPES
+from fluxonnx.checkpoint.encoded import Encoded
+from fluxonnx.checkpoint.safetensors import DTYPES, Tensor
 from fluxonnx.errors import CheckpointError, ExportError
 from fluxonnx.export.graph import Graph
-from fluxonnx.export.initializers import StoredWeight
+from fluxonnx.export.initializers import ROWS, StoredWeight
 from fluxonnx.files import probe, resumable_write
 from fluxonnx.machine import usable_cores
 
@@ -151,12 +152,22 @@ def _written(weights: list[StoredWeight], file: BinaryIO) -> Iterator[None]:
                         file.write(np.ascontiguousarray(array).view(np.uint8).data)
                     yield
                     continue
-                array = weight.source.array().reshape(-1)
-                for start in range(0, array.size, CHUNK):
-                    file.write(array[start : start + CHUNK].astype(DTYPES[weight.entries[0].dtype]).tobytes())
+                for piece in _pieces(weight.source):
+                    file.write(piece.astype(DTYPES[weight.entries[0].dtype]).tobytes())
                     yield
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _pieces(source: Tensor) -> Iterator[np.ndarray]:
+    """Yield a tensor's values in order, a few at a time; those that have to be computed, some rows at a time."""
+    if isinstance(source, Encoded) and source.shape:
+        for start in range(0, source.shape[0], ROWS):
+            yield source.rows(start, start + ROWS)
+        return
+    array = source.array().reshape(-1)
+    for start in range(0, array.size, CHUNK):
+        yield array[start : start + CHUNK]
 
 
 def _plan(weights: list[StoredWeight], settings: dict[str, str]) -> tuple[bytes, list[int], int]:

@@ -40,8 +40,8 @@ class ModelBuilder(GraphBuilder):
         tensor = super().tensor(name, shape)
         if tensor.dtype not in FLOATS and not tensor.quantisation:
             raise CheckpointError(f"{self.name}: tensor {self.path(name)} is {tensor.dtype}, expected BF16, F16 or F32")
+        check_scales(tensor)
         if tensor.quantisation:
-            check_scales(tensor)
             if not self.precision.takes_integers:
                 return dequantised(tensor, self.precision.integers_as)
         return tensor
