@@ -129,6 +129,9 @@ def is_shipped(model: Path) -> bool:
 def load(
     path: str | Path | None = None,
     *,
+    transformer: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    vae: str | Path | None = None,
     precision: str | None = None,
     text_encoder_precision: str | None = None,
     provider: str | None = None,
@@ -147,6 +150,10 @@ def load(
     Args:
         path: A model directory in the Hugging Face layout of FLUX.2-klein; by default $FLUXONNX_MODEL, else ./model,
             else the bundled demo model.
+        transformer: A file, or the folder of one, that replaces the transformer's weights; see `export`. The build of
+            the precision is exported again if its weights come from elsewhere, and stays with these.
+        text_encoder: Likewise for the text encoder.
+        vae: Likewise for the autoencoder.
         precision: "bf16" (weights as the checkpoint has them), "fp32", "fp16", "int8", "int4", or "auto" for what suits
             this machine; by default bf16 on the CPU and what suits other providers. In a directory that holds only a
             self-contained build, it is that build's.
@@ -176,7 +183,7 @@ def load(
     )
     model = find_model(path)
     try:
-        checkpoint = open_checkpoint(model)
+        checkpoint = open_checkpoint(model, transformer, text_encoder=text_encoder, vae=vae)
         require_text(checkpoint.root)
         if precision is None or precision == AUTO:
             build = _only_build(checkpoint, flavour, traits(options.provider).flavour)
@@ -191,6 +198,8 @@ def load(
         flavour = flavour or traits(options.provider).flavour
         cache = Path(cache_dir) if cache_dir else None
         name = build_name(precision, flavour)
+        if checkpoint.parts:
+            _export_parts(checkpoint, precision, text_encoder_precision, flavour, on_export)
         text_encoder_precision = text_encoder_precision or _other_encoder(checkpoint, name)
         if text_encoder_precision in (None, precision):
             manifest = _up_to_date(checkpoint, precision, flavour, on_export)
@@ -202,6 +211,30 @@ def load(
         return Flux(checkpoint, manifest, manifest.builds[name], options, cache, encoder)
     except OSError as error:
         raise CheckpointError(f"{error.filename or model} can't be read: {error.strerror or error}") from None
+
+
+def _export_parts(
+    checkpoint: Checkpoint,
+    precision: str,
+    text_encoder_precision: str | None,
+    flavour: str,
+    on_export: Callable[[Path], None] | None,
+) -> None:
+    """Export what is not yet made from the files that replace weights; whatever is, is left alone."""
+    from fluxonnx.export import export
+
+    if on_export:
+        on_export(checkpoint.root)
+    export(
+        checkpoint.root,
+        transformer=checkpoint.parts.get("transformer"),
+        text_encoder=checkpoint.parts.get("text_encoder"),
+        vae=checkpoint.parts.get("vae"),
+        precision=precision,
+        text_encoder_precision=text_encoder_precision,
+        flavour=flavour,
+        renew=True,
+    )
 
 
 def _up_to_date(

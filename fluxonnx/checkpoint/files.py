@@ -15,7 +15,7 @@ from fluxonnx.errors import CheckpointError
 # File name stems by which diffusers and transformers save a component.
 STEMS = ("diffusion_pytorch_model", "model")
 INDEX = ".safetensors.index.json"
-# Variants as diffusers and transformers name them: STEM.fp16.safetensors, and indexes as STEM.safetensors.index.fp16.json
+# Variants as diffusers and transformers name them: STEM.fp16.safetensors; indexes STEM.safetensors.index.fp16.json
 # or STEM.fp16.safetensors.index.json.
 VARIANT = re.compile(
     r"(?P<stem>diffusion_pytorch_model|model)(\.(?P<name>\w+)\.safetensors(\.index\.json)?"

@@ -18,11 +18,11 @@ comfy_kitchen/float_utils.py. Values are computed in float32 as there.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from fluxonnx.checkpoint.encoded import Decode, Encoded, Float8, encoded, raw_bytes
+from fluxonnx.checkpoint.encoded import Encoded, Float8, encoded, raw_bytes
 from fluxonnx.checkpoint.safetensors import DTYPES, Tensor
 from fluxonnx.errors import CheckpointError
 
@@ -152,7 +152,7 @@ def _nvfp4(tensors: Mapping[str, Tensor], layer: str, weight: Tensor) -> Encoded
     return encoded(weight, "nvfp4", decode, shape, (second,))
 
 
-def _tiled(weight: Tensor, shape: tuple[int, ...], scale: Tensor, block: int) -> Decode:
+def _tiled(weight: Tensor, shape: tuple[int, ...], scale: Tensor, block: int) -> Callable[[int, int], np.ndarray]:
     """Return a function of a first row and a count, which returns the bytes of these rows' scales.
 
     Tiles of 128 x 4 scales lie one after the other; within one, rows i, i + 32, i + 64 and i + 96 are side by side
@@ -172,8 +172,6 @@ def _tiled(weight: Tensor, shape: tuple[int, ...], scale: Tensor, block: int) ->
         # [tile row, tile column, row % 32, row // 32 % 4, column]
         stored = raw_bytes(scale).reshape(*tiles, 32, TILE_ROWS // 32, TILE_COLUMNS)
         row, column = np.arange(first, first + count)[:, None], np.arange(columns)[None]
-        return stored[
-            row // TILE_ROWS, column // TILE_COLUMNS, row % 32, row % TILE_ROWS // 32, column % TILE_COLUMNS
-        ]
+        return stored[row // TILE_ROWS, column // TILE_COLUMNS, row % 32, row % TILE_ROWS // 32, column % TILE_COLUMNS]
 
-    return rows  # type: ignore[return-value]
+    return rows

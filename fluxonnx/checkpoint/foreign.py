@@ -86,7 +86,12 @@ def quantised(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
             return ends[parameter], how
     for name, tensor in tensors.items():
         layer, _, parameter = name.rpartition(".")
-        if parameter == "weight" and tensor.dtype == "U8" and not is_nvfp4(tensors, layer) and not _marked(tensors, layer):
+        if (
+            parameter == "weight"
+            and tensor.dtype == "U8"
+            and not is_nvfp4(tensors, layer)
+            and not _marked(tensors, layer)
+        ):
             return name, "to 4 bits"
         if parameter in PARAMETERS and f"{layer}.weight" not in tensors:
             return name, "in an unknown format"
@@ -95,4 +100,3 @@ def quantised(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
 
 def _marked(tensors: Mapping[str, Tensor], layer: str) -> bool:
     return f"{layer}.comfy_quant" in tensors
-

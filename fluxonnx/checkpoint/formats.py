@@ -23,8 +23,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from fluxonnx.checkpoint import names, part_names
 from fluxonnx.checkpoint.encoded import Encoded, refuse_infinite
 from fluxonnx.checkpoint.floats import PARAMETERS, SCALES, decoded, is_float8, is_nvfp4, unscaled

@@ -149,7 +149,9 @@ def _parse(path: Path, data: mmap.mmap, size: int) -> tuple[dict[str, Tensor], d
     reader = _Reader(data)
     version = reader.number("<I")
     if version not in VERSIONS:
-        raise CheckpointError(f"{path} is GGUF of version {version}, but fluxonnx reads {VERSIONS[0]} and {VERSIONS[1]}")
+        raise CheckpointError(
+            f"{path} is GGUF of version {version}, but fluxonnx reads {VERSIONS[0]} and {VERSIONS[1]}"
+        )
     tensors, entries = reader.count(MAX_ENTRIES), reader.count(MAX_ENTRIES)
     metadata = {}
     for _ in range(entries):
@@ -175,9 +177,7 @@ def _parse(path: Path, data: mmap.mmap, size: int) -> tuple[dict[str, Tensor], d
         found[name] = _tensor(path, name, shape, kind, start + offset)
         end = start + offset + found[name].nbytes
         if end > size:
-            raise CheckpointError(
-                f"{path} is truncated: {size} bytes, but {name} ends at {end}: download it again"
-            )
+            raise CheckpointError(f"{path} is truncated: {size} bytes, but {name} ends at {end}: download it again")
     return found, metadata
 
 

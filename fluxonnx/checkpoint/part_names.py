@@ -1,7 +1,7 @@
 """Others' names of the text encoder's and the autoencoder's tensors, translated to those of transformers and diffusers.
 
-Sources: convert_ldm_vae_checkpoint, single_file_utils.py of diffusers; detect_te_model and load_text_encoder_state_dicts,
-comfy/sd.py in Comfy-Org/ComfyUI; TENSOR_NAMES of gguf/constants.py.
+Sources: convert_ldm_vae_checkpoint, single_file_utils.py of diffusers; load_text_encoder_state_dicts, comfy/sd.py in
+Comfy-Org/ComfyUI; TENSOR_NAMES of gguf/constants.py.
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ def bare_encoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in tensors.items()
         if name.startswith(prefix) and name.removeprefix(prefix).startswith(ENCODER_PARTS)
     }
-    heads = {
-        name.removeprefix(outer): tensor for name, tensor in tensors.items() if name.startswith(outer + HEAD)
-    }
+    heads = {name.removeprefix(outer): tensor for name, tensor in tensors.items() if name.startswith(outer + HEAD)}
     return inside | heads
 
 
@@ -127,10 +125,8 @@ def vae_channels(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
         ("block_out_channels", "encoder", "down_blocks"),
         ("decoder_block_out_channels", "decoder", "up_blocks"),
     ):
-        widths = []
+        widths: list[int] = []
         while (tensor := tensors.get(f"{part}.{blocks}.{len(widths)}.resnets.0.conv1.weight")) is not None:
             widths.append(tensor.shape[0] if tensor.shape else 0)
         found[key] = widths if part == "encoder" else widths[::-1]
     return {key: widths for key, widths in found.items() if widths}
-
-

@@ -41,7 +41,9 @@ FOREIGN = (
 WEB_PAGE = "is a web page, not the file itself: download it again, logged in where the model asks for that"
 # What the hub answers instead of a file, as text.
 REFUSALS = (b"access to model", b"invalid username or password", b"entry not found", b"unauthorized", b"forbidden")
-REFUSED = "is an answer that the download was refused, not the file itself: log in, accept the licence, download it again"
+REFUSED = (
+    "is an answer that the download was refused, not the file itself: log in, accept the licence, download it again"
+)
 
 
 def open_regular(path: str | Path) -> BinaryIO:

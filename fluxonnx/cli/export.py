@@ -9,10 +9,10 @@ from pathlib import Path
 
 from fluxonnx.cli.flags import (
     add_parser,
+    add_parts,
     add_text_encoder_precision,
     add_verbosity,
     not_empty,
-    path_name,
     typed,
 )
 from fluxonnx.cli.progress import Progress, phase_line, speaker
@@ -25,6 +25,8 @@ class Options:
     dir: str
     output: str | None
     transformer: Path | None
+    text_encoder: Path | None
+    vae: Path | None
     precision: str | None
     text_encoder_precision: str | None
     keep: str | None
@@ -59,20 +61,14 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         metavar="DIR",
         help="write a self-contained copy here instead of writing into the model directory",
     )
-    parser.add_argument(
-        "--transformer",
-        type=path_name,
-        metavar="FILE",
-        help="read the weights of the transformer from this safetensors file, with the tensor names of diffusers or "
-        "of the original; integers of ComfyUI's int8_tensorwise format are kept as they are and make an int8 build",
-    )
+    add_parts(parser)
     parser.add_argument(
         "--precision",
         metavar="NAME",
         help="bf16: weights stay as they are in the files of the checkpoint; fp32: converted; fp16: converted to half "
         "the size and computed in half precision, for GPUs (on a CPU it needs as much memory as fp32); int8, int4: "
         "quantised; auto: whatever suits this machine. Builds of fp16, int8 and int4 need no other files (default: "
-        "bf16, or int8 if the weights are int8 already)",
+        "bf16, or int8 or int4 if the weights are such integers already)",
     )
     add_text_encoder_precision(parser)
     parser.add_argument(
@@ -118,7 +114,7 @@ def export(options: Options) -> None:
     say = speaker(options.quiet)
     say_seconds = speaker(quiet=not options.verbose)
     start = time.perf_counter()
-    checkpoint = open_checkpoint(options.dir, options.transformer)
+    checkpoint = open_checkpoint(options.dir, options.transformer, text_encoder=options.text_encoder, vae=options.vae)
     precision = options.precision or default_precision(checkpoint)
     if precision == AUTO:
         choice = choose(checkpoint)
@@ -131,6 +127,8 @@ def export(options: Options) -> None:
             options.dir,
             options.output,
             transformer=options.transformer,
+            text_encoder=options.text_encoder,
+            vae=options.vae,
             precision=precision,
             text_encoder_precision=options.text_encoder_precision,
             keep=options.keep,

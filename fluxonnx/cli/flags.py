@@ -70,6 +70,18 @@ def path_name(text: str) -> Path:
     return Path(not_empty(text))
 
 
+def add_parts(flags: Flags) -> None:
+    """Add --transformer, --text-encoder and --vae."""
+    for name, noun in (("transformer", "transformer"), ("text-encoder", "text encoder"), ("vae", "autoencoder")):
+        flags.add_argument(
+            f"--{name}",
+            type=path_name,
+            metavar="FILE",
+            help=f"read the weights of the {noun} from this file or folder: safetensors or GGUF, with the names and in "
+            "the formats of diffusers, ComfyUI and others (docs/checkpoints.md)",
+        )
+
+
 def add_text_encoder_precision(flags: Flags) -> None:
     """Add --text-encoder-precision."""
     flags.add_argument(

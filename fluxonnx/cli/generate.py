@@ -14,6 +14,7 @@ from fluxonnx.cli.flags import (
     add_field,
     add_model,
     add_parser,
+    add_parts,
     add_text_encoder_precision,
     add_verbosity,
     find_model,
@@ -56,6 +57,7 @@ class Options:
         threads: Threads per operator; None for one per core that this process may use.
         low_memory: Whether to need less memory and more time.
         cache_dir: The folder of encoded prompts.
+        parts: The files that replace the weights of components, by the components' folders.
         verbose: Whether to print the seconds that phases take.
         quiet: Whether to print errors only.
     """
@@ -69,6 +71,7 @@ class Options:
     threads: int | None
     low_memory: bool
     cache_dir: Path | None
+    parts: dict[str, Path | None]
     verbose: bool
     quiet: bool
 
@@ -104,6 +107,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     )
     model = parser.add_argument_group("model")
     add_model(model, "$FLUXONNX_MODEL, else ./model, else the bundled demo model, which draws coloured shapes")
+    add_parts(model)
     model.add_argument("--precision", metavar="NAME", help="bf16 (default), fp32, fp16, int8, int4, or auto")
     add_text_encoder_precision(model)
     model.add_argument(
@@ -170,6 +174,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         threads=arguments.threads,
         low_memory=arguments.low_memory,
         cache_dir=arguments.cache_dir,
+        parts={name: getattr(arguments, name) for name in ("transformer", "text_encoder", "vae")},
         verbose=arguments.verbose,
         quiet=arguments.quiet,
     )
@@ -187,7 +192,7 @@ def generate(options: Options) -> None:
     source = read_source(options.source) if options.source else None
     jobs = plan(options.wanted, source)
     model = find_model(options.dir, say)
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, **options.parts)
     build = choose_build(options.precision, options.text_encoder_precision, options.provider, source, checkpoint.name)
     check_jobs(jobs, checkpoint, options.cache_dir)
     start = time.perf_counter()
@@ -201,6 +206,9 @@ def generate(options: Options) -> None:
             threads=options.threads,
             low_memory=options.low_memory,
             cache_dir=options.cache_dir,
+            transformer=options.parts["transformer"],
+            text_encoder=options.parts["text_encoder"],
+            vae=options.parts["vae"],
             on_export=lambda root: say(f"Exporting {root} ..."),
             on_choice=lambda choice: say(str(choice)),
             watch=bar.event,

@@ -412,9 +412,7 @@ def _location(root: Path, path: Path) -> str:
 def _replaced(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the settings of a build whose graphs have their weights from other files, by the graphs' names."""
     stated = {part: f"{_text(file.name)} {_fingerprint(file)}" for part, file in checkpoint.parts.items()}
-    return {
-        name: stated[part] for name, part in COMPONENTS.items() if part in stated and name != "conditioning"
-    }
+    return {name: stated[part] for name, part in COMPONENTS.items() if part in stated and name != "conditioning"}
 
 
 def _fingerprint(file: Path) -> str:

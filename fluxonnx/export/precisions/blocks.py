@@ -22,10 +22,7 @@ def product(g: GraphBuilder, x: str, tensor: Encoded) -> str:
     (n_out, n_in), bits, size = tensor.shape, tensor.blocks.bits, tensor.blocks.size
     count = n_in // size
     fused = g.fused
-    if fused:
-        integers = Part("", "U8", (n_out, count, size * bits // 8))
-    else:
-        integers = Part("", "I8", (n_out, count, size))
+    integers = Part("", "U8", (n_out, count, size * bits // 8)) if fused else Part("", "I8", (n_out, count, size))
 
     def encode(source: Tensor) -> tuple[np.ndarray, np.ndarray]:
         assert isinstance(source, Encoded)
