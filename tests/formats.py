@@ -10,7 +10,15 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from fluxonnx.checkpoint.safetensors import read_header
+
 Arrays = dict[str, np.ndarray]
+
+
+def load(path: Path) -> Arrays:
+    """Read a safetensors file with 8-bit floats, which the library does not give to numpy."""
+    return {name: np.array(tensor.array()) for name, tensor in read_header(path).items()}
+
 
 # Written from the original's code, not from fluxonnx, so that each checks the other: diffusers' name -> LDM's. `{up}`
 # is counted from the other end.

@@ -30,6 +30,7 @@ EXPORT_LAYERS = [
     "exporter",
     "copying",
     "weights",
+    "parts",
     "components",
     ("transformer", "text_encoder", "vae", "conditioning"),
     "ops",

@@ -27,6 +27,12 @@ class Float8:
     dtype: str
     scale: Tensor | None = None
 
+    def swapped(self) -> Float8:
+        """Return the same for a tensor whose halves change places."""
+        if self.scale is None or math.prod(self.scale.shape) == 1:
+            return self
+        return replace(self, scale=replace(self.scale, swapped=True))
+
     def split(self, sizes: Sequence[int]) -> list[Float8]:
         """Return the same for each block of rows."""
         if self.scale is None or math.prod(self.scale.shape) == 1:

@@ -89,8 +89,8 @@ def _with_halves_swapped(tensor: Tensor) -> Tensor:
     quantisation = tensor.quantisation
     if quantisation and math.prod(quantisation.scale.shape) > 1:
         quantisation = replace(quantisation, scale=replace(quantisation.scale, swapped=True))
-    if isinstance(tensor, Encoded):  # a scale of each row would have to be swapped, too
-        return replace(tensor, swapped=True, float8=None)
+    if isinstance(tensor, Encoded):
+        return replace(tensor, swapped=True, float8=tensor.float8.swapped() if tensor.float8 else None)
     return replace(tensor, swapped=True, quantisation=quantisation)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +12,6 @@ import onnx
 
 from fluxonnx.checkpoint.digests import config_digest, content_digest
 from fluxonnx.checkpoint.directory import Checkpoint
-from fluxonnx.checkpoint.files import files_of
-from fluxonnx.checkpoint.formats import unmarked
 from fluxonnx.checkpoint.manifest import (
     FILE_NAME,
     Build,
@@ -30,15 +27,15 @@ from fluxonnx.checkpoint.manifest import (
     salvaged_manifest,
 )
 from fluxonnx.checkpoint.reading import check_readable, exists
-from fluxonnx.checkpoint.safetensors import Tensor, fingerprint
+from fluxonnx.checkpoint.safetensors import Tensor
 from fluxonnx.contract import COMPONENTS, GRAPH_FORMAT, Architecture, open_checkpoint
 from fluxonnx.errors import CheckpointError, ExportError
 from fluxonnx.export import weights
 from fluxonnx.export.components import Target, build_graph, make_passes, read_architecture, select
 from fluxonnx.export.copying import copy_model, prepare_copy
 from fluxonnx.export.graph import Graph
+from fluxonnx.export.parts import as_text, notices, replaced_parts, stated, without_parts
 from fluxonnx.export.precisions import Precision
-from fluxonnx.export.precisions.blocks import described
 from fluxonnx.files import atomic_write, describe_os_error, exclusive, probe, remove_leftovers, require_text
 from fluxonnx.version import __version__
 
@@ -171,8 +168,8 @@ def _export_components(
     precision, flavour = target.precision.name, target.flavour
     name = build_name(precision, flavour)
     build = recorded = manifest.builds.get(name)
-    settings, replaced = target.precision.settings(), _replaced(checkpoint)
-    if build is None or (build.opset, _without_parts(build.settings)) != (target.opset, settings):
+    settings, replaced = target.precision.settings(), replaced_parts(checkpoint)
+    if build is None or (build.opset, without_parts(build.settings)) != (target.opset, settings):
         # Graphs of another opset or other settings are never mixed into one build.
         build = manifest.builds[name] = Build(precision, flavour, target.opset, settings)
     withdrawn = recorded is not None and recorded is not build
@@ -185,7 +182,7 @@ def _export_components(
     pending = [component for component in names if component not in current]
     # Whatever can be wrong with the checkpoint is found before anything is written.
     graphs = {component: _build_graph(checkpoint, root, component, sizes, target) for component in pending}
-    for notice in _notices(checkpoint, pending, target):
+    for notice in notices(checkpoint, pending, target):
         warnings.warn(notice, stacklevel=3)
     for component, graph in graphs.items():
         if graph.kept:
@@ -229,19 +226,6 @@ def _listed(layers: list[str]) -> str:
     """Return the names of a few layers, and how many more there are."""
     more = f" and {len(layers) - MOST_LISTED} more" if len(layers) > MOST_LISTED else ""
     return ", ".join(layers[:MOST_LISTED]) + more
-
-
-def _notices(checkpoint: Checkpoint, components: Sequence[str], target: Target) -> Iterator[str]:
-    """Yield what a person has to know of the weights that graphs are made from."""
-    for folder in sorted({COMPONENTS[name] for name in components if name != "conditioning"}):
-        tensors = checkpoint.tensors(folder)
-        bits = getattr(target.precision, "bits", None)
-        yield from filter(None, (unmarked(tensors), described(target.precision.name, bits, tensors)))
-
-
-def _without_parts(settings: dict[str, str]) -> dict[str, str]:
-    """Return the settings that all graphs of a build share; from which file a graph has its weights is its own."""
-    return {key: value for key, value in settings.items() if key not in COMPONENTS}
 
 
 def _is_current(root: Path, checkpoint: Checkpoint, component: Component, manifest: Manifest) -> bool:
@@ -409,41 +393,16 @@ def _location(root: Path, path: Path) -> str:
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
-def _replaced(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the settings of a build whose graphs have their weights from other files, by the graphs' names."""
-    stated = {part: f"{_text(file.name)} {_fingerprint(file)}" for part, file in checkpoint.parts.items()}
-    return {name: stated[part] for name, part in COMPONENTS.items() if part in stated and name != "conditioning"}
-
-
-def _fingerprint(file: Path) -> str:
-    """Return what tells a file, or an index and the files that it names, from others."""
-    index, files = files_of(file)
-    if index is None:
-        return fingerprint(file)[:12]
-    return hashlib.sha256("".join(map(fingerprint, files)).encode()).hexdigest()[:12]
-
-
-def _text(name: str) -> str:
-    """Return a file's name as graphs can hold it: bytes that are not UTF-8 are replaced."""
-    return name.encode(errors="replace").decode()
-
-
-def _replacement(checkpoint: Checkpoint, component: str) -> dict[str, str]:
-    """Return the one of `_replaced` that a graph states: by the name of its part."""
-    found = _replaced(checkpoint).get(component)
-    return {COMPONENTS[component]: found} if found else {}
-
-
 def _metadata(checkpoint: Checkpoint, component: str, target: Target, sizes: Architecture) -> dict[str, str]:
     return {
         "producer": "fluxonnx",
         "version": __version__,
-        "model": _text(checkpoint.name),
+        "model": as_text(checkpoint.name),
         "component": component,
         "precision": target.precision.name,
         "flavour": target.flavour,
         "opset": str(target.opset),
         **target.precision.settings(),
-        **_replacement(checkpoint, component),
+        **stated(checkpoint, component),
         "architecture": sizes.component_json(component),
     }

@@ -52,7 +52,7 @@ def described(precision: str, bits: int | None, tensors: Mapping[str, Tensor]) -
         bits: Blocks of at most so many bits are kept; None for a build of floats.
         tensors: The tensors of a part of the model.
     """
-    found = [t for t in tensors.values() if isinstance(t, Encoded) and t.float8 is None and len(t.shape) > 1]
+    found = [t for t in tensors.values() if isinstance(t, Encoded) and t.form != "fp8" and len(t.shape) > 1]
     lost = [t for t in found if t.blocks is None or bits is None or t.blocks.bits > bits]
     if not lost:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from onnx import TensorProto
@@ -19,7 +20,7 @@ def is_castable(g: GraphBuilder, tensor: Tensor) -> bool:
     """Whether a graph can use a tensor's 8-bit floats as they are; runtimes other than onnxruntime know none."""
     if not isinstance(tensor, Encoded) or tensor.float8 is None:
         return False
-    return g.fused and g.opset >= OPSET and not tensor.swapped and not tensor.scaling
+    return g.fused and g.opset >= OPSET and not tensor.scaling
 
 
 def cast(g: GraphBuilder, tensor: Tensor) -> str:
@@ -27,13 +28,13 @@ def cast(g: GraphBuilder, tensor: Tensor) -> str:
     assert isinstance(tensor, Encoded)
     assert tensor.float8 is not None
     dtype, scale = tensor.float8.dtype, tensor.float8.scale
-    place = Tensor(tensor.name, dtype, tensor.shape, tensor.file, tensor.offset, tensor.nbytes)
+    place = Tensor(tensor.name, dtype, tensor.shape, tensor.file, tensor.offset, tensor.nbytes, tensor.swapped)
     value = g.weight_op("Cast", g.stored(place, dtype, in_place=True), to=TensorProto.FLOAT)
     if scale is None:
         return value
     # parts of a fused layer share the scale for all of it; a scale per row is a part of the file's, too
     name = f"{scale.name}@{scale.offset}"
-    scale = Tensor(name, scale.dtype, scale.shape, scale.file, scale.offset, scale.nbytes)
+    scale = replace(scale, name=name)
     factor = g.stored(scale, scale.dtype, in_place=True)
     if scale.dtype != "F32":
         factor = g.weight_op("Cast", factor, to=TensorProto.FLOAT)
