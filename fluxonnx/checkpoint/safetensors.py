@@ -196,7 +196,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
-            whole = size >= 8 + length and length <= MAX_HEADER_BYTES
+            whole = size >= 8 + length and 0 < length <= MAX_HEADER_BYTES
             header_bytes = file.read(length if whole else 64)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the model directory is not complete, download it again") from None
