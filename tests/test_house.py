@@ -29,8 +29,9 @@ LAYERS = [
 EXPORT_LAYERS = [
     "exporter",
     "copying",
-    "weights",
     "parts",
+    "weights",
+    "links",
     "components",
     ("transformer", "text_encoder", "vae", "conditioning"),
     "ops",

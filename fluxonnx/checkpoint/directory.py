@@ -60,7 +60,10 @@ class Checkpoint:
     Attributes:
         root: The directory.
         parts: The file, or index of files, that replaces the weights of a component, by the component's folder.
+        may_link: Whether builds in the directory may have hard links to weights that lie elsewhere.
     """
+
+    may_link = True
 
     def __init__(
         self,

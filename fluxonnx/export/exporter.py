@@ -30,7 +30,7 @@ from fluxonnx.checkpoint.reading import check_readable, exists
 from fluxonnx.checkpoint.safetensors import Tensor
 from fluxonnx.contract import COMPONENTS, GRAPH_FORMAT, Architecture, open_checkpoint
 from fluxonnx.errors import CheckpointError, ExportError
-from fluxonnx.export import weights
+from fluxonnx.export import links, weights
 from fluxonnx.export.components import Target, build_graph, make_passes, read_architecture, select
 from fluxonnx.export.copying import copy_model, prepare_copy
 from fluxonnx.export.graph import Graph
@@ -182,7 +182,7 @@ def _export_components(
     pending = [component for component in names if component not in current]
     # Whatever can be wrong with the checkpoint is found before anything is written.
     graphs = {component: _build_graph(checkpoint, root, component, sizes, target) for component in pending}
-    for notice in notices(checkpoint, pending, target):
+    for notice in notices(checkpoint, root, graphs, target):
         warnings.warn(notice, stacklevel=3)
     for component, graph in graphs.items():
         if graph.kept:
@@ -338,23 +338,30 @@ def _write_component(
     name = _weight_file(component, target)
     settings = {**_writer(), **precision.settings()} if precision.self_contained else {}
     stored = weights.place(
-        graph, root, name, settings, lambda done, total: say(component, done, total), name in known, not force
+        graph,
+        root,
+        name,
+        settings,
+        lambda done, total: say(component, done, total),
+        name in known,
+        not force,
+        checkpoint.may_link,
     )
     file = graph_file(component, precision.name, target.flavour)
     with atomic_write(root / file) as temporary:
         onnx.save(graph.model, temporary)
-        _check(temporary, file)
-    written = [file, *([stored.name] if stored else [])]
+        links.check(graph.model, temporary, file)
+    written = [file, *stored.names]
     config = _location(checkpoint.root, checkpoint.config_path(COMPONENTS[component]))
     return Component(
         graph=file,
         exporter_version=__version__,
         sources=sources,
-        weights=[stored.name] if stored else [],
+        weights=stored.names,
         nodes=len(graph.model.graph.node),
         parameters=graph.parameters,
         self_contained=precision.self_contained,
-        bytes_written=(root / file).stat().st_size + (stored.bytes_written if stored else 0),
+        bytes_written=(root / file).stat().st_size + stored.bytes_written,
         graph_format=GRAPH_FORMAT,
         exporter_digest=exporter_digest(),
         files={name: content_digest(root / name) for name in written},
@@ -363,14 +370,6 @@ def _write_component(
         errors=graph.errors,
         kept=graph.kept,
     )
-
-
-def _check(path: Path, name: str) -> None:
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except onnx.checker.ValidationError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ExportError(f"{name} can't be used by ONNX ({reason}): make a copy with -o DIR") from error
 
 
 def _sources(checkpoint: Checkpoint, root: Path, graph: Graph) -> dict[str, str]:

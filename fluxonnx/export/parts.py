@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fluxonnx.checkpoint.directory import Checkpoint
@@ -11,7 +11,9 @@ from fluxonnx.checkpoint.files import files_of
 from fluxonnx.checkpoint.formats import unmarked
 from fluxonnx.checkpoint.safetensors import fingerprint
 from fluxonnx.contract import COMPONENTS
+from fluxonnx.export import links
 from fluxonnx.export.components import Target
+from fluxonnx.export.graph import Graph
 from fluxonnx.export.precisions.blocks import described
 
 
@@ -40,9 +42,11 @@ def without_parts(settings: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in settings.items() if key not in COMPONENTS}
 
 
-def notices(checkpoint: Checkpoint, components: Sequence[str], target: Target) -> Iterator[str]:
-    """Yield what a person has to know of the weights that graphs are made from."""
-    for folder in sorted({COMPONENTS[name] for name in components if name != "conditioning"}):
+def notices(checkpoint: Checkpoint, root: Path, graphs: Mapping[str, Graph], target: Target) -> Iterator[str]:
+    """Yield what a person has to know of the weights that graphs in `root` are made from."""
+    if line := links.notice(graphs.values(), root, checkpoint.may_link):
+        yield line
+    for folder in sorted({COMPONENTS[name] for name in graphs if name != "conditioning"}):
         tensors = checkpoint.tensors(folder)
         bits = getattr(target.precision, "bits", None)
         yield from filter(None, (unmarked(tensors), described(target.precision.name, bits, tensors)))

@@ -16,7 +16,8 @@ import numpy as np
 from fluxonnx.checkpoint.digests import content_digest
 from fluxonnx.checkpoint.encoded import Encoded
 from fluxonnx.checkpoint.safetensors import DTYPES, Tensor
-from fluxonnx.errors import CheckpointError, ExportError
+from fluxonnx.errors import ExportError
+from fluxonnx.export import links
 from fluxonnx.export.graph import Graph
 from fluxonnx.export.initializers import ROWS, StoredWeight
 from fluxonnx.files import probe, resumable_write
@@ -30,11 +31,11 @@ CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
-class StoredFile:
-    """A weight file of a build; `bytes_written` is 0 if it was there already."""
+class Stored:
+    """The weight files of a build, relative to its folder; `bytes_written` leaves out what was there already."""
 
-    name: str
-    bytes_written: int
+    names: list[str]
+    bytes_written: int = 0
 
 
 def weight_file(component: str, folder: str, label: str) -> str:
@@ -44,7 +45,7 @@ def weight_file(component: str, folder: str, label: str) -> str:
 
 
 def check_places(graph: Graph, root: Path, name: str) -> None:
-    """Check that ONNX can use the weights of a graph where they lie, and where they will be written.
+    """Check that the weights of a graph can be written where they will be.
 
     Args:
         graph: The graph.
@@ -52,22 +53,12 @@ def check_places(graph: Graph, root: Path, name: str) -> None:
         name: The weight file that may be written, relative to `root`.
 
     Raises:
-        CheckpointError: A weight file or its folder is a link.
         OSError: The file can't be written.
     """
-    for weight in graph.weights:
-        if not _is_made(weight, root):
-            _refuse_link(root, weight.source.file)
-    folder = (root / name).parent
-    if not any(_is_made(weight, root) for weight in graph.weights):
-        return
-    if folder.is_symlink():
-        raise CheckpointError(
-            f"{folder} is a symbolic link, behind which ONNX can't use weights: make a self-contained copy with "
-            "-o DIR, or move the whole model directory and link that"
-        )
-    if folder.is_dir() and not (root / name).exists():
-        probe(root / name)
+    path = root / _reachable(root, name)
+    writes = any(links.stays(weight, root) is None for weight in graph.weights)
+    if writes and path.parent.is_dir() and not path.exists():
+        probe(path)
 
 
 def place(
@@ -78,7 +69,8 @@ def place(
     say: Callable[[int, int], None],
     reuse: bool = False,
     resume: bool = True,
-) -> StoredFile | None:
+    link: bool = True,
+) -> Stored:
     """Write the weights that can't stay in the checkpoint, and point every initializer at its bytes.
 
     Args:
@@ -90,21 +82,31 @@ def place(
         reuse: Whether a file that is there is known to be whole and of the same weights; then it is kept if it has the
             same header.
         resume: Whether a file that an interrupted run left is completed.
+        link: Whether files elsewhere, and files behind symbolic links, may become hard links beside the graph.
 
     Returns:
-        The build's weight file, or None if all weights stay in the checkpoint.
+        The build's weight files; none if all weights stay in the checkpoint.
 
     Raises:
         ExportError: There is not enough space.
     """
-    made = []
+    name = _reachable(root, name)
+    made: list[StoredWeight] = []
+    linked: dict[Path, str | None] = {}
     for weight in graph.weights:
-        if _is_made(weight, root):
+        where = links.stays(weight, root)
+        if where is None and link and weight.in_place:
+            source = weight.source.file
+            if source not in linked:
+                linked[source] = links.hard_link(source, root, name)
+            where = linked[source]
+        if where is None:
             made.append(weight)
         else:
-            weight.entries[0].point(weight.source.file.relative_to(root).as_posix(), weight.source.offset)
+            weight.entries[0].point(where, weight.source.offset)
+    names = sorted(where for where in linked.values() if where is not None)
     if not made:
-        return None
+        return Stored(names)
 
     header, starts, size = _plan(made, settings)
     for weight, start in zip(made, starts, strict=True):
@@ -113,7 +115,7 @@ def place(
             start += entry.nbytes
     path = root / name
     if reuse and path.is_file() and path.stat().st_size == size and _begins_with(path, header):
-        return StoredFile(name, 0)
+        return Stored([*names, name])
     path.parent.mkdir(exist_ok=True)
     with resumable_write(path, header, resume) as file:
         done = file.tell()
@@ -122,12 +124,12 @@ def place(
         file.seek(starts[whole] if whole < len(made) else size)
         for _ in _written(made[whole:], file):
             say(file.tell(), size)
-    return StoredFile(name, size)
+    return Stored([*names, name], size)
 
 
-def _is_made(weight: StoredWeight, root: Path) -> bool:
-    """Whether a weight has to be written, because it is not what the checkpoint holds or that is elsewhere."""
-    return not weight.in_place or not weight.source.file.is_relative_to(root)
+def _reachable(root: Path, name: str) -> str:
+    """Return where a weight file is written: beside the graph if its folder is a link, behind which ONNX refuses it."""
+    return name.replace("/", ".") if (root / name).parent.is_symlink() else name
 
 
 def _begins_with(path: Path, header: bytes) -> bool:
@@ -210,21 +212,4 @@ def require_space(folder: Path, size: int, what: object) -> None:
     if free < size:
         raise ExportError(
             f"{what} needs {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free in {folder}: free some space"
-        )
-
-
-def _refuse_link(root: Path, file: Path) -> None:
-    # onnxruntime and onnx.checker reject external data behind symbolic links or outside the graph's folder;
-    # onnx.checker also rejects hard-linked files.
-    parts = [root / Path(*file.relative_to(root).parts[: i + 1]) for i in range(len(file.relative_to(root).parts))]
-    link = next((part for part in parts if part.is_symlink()), None)
-    if link is not None:
-        raise CheckpointError(
-            f"{link} is a symbolic link (a hub cache?), which ONNX can't use for weights: make a self-contained copy "
-            "with -o DIR, or download with `hf download ... --local-dir DIR`"
-        )
-    if file.stat().st_nlink > 1:
-        raise CheckpointError(
-            f"{file} has several names (hard links), which ONNX refuses for weights: make a self-contained copy with "
-            "-o DIR"
         )
