@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxonnx.auto import Choice, choose
+from fluxonnx.checkpoint import hub
 from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.checkpoint.formats import native_precision
 from fluxonnx.checkpoint.manifest import (
@@ -46,17 +47,19 @@ WITHOUT_ENCODER = tuple(name for name in COMPONENTS if name != ENCODER)
 MOST_EXPORTS = 3
 
 
-def find_model(path: str | Path | None = None) -> Path:
+def find_model(path: str | Path | None = None, say: Callable[[str], None] | None = None) -> Path:
     """Return the model directory to use: `path`, else $FLUXONNX_MODEL, else ./model, else the bundled demo model.
 
-    The demo model is copied to the user's cache, because graphs are written beside the weights.
+    The demo model is copied to the user's cache, because graphs are written beside the weights. A name OWNER/NAME that
+    is no folder here is a repository of the Hugging Face hub: what is missing of it is downloaded, of which `say` is
+    told.
 
     Raises:
         CheckpointError: The package was installed without its model, or the model can't be copied.
     """
     chosen = path or os.environ.get("FLUXONNX_MODEL")
     if chosen:
-        return Path(chosen)
+        return hub.download(str(chosen), say=say) if hub.is_repository(chosen) else Path(chosen)
     if Path("model").is_dir():
         return Path("model")
     package = Path(__file__).parent

@@ -52,7 +52,12 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         "fluxonnx export -d model --transformer flux-2-klein-4b-int8.safetensors",
     )
     parser.add_argument(
-        "-d", "--dir", type=not_empty, required=True, metavar="DIR", help="model directory, Hugging Face layout"
+        "-d",
+        "--dir",
+        type=not_empty,
+        required=True,
+        metavar="DIR",
+        help="model directory, or a repository of the Hugging Face hub",
     )
     parser.add_argument(
         "-o",
@@ -107,14 +112,15 @@ def run(arguments: argparse.Namespace) -> None:
 def export(options: Options) -> None:
     """Export graphs and print a table of the files that were written."""
     from fluxonnx import export as exporter
-    from fluxonnx.api import AUTO, default_precision
+    from fluxonnx.api import AUTO, default_precision, find_model
     from fluxonnx.auto import choose
     from fluxonnx.contract import open_checkpoint
 
     say = speaker(options.quiet)
     say_seconds = speaker(quiet=not options.verbose)
     start = time.perf_counter()
-    checkpoint = open_checkpoint(options.dir, options.transformer, text_encoder=options.text_encoder, vae=options.vae)
+    model = find_model(options.dir, say)
+    checkpoint = open_checkpoint(model, options.transformer, text_encoder=options.text_encoder, vae=options.vae)
     precision = options.precision or default_precision(checkpoint)
     if precision == AUTO:
         choice = choose(checkpoint)
@@ -124,7 +130,7 @@ def export(options: Options) -> None:
     start = time.perf_counter()
     with Progress(options.quiet) as bar:
         reports = exporter.export(
-            options.dir,
+            model,
             options.output,
             transformer=options.transformer,
             text_encoder=options.text_encoder,

@@ -55,7 +55,13 @@ def typed(kind: type[Options], arguments: argparse.Namespace) -> Options:
 
 def add_model(flags: Flags, default: str = "as for generate") -> None:
     """Add -d, which `find_model` takes."""
-    flags.add_argument("-d", "--dir", type=not_empty, metavar="DIR", help=f"model directory (default: {default})")
+    flags.add_argument(
+        "-d",
+        "--dir",
+        type=not_empty,
+        metavar="DIR",
+        help=f"model directory, or a repository of the hub (default: {default})",
+    )
 
 
 def not_empty(text: str) -> str:
@@ -120,7 +126,7 @@ def find_model(directory: str | None, say: Callable[[str], None]) -> Path:
     """Return the model directory that -d or a default chooses; `say` is told if it is the bundled demo model."""
     from fluxonnx import api
 
-    model = api.find_model(directory)
+    model = api.find_model(directory, say)
     if api.is_shipped(model):
         say(
             f"Using {model.name}, the bundled demo model, which draws coloured shapes on backgrounds and nothing else. "
