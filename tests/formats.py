@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
-from fluxonnx.checkpoint.safetensors import read_header
+from fluxonnx.checkpoint.safetensors import DTYPES, read_header
 
 Arrays = dict[str, np.ndarray]
 
@@ -171,8 +171,22 @@ def in_form(tensors: Arrays, form: Callable[[np.ndarray], Layer], markers: bool 
 
 
 def write(path: Path, tensors: Arrays, prefix: str = "", others: Arrays | None = None) -> Path:
-    """Write a safetensors file, of several models if `others` are given."""
-    save_file({prefix + name: np.array(array, order="C") for name, array in tensors.items()} | (others or {}), path)
+    """Write a safetensors file, of several models if `others` are given.
+
+    By hand, as versions of the library know different 8-bit floats; types that fluxonnx does not know get another name.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, pieces, end = {}, [], 0
+    for name, array in ({prefix + name: array for name, array in tensors.items()} | (others or {})).items():
+        pieces.append(np.array(array, order="C").tobytes())
+        start, end = end, end + len(pieces[-1])
+        header[name] = {
+            "dtype": names.get(array.dtype, "F8_UNKNOWN"),
+            "shape": list(array.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(pieces))
     return path
 
 
