@@ -36,6 +36,7 @@ MARKS = {
     "vae": re.compile(r"(^|\.)(encoder|decoder)\.(conv_in|conv_out|down|up|mid)"),
 }
 NOUNS = {"transformer": "transformer", "text_encoder": "text encoder", "vae": "autoencoder"}
+ARTICLES = {"transformer": "a", "text_encoder": "a", "vae": "an"}
 
 
 def refuse_foreign(tensors: Mapping[str, Tensor], component: str = "transformer") -> None:
@@ -48,7 +49,8 @@ def refuse_foreign(tensors: Mapping[str, Tensor], component: str = "transformer"
     if found := quantised(tensors):
         name, how = found
         raise CheckpointError(
-            f"{tensors[name].file} is a {noun} that is quantised {how} ({name}), which fluxonnx can't read: {READABLE}"
+            f"{tensors[name].file} is {ARTICLES[component]} {noun} that is quantised {how} ({name}), which fluxonnx "
+            f"can't read: {READABLE}"
         )
     for name, tensor in tensors.items():
         if LORA.search(name):
@@ -66,8 +68,8 @@ def _refuse_another_part(tensors: Mapping[str, Tensor], component: str) -> None:
         name = next((name for name in tensors if mark.search(name)), None)
         if name is not None:
             raise CheckpointError(
-                f"{tensors[name].file} holds a {NOUNS[other]} ({name}), not a {NOUNS[component]}: pass it with "
-                f"--{other.replace('_', '-')}"
+                f"{tensors[name].file} holds {ARTICLES[other]} {NOUNS[other]} ({name}), not {ARTICLES[component]} "
+                f"{NOUNS[component]}: pass it with --{other.replace('_', '-')}"
             )
 
 

@@ -198,12 +198,15 @@ def _told(repository: str, revision: str | None) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(f"no space left for {repository}: free some and run the same command again") from None
-        raise CheckpointError(f"{repository} can't be downloaded: {error.strerror or _line(error)}") from None
+        raise CheckpointError(
+            f"{repository} is no folder here, and can't be downloaded: {error.strerror or _line(error)}"
+        ) from None
     except CheckpointError:
         raise
     except Exception as error:  # of the client's own HTTP library, which has changed before
         raise CheckpointError(
-            f"{repository} can't be downloaded from {constants.ENDPOINT} ({_line(error)}): run the same command again"
+            f"{repository} is no folder here, and can't be downloaded from {constants.ENDPOINT} ({_line(error)}): "
+            "pass a folder, or run the same command again"
         ) from None
 
 
