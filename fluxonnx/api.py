@@ -22,6 +22,7 @@ from fluxonnx.auto import (
     unsuited,
     unusable,
 )
+from fluxonnx.checkpoint import hub
 from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.checkpoint.manifest import (
     NOT_AS_EXPORTED,
@@ -50,17 +51,19 @@ AUTO = "auto"
 MOST_EXPORTS = 3
 
 
-def find_model(path: str | Path | None = None) -> Path:
+def find_model(path: str | Path | None = None, say: Callable[[str], None] | None = None) -> Path:
     """Return the model directory to use: `path`, else $FLUXONNX_MODEL, else ./model, else the bundled demo model.
 
-    The demo model is copied to the user's cache, because graphs are written beside the weights.
+    The demo model is copied to the user's cache, because graphs are written beside the weights. A name OWNER/NAME that
+    is no folder here is a repository of the Hugging Face hub: what is missing of it is downloaded, of which `say` is
+    told.
 
     Raises:
         CheckpointError: The package was installed without its model, or the model can't be copied.
     """
     chosen = path or os.environ.get("FLUXONNX_MODEL")
     if chosen:
-        return Path(chosen)
+        return hub.download(str(chosen), say=say) if hub.is_repository(chosen) else Path(chosen)
     if Path("model").is_dir():
         return Path("model")
     package = Path(__file__).parent
@@ -131,6 +134,9 @@ def is_shipped(model: Path) -> bool:
 def load(
     path: str | Path | None = None,
     *,
+    transformer: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    vae: str | Path | None = None,
     precision: str | None = None,
     text_encoder_precision: str | None = None,
     provider: str | None = None,
@@ -151,6 +157,10 @@ def load(
     Args:
         path: A model directory in the Hugging Face layout of FLUX.2-klein; by default $FLUXONNX_MODEL, else ./model,
             else the bundled demo model.
+        transformer: A file, or the folder of one, that replaces the transformer's weights; see `export`. The build of
+            the precision is exported again if its weights come from elsewhere, and stays with these.
+        text_encoder: Likewise for the text encoder.
+        vae: Likewise for the autoencoder.
         precision: "bf16" (weights as the checkpoint has them), "fp32", "fp16", "int8", "int4", or "auto" for what suits
             this machine; by default that of the build that the directory holds (see `auto.held_build` for the order of
             several), and in one without builds bf16 on the CPU and what suits other providers. Nothing is exported
@@ -191,10 +201,10 @@ def load(
     )
     model = find_model(path)
     try:
-        checkpoint = open_checkpoint(model)
+        checkpoint = open_checkpoint(model, transformer, text_encoder=text_encoder, vae=vae)
         require_text(checkpoint.root)
         held = None
-        if precision is None or not checkpoint.has_weights("transformer"):
+        if not checkpoint.parts and (precision is None or not checkpoint.has_weights("transformer")):
             asked = None if precision == AUTO else precision
             held = held_build(checkpoint, options.provider, asked, flavour, text_encoder_precision is not None)
         if held:
@@ -211,6 +221,8 @@ def load(
         flavour = flavour or traits(options.provider).flavour
         cache = Path(cache_dir) if cache_dir else None
         name = build_name(precision, flavour)
+        if checkpoint.parts:
+            _export_parts(checkpoint, precision, text_encoder_precision, flavour, on_export)
         text_encoder_precision = text_encoder_precision or _other_encoder(checkpoint, name)
         if text_encoder_precision in (None, precision):
             static, broken = static_builds(checkpoint, precision, flavour)
@@ -231,6 +243,30 @@ def load(
         return Flux(checkpoint, manifest, manifest.builds[name], options, cache, encoder)
     except OSError as error:
         raise CheckpointError(f"{error.filename or model} can't be read: {error.strerror or error}") from None
+
+
+def _export_parts(
+    checkpoint: Checkpoint,
+    precision: str,
+    text_encoder_precision: str | None,
+    flavour: str,
+    on_export: Callable[[Path], None] | None,
+) -> None:
+    """Export what is not yet made from the files that replace weights; whatever is, is left alone."""
+    from fluxonnx.export import export
+
+    if on_export:
+        on_export(checkpoint.root)
+    export(
+        checkpoint.root,
+        transformer=checkpoint.parts.get("transformer"),
+        text_encoder=checkpoint.parts.get("text_encoder"),
+        vae=checkpoint.parts.get("vae"),
+        precision=precision,
+        text_encoder_precision=text_encoder_precision,
+        flavour=flavour,
+        renew=True,
+    )
 
 
 def _up_to_date(
@@ -318,8 +354,9 @@ def _to_export(checkpoint: Checkpoint, name: str, parts: Sequence[str]) -> tuple
 
 def _cure(root: Path, build: Build) -> str:
     """Return what makes a build again that can't be exported from its own directory."""
-    if build.parsed_settings.transformer:
-        return f"make it again with fluxonnx export -d {root} {build.flags} --transformer FILE"
+    if parts := build.parsed_settings.parts:
+        flags = " ".join(sorted({f"--{COMPONENTS[name].replace('_', '-')} FILE" for name in parts}))
+        return f"make it again with fluxonnx export -d {root} {build.flags} {flags}"
     return f"make it again with fluxonnx export -d CHECKPOINT -o {root} {build.flags}"
 
 
@@ -327,19 +364,24 @@ def _not_exportable(checkpoint: Checkpoint, build: Build, part: str) -> str | No
     """Return why a component can't be exported here; None if it can."""
     folder = COMPONENTS[part]
     # without the graph, the setting is of an export that never ended
-    replaced = build.parsed_settings.transformer if "transformer" in build.components else None
-    if part == "transformer" and replaced:
-        return None if _replacement(checkpoint.root, build) else f"{replaced}, which it was made from, is gone"
+    replaced = build.parsed_settings.parts.get(part) if part in build.components else None
+    if replaced:
+        return None if _replacement(checkpoint.root, build, part) else f"{replaced}, which it was made from, is gone"
     if part == "conditioning" or checkpoint.has_weights(folder):
         return None
     return f"{checkpoint.root / folder} holds no weights to make it from"
 
 
-def _replacement(root: Path, build: Build) -> Path | None:
-    """Return the file that --transformer named when a build was made, if it is still there."""
-    sources = build.components["transformer"].sources if "transformer" in build.components else {}
-    name = build.parsed_settings.transformer
-    return next((root / source for source in sources if Path(source).name == name and (root / source).is_file()), None)
+def _replacement(root: Path, build: Build, part: str) -> Path | None:
+    """Return the file, or index of files, that a graph's weights came from instead of the directory's, if it is there.
+
+    It is one of the sources, or lies beside them.
+    """
+    sources = build.components[part].sources if part in build.components else {}
+    name = build.parsed_settings.parts.get(part)
+    if name is None:
+        return None
+    return next((file for source in sources if (file := (root / source).with_name(name)).is_file()), None)
 
 
 def _export(root: Path, manifest: Manifest, wanted: Build, components: list[str]) -> None:
@@ -359,7 +401,9 @@ def _export(root: Path, manifest: Manifest, wanted: Build, components: list[str]
         shape=(settings.shape.width, settings.shape.height) if settings.shape else None,
         text_seq=settings.shape.text_seq if settings.shape else None,
         shard_size=settings.shard_size,
-        transformer=_replacement(root, stale) if stale else None,
+        transformer=_replacement(root, stale, "transformer") if stale else None,
+        text_encoder=_replacement(root, stale, "text_encoder") if stale else None,
+        vae=(_replacement(root, stale, "vae_encoder") or _replacement(root, stale, "vae_decoder")) if stale else None,
         # A stale graph is derived from other files: overwriting it loses nothing.
         renew=True,
     )

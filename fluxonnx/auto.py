@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fluxonnx.checkpoint.directory import Checkpoint
+from fluxonnx.checkpoint.formats import native_precision
 from fluxonnx.checkpoint.manifest import (
     DEFAULT_PRECISION,
     Build,
@@ -117,8 +118,7 @@ def default_precision(checkpoint: Checkpoint, provider: str = CPU) -> str:
     Raises:
         CheckpointError: The transformer's weights are missing or corrupt.
     """
-    quantised = any(tensor.quantisation for tensor in checkpoint.tensors("transformer").values())
-    return "int8" if quantised else traits(provider).precision or DEFAULT_PRECISION
+    return native_precision(checkpoint.tensors("transformer")) or traits(provider).precision or DEFAULT_PRECISION
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,13 @@ from fluxonnx.checkpoint.manifest import Shape
 from fluxonnx.checkpoint.reading import shown
 from fluxonnx.errors import CheckpointError
 
-PIPELINE_CLASSES = ("Flux2KleinPipeline",)
+PIPELINE_CLASSES = (
+    "Flux2KleinPipeline",
+    "Flux2KleinInpaintPipeline",
+    "Flux2KleinKVPipeline",
+    "Flux2KleinModularPipeline",
+    "Flux2KleinBaseModularPipeline",
+)
 COMPONENT_CLASSES = {
     "transformer": "Flux2Transformer2DModel",
     "vae": "AutoencoderKLFlux2",
@@ -326,23 +332,31 @@ def _vae_decoder_ports(sizes: Architecture) -> Ports:
     )
 
 
-def open_checkpoint(root: str | Path, transformer: str | Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    root: str | Path,
+    transformer: str | Path | None = None,
+    *,
+    text_encoder: str | Path | None = None,
+    vae: str | Path | None = None,
+) -> Checkpoint:
     """Open a model directory of this family.
 
     Args:
         root: The directory.
-        transformer: A safetensors file that replaces the transformer's weights.
+        transformer: A file, or the folder of one, that replaces the transformer's weights.
+        text_encoder: Likewise for the text encoder.
+        vae: Likewise for the autoencoder.
 
     Raises:
         CheckpointError: It does not exist, has no model_index.json, or is another kind of pipeline.
     """
-    checkpoint = Checkpoint(root, transformer)
+    checkpoint = Checkpoint(root, transformer, text_encoder=text_encoder, vae=vae)
     found = checkpoint.index.values.get("_class_name")
     if found not in PIPELINE_CLASSES:
         name = json.dumps(found) if isinstance(found, str | None) else shown(found)
         raise CheckpointError(
             f'{checkpoint.index.path}: "_class_name" is {name[:100]}, but fluxonnx runs '
-            f"{' and '.join(PIPELINE_CLASSES)} (the FLUX.2-klein models)"
+            f"{PIPELINE_CLASSES[0]} and its siblings (the FLUX.2-klein models)"
         )
     return checkpoint
 

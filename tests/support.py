@@ -81,6 +81,18 @@ class Checkpoints:
         return path
 
 
+def hub_cache(source: Path, root: Path) -> Path:
+    """Lay a checkpoint out as huggingface_hub caches it: a snapshot of links to blobs."""
+    blobs = root / "blobs"
+    blobs.mkdir(parents=True)
+    for i, file in enumerate(path for path in source.rglob("*") if path.is_file()):
+        link = root / "snapshots" / "0123abc" / file.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, blobs / str(i))
+        link.symlink_to(blobs / str(i))
+    return root / "snapshots" / "0123abc"
+
+
 def aged(root: Path, graph_format: int = 0) -> None:
     """Change the manifest to what an exporter of another graph format would have written."""
     manifest = read_manifest(root)

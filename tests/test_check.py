@@ -124,7 +124,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "parts of another model": (
         lambda root: shutil.copy(TINY / "vae/diffusion_pytorch_model.safetensors", root / WEIGHTS),
         "files",
-        "do not belong together",
+        "holds an autoencoder",
     ),
     "no index": (lambda root: (root / "model_index.json").unlink(), "files", "model_index.json is missing"),
     "another pipeline": (

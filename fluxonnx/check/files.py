@@ -26,7 +26,7 @@ class WithoutIndex(Checkpoint):
 
     def __init__(self, root: Path) -> None:
         """Take the directory as it is."""
-        self.root, self.transformer = root, None
+        self.root, self.parts = root, {}
         self.index = Config(root / "model_index.json", {})
 
 

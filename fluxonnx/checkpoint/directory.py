@@ -1,4 +1,4 @@
-"""A model directory in the layout that diffusers saves: one folder per component, weights in one file or in shards."""
+"""A model directory in the layout that diffusers saves: one folder per component, or parts from elsewhere."""
 
 from __future__ import annotations
 
@@ -8,91 +8,24 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
-from fluxonnx.checkpoint.config import Config, read_json
-from fluxonnx.checkpoint.formats import refuse_quantised_encoder, resolve
-from fluxonnx.checkpoint.names import with_prefix
+from fluxonnx.checkpoint.config import Config
+from fluxonnx.checkpoint.files import has_weights, listed, part_file, read_part, read_tensors, weight_files
+from fluxonnx.checkpoint.formats import resolve
+from fluxonnx.checkpoint.part_names import vae_channels
 from fluxonnx.checkpoint.reading import exists, is_file, is_folder, shown
-from fluxonnx.checkpoint.safetensors import Tensor, read_header, read_metadata
+from fluxonnx.checkpoint.safetensors import Tensor, read_metadata
 from fluxonnx.errors import CheckpointError
 
-# File name stems by which diffusers and transformers save a component.
-STEMS = ("diffusion_pytorch_model", "model")
 # A repository of the hub, which people pass for a folder.
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# What describes a model: a pipeline of diffusers, or a modular one.
+INDEXES = ("model_index.json", "modular_model_index.json")
+# The modular pipeline of distilled models, whose index may not say so.
+DISTILLED = "Flux2KleinModularPipeline"
+# Classes whose weights hold another's: the bare model of a language model.
+INSIDE = {"Qwen3ForCausalLM": "Qwen3Model"}
 
-
-def weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
-    """Find a component's safetensors files.
-
-    Returns:
-        The index file (None when the component is a single file) and the files it names, sorted.
-    """
-    for stem in STEMS:
-        single = folder / f"{stem}.safetensors"
-        if exists(single):
-            return None, [single]
-    for stem in STEMS:
-        index = folder / f"{stem}.safetensors.index.json"
-        if exists(index):
-            names = sorted(set(_weight_map(index).values()))
-            if any(Path(name).name != name for name in names):
-                raise CheckpointError(f"{index} names a file outside its folder, which is never right")
-            return index, [folder / name for name in names]
-    expected = " or ".join(f"{stem}.safetensors" for stem in STEMS)
-    if other := _other_weights(folder):
-        raise CheckpointError(f"{folder} holds {other}, but fluxonnx reads only {expected}: rename or download it")
-    raise CheckpointError(f"{folder} holds no weights (expected {expected}): download the model's safetensors files")
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Return the file that holds each tensor."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f'{index} has no "weight_map": download it again')
-    for name, file in weight_map.items():
-        if not isinstance(file, str):
-            raise CheckpointError(f"{index}: the file of {shown(name)} is {shown(file)}, expected a name")
-    return weight_map
-
-
-def _other_weights(folder: Path) -> str | None:
-    """Return the name of a weight file that is there in another form: a variant (fp16), another format."""
-    names = sorted(path.name for path in _listed(folder))
-    variants = [name for name in names if name.startswith(STEMS) and name.endswith(".safetensors")]
-    others = [name for name in names if name.endswith((".bin", ".gguf", ".pt", ".pth", ".ckpt"))]
-    return next(iter(variants + others), None)
-
-
-def _listed(folder: Path) -> list[Path]:
-    """Return what is in a folder; unlike `glob`, not silently less where it can't be read."""
-    try:
-        return list(folder.iterdir())
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise CheckpointError(f"{folder} can't be read: {error.strerror or error}") from None
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read a component's tensor table from its single file or from all of its shards.
-
-    Raises:
-        CheckpointError: A file or a tensor that the index names is missing, or a file is corrupt.
-    """
-    index, files = weight_files(folder)
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        for name, tensor in read_header(file).items():
-            if name in tensors:
-                raise CheckpointError(f"{name} is in both {tensors[name].file.name} and {file.name} of {folder}")
-            tensors[name] = tensor
-    if index is not None:
-        for name, file_name in _weight_map(index).items():
-            if name not in tensors or tensors[name].file.name != file_name:
-                raise CheckpointError(
-                    f"{index} says that {shown(name)} is in {shown(file_name)}, where it is not: download it again"
-                )
-    return tensors
+__all__ = ["Checkpoint", "read_tensors", "weight_files"]
 
 
 def _placed(file: Path, root: Path) -> Path:
@@ -122,24 +55,48 @@ def _check_folder(root: Path) -> None:
 
 
 class Checkpoint:
-    """A model directory: its configs, its tensors, and where the transformer's weights come from."""
+    """A model directory: its configs, its tensors, and the parts whose weights come from elsewhere.
 
-    def __init__(self, root: str | Path, transformer: str | Path | None = None) -> None:
+    Attributes:
+        root: The directory.
+        parts: The file, or index of files, that replaces the weights of a component, by the component's folder.
+        may_link: Whether builds in the directory may have hard links to weights that lie elsewhere.
+    """
+
+    may_link = True
+
+    def __init__(
+        self,
+        root: str | Path,
+        transformer: str | Path | None = None,
+        *,
+        text_encoder: str | Path | None = None,
+        vae: str | Path | None = None,
+    ) -> None:
         """Open the directory; `contract.open_checkpoint` also checks which kind of model it is.
 
         Args:
             root: The directory.
-            transformer: A safetensors file that replaces the transformer's weights.
+            transformer: A file, or the folder of one, that replaces the transformer's weights.
+            text_encoder: Likewise for the text encoder.
+            vae: Likewise for the autoencoder.
 
         Raises:
-            CheckpointError: The directory does not exist or has no model_index.json, or `transformer` is not a file.
+            CheckpointError: The directory does not exist or has no model_index.json, or one of the others is not there.
         """
         self.root = Path(root)
         _check_folder(self.root)
-        if transformer and not is_file(Path(transformer)):
-            raise CheckpointError(f"--transformer {transformer} is not a file: pass a .safetensors file")
-        self.transformer = _placed(Path(transformer), self.root) if transformer else None
-        self.index = Config(self.root / "model_index.json")
+        given = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+        self.parts = {
+            name: _placed(part_file(Path(path), name), self.root) for name, path in given.items() if path is not None
+        }
+        index = next((name for name in INDEXES if exists(self.root / name)), INDEXES[0])
+        self.index = Config(self.root / index)
+
+    @property
+    def transformer(self) -> Path | None:
+        """The file that replaces the transformer's weights."""
+        return self.parts.get("transformer")
 
     @property
     def name(self) -> str:
@@ -152,7 +109,13 @@ class Checkpoint:
     @cached_property
     def is_distilled(self) -> bool:
         """Whether the model was distilled to run in a few steps without guidance."""
-        return self.index.flag("is_distilled", False)
+        return self.index.flag("is_distilled", self.index.values.get("_class_name") == DISTILLED)
+
+    def config_path(self, component: str) -> Path:
+        """Return the config.json of `component`: the one beside the weights that replace it, else the directory's."""
+        part = self.parts.get(component)
+        beside = part.parent / "config.json" if part else None
+        return beside if beside and exists(beside) else self.root / component / "config.json"
 
     def config(self, component: str, expected: str) -> Config:
         """Read the config.json of `component`, which must describe a model of class `expected`.
@@ -160,35 +123,33 @@ class Checkpoint:
         Raises:
             CheckpointError: The file is missing, corrupt, or describes another class.
         """
-        config = Config(self.root / component / "config.json")
+        config = Config(self.config_path(component))
         architectures = config.values.get("architectures")
         first = architectures[0] if isinstance(architectures, list) and architectures else None
         found = config.values.get("_class_name") or first
-        if found != expected:
+        if found not in (expected, INSIDE.get(expected, expected)):
             name = found if isinstance(found, str) else shown(found)
             raise CheckpointError(f"{config.path} describes a {name[:100]}, but fluxonnx knows only {expected}")
+        if component == "vae" and component in self.parts:
+            # the small decoder comes as one file, and the directory's config describes the large one
+            return Config(config.path, {**config.values, **vae_channels(self.tensors(component))})
         return config
 
     def tensors(self, component: str) -> dict[str, Tensor]:
-        """Return the tensors of `component` by name, the transformer's by diffusers' names.
+        """Return the tensors of `component` by the names that diffusers and transformers give them.
 
         Raises:
             CheckpointError: A file is missing or corrupt, or holds a quantisation format that is not known.
         """
-        if component != "transformer":
-            tensors = read_tensors(self.root / component)
-            if component == "text_encoder":
-                refuse_quantised_encoder(tensors)
-                return with_prefix(tensors)
-            return tensors
-        tensors = read_header(self.transformer) if self.transformer else read_tensors(self.root / component)
+        if part := self.parts.get(component):
+            return resolve(*read_part(part), component)
+        tensors = read_tensors(self.root / component)
         files = sorted({tensor.file for tensor in tensors.values()})
-        return resolve(tensors, [read_metadata(file) for file in files])
+        return resolve(tensors, [read_metadata(file) for file in files], component)
 
     def has_weights(self, component: str) -> bool:
         """Whether `component` has weight files; a self-contained copy of a build has only those of the build."""
-        folder = self.root / component
-        return any(exists(folder / f"{stem}.safetensors{end}") for stem in STEMS for end in ("", ".index.json"))
+        return component in self.parts or has_weights(self.root / component)
 
     @property
     def export_place(self) -> str:
@@ -200,12 +161,14 @@ class Checkpoint:
         yield self.index.path
         for folder in ("scheduler", "tokenizer"):
             if is_folder(self.root / folder):
-                yield from sorted(path for path in _listed(self.root / folder) if is_file(path))
+                yield from sorted(path for path in listed(self.root / folder) if is_file(path))
         for component in components:
-            yield self.root / component / "config.json"
-            if component == "transformer" and self.transformer:
-                continue
-            index, files = weight_files(self.root / component)
-            if index is not None:
-                yield index
-            yield from files
+            config = self.root / component / "config.json"
+            if component not in self.parts:
+                yield config
+                index, files = weight_files(self.root / component)
+                if index is not None:
+                    yield index
+                yield from files
+            elif exists(config):
+                yield config

@@ -19,130 +19,118 @@ Activations are rounded to 8 bits row by row, by their own largest value: an `in
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from fluxonnx.checkpoint.names import PREFIXES, renamed
+from fluxonnx.checkpoint import names, part_names
+from fluxonnx.checkpoint.encoded import Encoded, refuse_infinite
+from fluxonnx.checkpoint.floats import PARAMETERS, SCALES, decoded, is_float8, is_nvfp4, unscaled
+from fluxonnx.checkpoint.foreign import READABLE, refuse_foreign
 from fluxonnx.checkpoint.reading import parse_json, shown
 from fluxonnx.checkpoint.safetensors import Quantisation, Tensor
 from fluxonnx.errors import CheckpointError
 
 FORMAT = "int8_tensorwise"
+FLOAT_FORMATS = ("float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4")
 GROUP = 256
 MAX_SETTINGS_BYTES = 1 << 16
 
-# Older files call the scale so (`scale_weight` in convert_old_quants of comfy/utils.py).
-SCALES = ("weight_scale", "scale_weight")
-# Scales of activations; for integers nobody reads them (`parameters` of "int8_tensorwise", comfy/quant_ops.py).
+# Scales of activations: products are computed in float32, or round activations by their own largest value.
 INPUT_SCALES = ("input_scale", "scale_input")
-# Further parameters of quantised layers: of activations (fp8), of blocks (nvfp4), of bitsandbytes, GPTQ and AWQ.
-FOREIGN_PARAMETERS = (
-    *INPUT_SCALES,
-    *("weight_scale_2", "weight_scale_inv", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "qweight"),
-    *("qzeros", "scales", "g_idx", "SCB", "pre_quant_scale", "weight_zero", "weight_zeros", "weight_s_rel"),
-    *("weight_s_channel", "weight_codebook", "weight_correction"),
-)
-# Says that a file has scaled fp8 weights; tools also write it into files that have none.
-FP8_MARKER = "scaled_fp8"
-LORA = re.compile(r"(^|[._])(lora_(A|B|up|down|te)|lokr_w|hada_w|oft_blocks|dora_scale|lora_magnitude_vector)")
-READABLE = "use an unquantised file (bf16) or one in ComfyUI's int8_tensorwise"
+# Say how a layer or all of a file is stored. Tools also write "scaled_fp8" into files that have no such weights.
+MARKERS = ("comfy_quant", "scaled_fp8")
+
+# How each part's tensors get their names: without what other parts of the file are called, then one by one.
+Bare = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+Renamed = Callable[[str, Tensor, Mapping[str, Tensor]], Iterator[Tensor]]
+NAMING: dict[str, tuple[Bare, Renamed]] = {
+    "transformer": (names.bare, names.renamed),
+    "text_encoder": (part_names.bare_encoder, part_names.renamed_encoder),
+    "vae": (part_names.bare_vae, part_names.renamed_vae),
+}
 
 
-def refuse_foreign(tensors: Mapping[str, Tensor]) -> None:
-    """Name the kind of a file that can't be a transformer that fluxonnx reads.
-
-    Raises:
-        CheckpointError: The tensors are a LoRA, or are quantised in a way that is not known.
-    """
-    for name, tensor in tensors.items():
-        if LORA.search(name):
-            raise CheckpointError(
-                f"{tensor.file} is a LoRA, not a whole transformer ({name}): merge it into a transformer first"
-            )
-    if found := _quantised(tensors):
-        name, how = found
-        raise CheckpointError(
-            f"{tensors[name].file} is quantised {how} ({name}), which fluxonnx can't read: {READABLE}"
-        )
-
-
-def refuse_quantised_encoder(tensors: Mapping[str, Tensor]) -> None:
-    """Name a text encoder's quantisation.
-
-    Raises:
-        CheckpointError: Its weights are quantised, in whatever way.
-    """
-    found = _quantised(tensors) or next(
-        ((name, "to 8-bit integers") for name, tensor in tensors.items() if tensor.dtype == "I8"), None
-    )
-    if found:
-        name, how = found
-        raise CheckpointError(
-            f"{tensors[name].file} is a text encoder that is quantised {how} ({name}), but fluxonnx reads only "
-            "unquantised ones (bf16): download the original"
-        )
-
-
-def _quantised(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """Return a tensor that shows a foreign quantisation, and what it is."""
-    for name in tensors:
-        if name.endswith(".weight_scale_2"):
-            return name, "to 4-bit floats (nvfp4)"
-    for name, tensor in tensors.items():
-        if tensor.dtype.startswith("F8_") and name.endswith(".weight"):
-            return name, "to 8-bit floats (fp8)"
-        if tensor.dtype == "U8" and name.endswith(".weight"):
-            return name, "to 4 bits"
-    for name in tensors:
-        layer, _, parameter = name.rpartition(".")
-        if parameter in FOREIGN_PARAMETERS and not (parameter in INPUT_SCALES and _is_integer(tensors, layer)):
-            return name, "in an unknown format"
-    return None
-
-
-def _is_integer(tensors: Mapping[str, Tensor], layer: str) -> bool:
-    weight = tensors.get(f"{layer}.weight")
-    return weight is not None and weight.dtype == "I8"
-
-
-def resolve(tensors: dict[str, Tensor], metadata: Iterable[dict[str, Any]] = ()) -> dict[str, Tensor]:
-    """Return a transformer's tensors by diffusers' names; quantised tensors carry their scales.
+def resolve(
+    tensors: dict[str, Tensor], metadata: Iterable[dict[str, Any]] = (), component: str = "transformer"
+) -> dict[str, Tensor]:
+    """Return the tensors of a part by diffusers' names; quantised tensors carry their scales.
 
     Args:
         tensors: The tensors that the headers of its files list.
         metadata: The metadata of these headers.
+        component: Which part: "transformer", "text_encoder" or "vae".
 
     Raises:
         CheckpointError: A layer has an unknown quantisation format, or one of its tensors is missing or malformed.
     """
-    prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in tensors)), "")
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    refuse_foreign(tensors)
+    bare, renamed = NAMING[component]
+    tensors = bare(tensors)
+    refuse_foreign(tensors, component)
     formats = _formats(tensors, metadata)
     resolved: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         layer, _, parameter = name.rpartition(".")
-        if parameter in ("comfy_quant", FP8_MARKER):
+        if parameter in MARKERS:
             continue
-        if parameter in (*SCALES, *INPUT_SCALES) and f"{layer}.weight" in tensors:
-            if not _is_integer(tensors, layer) and layer not in formats:
-                weight = tensors[f"{layer}.weight"]
-                raise CheckpointError(
-                    f"{tensor.file}: {weight.name} is {weight.dtype}, but has a scale ({name}): {READABLE}"
-                )
+        if parameter in (*PARAMETERS, *INPUT_SCALES) and f"{layer}.weight" in tensors:
+            _refuse_needless(tensors[f"{layer}.weight"], layer, tensor, formats)
             continue
-        if parameter == "weight" and (layer in formats or tensor.dtype == "I8"):
-            scales = [tensors[f"{layer}.{name}"] for name in SCALES if f"{layer}.{name}" in tensors]
-            tensor = replace(tensor, quantisation=_quantisation(tensor, formats.get(layer), scales))
-        for part in renamed(name, tensor):
+        if parameter == "weight":
+            tensor = _weight(tensors, layer, tensor, formats.get(layer), component)
+        elif is_float8(tensor):
+            tensor = unscaled(tensor)
+        for part in renamed(name, tensor, tensors):
             if part.name in resolved:
                 raise CheckpointError(f"{tensor.file} holds {part.name} twice, by two names: download it again")
             resolved[part.name] = part
     return resolved
+
+
+def _refuse_needless(weight: Tensor, layer: str, scale: Tensor, formats: Mapping[str, Any]) -> None:
+    """Refuse a scale beside a weight that has none: whether it is meant to be multiplied can't be told."""
+    if weight.dtype not in ("I8", "U8") and not is_float8(weight) and layer not in formats:
+        raise CheckpointError(
+            f"{scale.file}: {weight.name} is {weight.dtype}, but has a scale ({scale.name}): {READABLE}"
+        )
+
+
+def _weight(
+    tensors: Mapping[str, Tensor], layer: str, tensor: Tensor, settings: dict[str, Any] | None, component: str
+) -> Tensor:
+    """Return a layer's weight with its scales, if it has any."""
+    if isinstance(tensor, Encoded):  # blocks of a GGUF file
+        return tensor
+    stated = (settings or {}).get("format")
+    if is_float8(tensor) or is_nvfp4(tensors, layer) or stated in FLOAT_FORMATS:
+        if stated is not None and stated not in FLOAT_FORMATS:
+            raise _unknown(tensor, stated)
+        return decoded(tensors, layer, settings)
+    if settings is None and tensor.dtype != "I8":
+        return tensor
+    if component != "transformer":
+        raise CheckpointError(
+            f"{tensor.file} is quantised to 8-bit integers ({tensor.name}), which fluxonnx reads only of transformers: "
+            f"{READABLE}"
+        )
+    scales = [tensors[f"{layer}.{name}"] for name in SCALES if f"{layer}.{name}" in tensors]
+    return replace(tensor, quantisation=_quantisation(tensor, settings, scales))
+
+
+def native_precision(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the precision in which most of a transformer's weights stay the integers that they are, None for floats.
+
+    Args:
+        tensors: What `resolve` returned.
+    """
+    if any(tensor.quantisation for tensor in tensors.values()):
+        return "int8"
+    bits: dict[int | None, int] = {}
+    for tensor in tensors.values():
+        kept = tensor.blocks.bits if isinstance(tensor, Encoded) and tensor.blocks else None
+        bits[kept] = bits.get(kept, 0) + tensor.nbytes
+    most = max(bits, key=lambda key: bits[key], default=None)
+    return None if most is None else f"int{most}"
 
 
 def unmarked(tensors: Mapping[str, Tensor]) -> str | None:
@@ -167,12 +155,11 @@ def check_scales(tensor: Tensor) -> None:
     Raises:
         CheckpointError: One of them is no finite number, or so large that a weight is none.
     """
-    assert tensor.quantisation is not None
-    scale = tensor.quantisation.scale
-    with np.errstate(over="ignore"):
-        largest = scale.array().astype(np.float32) * np.float32(-128)
-    if not np.isfinite(largest).all():
-        raise CheckpointError(f"{scale.file}: {scale.name} holds infinities or NaNs: download it again")
+    if isinstance(tensor, Encoded):
+        for scale in tensor.scales:
+            refuse_infinite(scale, 1)
+    elif tensor.quantisation is not None:
+        refuse_infinite(tensor.quantisation.scale, -128)
 
 
 def _formats(tensors: Mapping[str, Tensor], metadata: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -208,7 +195,7 @@ def _formats(tensors: Mapping[str, Tensor], metadata: Iterable[dict[str, Any]]) 
 
 def _bare(layer: str) -> str:
     """Return a layer's name as `resolve` sees it: headers name layers with or without the prefix of the tensors."""
-    return next((layer.removeprefix(prefix) for prefix in PREFIXES if layer.startswith(prefix)), layer)
+    return next((layer.removeprefix(prefix) for prefix in names.PREFIXES if layer.startswith(prefix)), layer)
 
 
 def _formats_in(metadata: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -266,11 +253,7 @@ def _quantisation(tensor: Tensor, settings: dict[str, Any] | None, scales: list[
     found = settings.get("format")
     # The first markers had no format, when there was only one for integers.
     if found != FORMAT and not (found is None and tensor.dtype == "I8"):
-        kind = f"as {found if isinstance(found, str) else shown(found)}"
-        raise CheckpointError(
-            f"{where} is quantised {kind[:100]}, but fluxonnx reads only {FORMAT}: use such a file or an "
-            "unquantised one"
-        )
+        raise _unknown(tensor, found)
     if tensor.dtype != "I8" or len(tensor.shape) != 2:
         raise CheckpointError(f"{where} is {tensor.dtype} {list(tensor.shape)}, but {FORMAT} is I8 [out, in]")
     if settings.get("symmetric") is False:
@@ -297,3 +280,11 @@ def _quantisation(tensor: Tensor, settings: dict[str, Any] | None, scales: list[
             f"divides {n_in}"
         )
     return Quantisation(scale, group, marked)
+
+
+def _unknown(tensor: Tensor, stated: Any) -> CheckpointError:
+    kind = f"as {stated if isinstance(stated, str) else shown(stated)}"
+    return CheckpointError(
+        f"{tensor.file}: {tensor.name} is quantised {kind[:100]}, but fluxonnx reads only "
+        f"{', '.join((FORMAT, *FLOAT_FORMATS))}: use such a file or an unquantised one"
+    )

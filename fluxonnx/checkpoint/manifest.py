@@ -26,6 +26,9 @@ from fluxonnx.files import atomic_write
 FILE_NAME = "fluxonnx.json"
 FORMAT_VERSION = 1
 
+# The graphs whose weights may come from another file (those of `contract.COMPONENTS` that have weights).
+GRAPHS = ("text_encoder", "transformer", "vae_encoder", "vae_decoder")
+
 DEFAULT_PRECISION = "bf16"
 DEFAULT_FLAVOUR = "ort"
 
@@ -149,7 +152,7 @@ class BuildSettings:
         block: Weights that share a scale.
         rotate: Whether all inputs are mixed by Hadamard matrices.
         saturating: Whether 8-bit weights are rounded so that pairs of products can be added in 16 bits.
-        transformer: Name of the file that replaced the transformer's weights.
+        parts: Names of the files that replaced the weights of graphs, by the graphs' names.
         shape: What a static build draws; None for a build of any size.
         shard_size: The most bytes of weights in a file; None for no limit.
     """
@@ -158,7 +161,7 @@ class BuildSettings:
     block: int | None = None
     rotate: bool = False
     saturating: bool = False
-    transformer: str | None = None
+    parts: dict[str, str] = field(default_factory=dict)
     shape: Shape | None = None
     shard_size: int | None = None
 
@@ -198,7 +201,7 @@ class Build:
             block=int(values["block"]) if "block" in values else None,
             rotate=values.get("rotate") == "true",
             saturating=values.get("products") == "pairs",
-            transformer=values["transformer"].rpartition(" ")[0] if "transformer" in values else None,
+            parts={name: values[name].rpartition(" ")[0] for name in GRAPHS if name in values},
             shape=self.shape,
             shard_size=int(values["shard_size"]) if "shard_size" in values else None,
         )

@@ -6,9 +6,10 @@ Source: convert_flux2_transformer_checkpoint_to_diffusers, single_file_utils.py 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from fluxonnx.checkpoint.encoded import Encoded
 from fluxonnx.checkpoint.safetensors import Tensor
 from fluxonnx.errors import CheckpointError
 
@@ -59,20 +60,13 @@ BLOCKS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
 }
 
 
-# The module of Qwen3ForCausalLM that holds the layers; files of the bare model lack it.
-ENCODER_PREFIX = "model."
-ENCODER_PARTS = ("layers.", "embed_tokens.", "norm.")
+def bare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the transformer's tensors of a file that may hold several models, without their prefix."""
+    prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in tensors)), "")
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def with_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a text encoder's tensors by the names of Qwen3ForCausalLM."""
-    if any(name.startswith(ENCODER_PREFIX) for name in tensors):
-        return tensors
-    names = {name: ENCODER_PREFIX + name if name.startswith(ENCODER_PARTS) else name for name in tensors}
-    return {names[name]: replace(tensor, name=names[name]) for name, tensor in tensors.items()}
-
-
-def renamed(name: str, tensor: Tensor) -> Iterator[Tensor]:
+def renamed(name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> Iterator[Tensor]:
     """Yield the tensors that a tensor of the original is in diffusers; tensors with diffusers' names are kept."""
     layer, _, parameter = name.rpartition(".")
     kind, *rest = layer.split(".", 2)
@@ -95,6 +89,8 @@ def _with_halves_swapped(tensor: Tensor) -> Tensor:
     quantisation = tensor.quantisation
     if quantisation and math.prod(quantisation.scale.shape) > 1:
         quantisation = replace(quantisation, scale=replace(quantisation.scale, swapped=True))
+    if isinstance(tensor, Encoded):
+        return replace(tensor, swapped=True, float8=tensor.float8.swapped() if tensor.float8 else None)
     return replace(tensor, swapped=True, quantisation=quantisation)
 
 

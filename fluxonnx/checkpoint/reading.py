@@ -19,16 +19,31 @@ MAX_DIGITS = 40
 MAX_TEXT_BYTES = 64 << 20
 
 # How files begin that are often found in the place of another, and what a person can do.
+PYTORCH = "is a PyTorch file, which can run programs when it is opened: use the .safetensors files of the model"
+ARCHIVE = "is an archive: unpack it, and pass what is in it"
 FOREIGN = (
-    (b"GGUF", "is a GGUF file, which fluxonnx can't read: download the model's .safetensors files"),
+    (b"GGUF", "is a GGUF file: pass it with --transformer or --text-encoder"),
     (
         b"version https://git-lfs",
         "is a git-LFS pointer, not the file itself: run `git lfs pull` in its folder, or use `hf download`",
     ),
-    (b"PK\3\4", "is a zip or PyTorch file, which fluxonnx can't read: download the model's .safetensors files"),
-    (b"\x80\x02", "is a PyTorch file, which fluxonnx can't read: download the model's .safetensors files"),
+    (b"# xet version", "is a Xet pointer, not the file itself: download it with `hf download`"),
+    (b"PK\3\4", f"is a zip or PyTorch file ({PYTORCH.partition(': ')[2]})"),
+    *((bytes([0x80, protocol]), PYTORCH) for protocol in (2, 3, 4, 5)),
+    (b"\x1f\x8b", ARCHIVE),
+    (b"7z\xbc\xaf", ARCHIVE),
+    (b"Rar!", ARCHIVE),
+    (b"\x28\xb5\x2f\xfd", ARCHIVE),
+    (b"\x89HDF", "is an HDF5 file of Keras or TensorFlow: use the .safetensors files of the model"),
+    (b"\x89PNG", "is a picture: pass weights"),
+    (b"\xff\xd8\xff", "is a picture: pass weights"),
 )
 WEB_PAGE = "is a web page, not the file itself: download it again, logged in where the model asks for that"
+# What the hub answers instead of a file, as text.
+REFUSALS = (b"access to model", b"invalid username or password", b"entry not found", b"unauthorized", b"forbidden")
+REFUSED = (
+    "is an answer that the download was refused, not the file itself: log in, accept the licence, download it again"
+)
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -126,6 +141,10 @@ def foreign(head: bytes) -> str | None:
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         return WEB_PAGE
+    if start.startswith(REFUSALS) or start.startswith(b'{"error"'):
+        return REFUSED
+    if len(head) >= 64 and not any(head):
+        return "begins with zeros: its download has not finished, go on with it or download it again"
     return next((what for magic, what in FOREIGN if head.startswith(magic)), None)
 
 

@@ -73,6 +73,11 @@ class Tensor:
     first_row: int = 0
     scaling: Scaling | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether its bytes in the file are its values as they are."""
+        return not self.swapped and not self.quantisation
+
     def array(self) -> np.ndarray:
         """Map the tensor's bytes, read-only and, unless `swapped`, without copying, as an array of `shape`.
 
@@ -191,7 +196,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
-            whole = size >= 8 + length and length <= MAX_HEADER_BYTES
+            whole = size >= 8 + length and 0 < length <= MAX_HEADER_BYTES
             header_bytes = file.read(length if whole else 64)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the model directory is not complete, download it again") from None
@@ -249,7 +254,7 @@ def _header_entry(path: Path, name: str, entry: Any, data_start: int, file_size:
 
 
 def fingerprint(path: Path, samples: int = 64, block: int = 4096) -> str:
-    """SHA-256 of a safetensors file's size, header, and blocks spread over its data.
+    """SHA-256 of a weight file's size, header, and blocks spread over its data.
 
     Tells whether a checkpoint was replaced since it was exported, without reading 8 GB.
 
@@ -262,7 +267,9 @@ def fingerprint(path: Path, samples: int = 64, block: int = 4096) -> str:
             size = os.fstat(file.fileno()).st_size
             digest.update(size.to_bytes(8, "little"))
             prefix = file.read(8)
-            header_end = 8 + min(int.from_bytes(prefix, "little"), MAX_HEADER_BYTES)
+            header = int.from_bytes(prefix, "little")
+            # other formats begin with something else, which is no length
+            header_end = 8 + (header if header <= MAX_HEADER_BYTES else 0)
             digest.update(prefix + file.read(header_end - 8))
             for i in range(samples):
                 file.seek(header_end + (size - header_end) * i // samples)

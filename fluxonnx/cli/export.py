@@ -10,10 +10,10 @@ from pathlib import Path
 
 from fluxonnx.cli.flags import (
     add_parser,
+    add_parts,
     add_text_encoder_precision,
     add_verbosity,
     not_empty,
-    path_name,
     typed,
 )
 from fluxonnx.cli.messages import shortened
@@ -31,6 +31,8 @@ class Options:
     dir: str
     output: str | None
     transformer: Path | None
+    text_encoder: Path | None
+    vae: Path | None
     precision: str | None
     text_encoder_precision: str | None
     keep: str | None
@@ -60,7 +62,12 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         "fluxonnx export -d model --transformer flux-2-klein-4b-int8.safetensors",
     )
     parser.add_argument(
-        "-d", "--dir", type=not_empty, required=True, metavar="DIR", help="model directory, Hugging Face layout"
+        "-d",
+        "--dir",
+        type=not_empty,
+        required=True,
+        metavar="DIR",
+        help="model directory, or a repository of the Hugging Face hub",
     )
     parser.add_argument(
         "-o",
@@ -69,20 +76,14 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         metavar="DIR",
         help="write a self-contained copy here instead of writing into the model directory",
     )
-    parser.add_argument(
-        "--transformer",
-        type=path_name,
-        metavar="FILE",
-        help="read the weights of the transformer from this safetensors file, with the tensor names of diffusers or "
-        "of the original; integers of ComfyUI's int8_tensorwise format are kept as they are and make an int8 build",
-    )
+    add_parts(parser)
     parser.add_argument(
         "--precision",
         metavar="NAME",
         help="bf16: weights stay as they are in the files of the checkpoint; fp32: converted; fp16: converted to half "
         "the size and computed in half precision, for GPUs (on a CPU it needs as much memory as fp32); int8, int4: "
         "quantised; auto: whatever suits this machine. Builds of fp16, int8 and int4 need no other files (default: "
-        "bf16, or int8 if the weights are int8 already)",
+        "bf16, or int8 or int4 if the weights are such integers already)",
     )
     add_text_encoder_precision(parser)
     parser.add_argument(
@@ -160,14 +161,15 @@ def run(arguments: argparse.Namespace) -> None:
 def export(options: Options) -> None:
     """Export graphs and print a table of the files that were written."""
     from fluxonnx import export as exporter
-    from fluxonnx.api import AUTO, default_precision
+    from fluxonnx.api import AUTO, default_precision, find_model
     from fluxonnx.auto import choose
     from fluxonnx.contract import open_checkpoint
 
     say = speaker(options.quiet)
     say_seconds = speaker(quiet=not options.verbose)
     start = time.perf_counter()
-    checkpoint = open_checkpoint(options.dir, options.transformer)
+    model = find_model(options.dir, say)
+    checkpoint = open_checkpoint(model, options.transformer, text_encoder=options.text_encoder, vae=options.vae)
     precision = options.precision or default_precision(checkpoint)
     if precision == AUTO:
         choice = choose(checkpoint)
@@ -177,9 +179,11 @@ def export(options: Options) -> None:
     start = time.perf_counter()
     with Progress(options.quiet) as bar:
         reports = exporter.export(
-            options.dir,
+            model,
             options.output,
             transformer=options.transformer,
+            text_encoder=options.text_encoder,
+            vae=options.vae,
             precision=precision,
             text_encoder_precision=options.text_encoder_precision,
             keep=options.keep,

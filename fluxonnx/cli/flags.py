@@ -55,7 +55,13 @@ def typed(kind: type[Options], arguments: argparse.Namespace) -> Options:
 
 def add_model(flags: Flags, default: str = "as for generate") -> None:
     """Add -d, which `find_model` takes."""
-    flags.add_argument("-d", "--dir", type=not_empty, metavar="DIR", help=f"model directory (default: {default})")
+    flags.add_argument(
+        "-d",
+        "--dir",
+        type=not_empty,
+        metavar="DIR",
+        help=f"model directory, or a repository of the hub (default: {default})",
+    )
 
 
 def not_empty(text: str) -> str:
@@ -76,6 +82,18 @@ def pair(text: str) -> tuple[str, str]:
     if not name or not sign:
         raise argparse.ArgumentTypeError(f"{shortened(text, 40)} is no option: write it as NAME=VALUE")
     return name, value
+
+
+def add_parts(flags: Flags) -> None:
+    """Add --transformer, --text-encoder and --vae."""
+    for name, noun in (("transformer", "transformer"), ("text-encoder", "text encoder"), ("vae", "autoencoder")):
+        flags.add_argument(
+            f"--{name}",
+            type=path_name,
+            metavar="FILE",
+            help=f"read the weights of the {noun} from this file or folder: safetensors or GGUF, with the names and in "
+            "the formats of diffusers, ComfyUI and others (docs/checkpoints.md)",
+        )
 
 
 def add_text_encoder_precision(flags: Flags) -> None:
@@ -118,7 +136,7 @@ def find_model(directory: str | None, say: Callable[[str], None]) -> Path:
     """Return the model directory that -d or a default chooses; `say` is told if it is the bundled demo model."""
     from fluxonnx import api
 
-    model = api.find_model(directory)
+    model = api.find_model(directory, say)
     if api.is_shipped(model):
         say(
             f"Using {model.name}, the bundled demo model, which draws coloured shapes on backgrounds and nothing else. "

@@ -14,6 +14,7 @@ from fluxonnx.cli.flags import (
     add_field,
     add_model,
     add_parser,
+    add_parts,
     add_text_encoder_precision,
     add_verbosity,
     find_model,
@@ -65,6 +66,7 @@ class Options:
         preview: Where previews of the steps are written.
         preview_method: How they are drawn.
         animate: The file of an animation of the steps.
+        parts: The files that replace the weights of components, by the components' folders.
         verbose: Whether to print the seconds that phases take.
         quiet: Whether to print errors only.
     """
@@ -83,6 +85,7 @@ class Options:
     preview: Path | None
     preview_method: str | None
     animate: Path | None
+    parts: dict[str, Path | None]
     verbose: bool
     quiet: bool
 
@@ -131,6 +134,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     )
     model = parser.add_argument_group("model")
     add_model(model, "$FLUXONNX_MODEL, else ./model, else the bundled demo model, which draws coloured shapes")
+    add_parts(model)
     model.add_argument(
         "--lora",
         nargs="+",
@@ -220,6 +224,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         preview=arguments.preview,
         preview_method=arguments.preview_method,
         animate=arguments.animate,
+        parts={name: getattr(arguments, name) for name in ("transformer", "text_encoder", "vae")},
         verbose=arguments.verbose,
         quiet=arguments.quiet,
     )
@@ -241,7 +246,7 @@ def generate(options: Options) -> None:
     several = sum(len(job.seeds) for job in jobs) > 1
     previews = open_previews(options.preview, options.preview_method, options.animate, several)
     model = find_model(options.dir, say)
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, **options.parts)
     build = choose_build(options.precision, options.text_encoder_precision, options.provider, source, checkpoint.name)
     check_jobs(jobs, checkpoint, options.cache_dir)
     loras = chosen(options.lora, source.values if source else {}, options.source, checkpoint.root)
@@ -257,6 +262,9 @@ def generate(options: Options) -> None:
             threads=options.threads,
             low_memory=options.low_memory,
             cache_dir=options.cache_dir,
+            transformer=options.parts["transformer"],
+            text_encoder=options.parts["text_encoder"],
+            vae=options.parts["vae"],
             on_export=lambda root: say(f"Exporting {root} ..."),
             on_choice=lambda choice: say(str(choice)),
             watch=bar.event,

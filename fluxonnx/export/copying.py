@@ -70,7 +70,9 @@ def copy_model(
             shutil.copyfile(file, temporary)
         done += file.stat().st_size
         say("copy", done, total)
-    return open_checkpoint(output, checkpoint.transformer)
+    copied = open_checkpoint(output, **checkpoint.parts)
+    copied.may_link = False  # what depends on nothing else has bytes of its own
+    return copied
 
 
 def _same(source: Path, target: Path) -> bool:

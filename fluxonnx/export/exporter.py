@@ -12,7 +12,6 @@ import onnx
 
 from fluxonnx.checkpoint.digests import config_digest, content_digest
 from fluxonnx.checkpoint.directory import Checkpoint
-from fluxonnx.checkpoint.formats import unmarked
 from fluxonnx.checkpoint.manifest import (
     FILE_NAME,
     Build,
@@ -28,23 +27,23 @@ from fluxonnx.checkpoint.manifest import (
 from fluxonnx.checkpoint.safetensors import Tensor
 from fluxonnx.contract import COMPONENTS, GRAPH_FORMAT, MAX_SEQUENCE_LENGTH, Architecture, open_checkpoint
 from fluxonnx.errors import ExportError, UsageError
-from fluxonnx.export import weights
+from fluxonnx.export import links, weights
 from fluxonnx.export.components import Target, build_graph, make_passes, read_architecture, select
 from fluxonnx.export.conditioning import POSITION_BASE
 from fluxonnx.export.copying import copy_model, prepare_copy
 from fluxonnx.export.graph import Graph
+from fluxonnx.export.parts import notices, replaced_parts, without_parts
 from fluxonnx.export.precisions import Precision
 from fluxonnx.export.record import (
     is_as_made,
     known_files,
+    location,
     manifest_of,
     metadata_of,
     refuse_foreign,
     remove_replaced,
-    replaced_transformer,
     sources_of,
     withdraw,
-    without_transformer,
     writer,
 )
 from fluxonnx.files import atomic_write, describe_os_error, exclusive, probe, remove_leftovers, require_text
@@ -75,6 +74,8 @@ def export(
     output: str | Path | None = None,
     *,
     transformer: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    vae: str | Path | None = None,
     precision: str | Precision = "bf16",
     text_encoder_precision: str | None = None,
     flavour: str = "ort",
@@ -99,9 +100,12 @@ def export(
         output: A folder for a self-contained copy (weights, configs, tokenizer, graphs); by default the graphs are
             written beside the checkpoint's folders. The copy of a build that is not bf16 has no weights but the
             build's own.
-        transformer: A safetensors file that replaces the transformer's weights, with diffusers' or the original's
-            names. Weights that ComfyUI's tools quantised (int8_tensorwise) stay the same integers with "int8"; other
-            precisions restore them. A file that does not say whether they are rotated is warned of.
+        transformer: A file that replaces the transformer's weights, or the folder of one: safetensors or GGUF, with
+            any names and formats of docs/checkpoints.md. Weights that ComfyUI's tools quantised (int8_tensorwise) stay
+            the same integers with "int8"; other precisions restore them. A file that does not say whether they are
+            rotated is warned of.
+        text_encoder: Likewise for the text encoder.
+        vae: Likewise for the autoencoder.
         precision: "bf16" leaves the weights in the checkpoint's files as they are. "fp32" converts them. "fp16"
             converts them to half the size, and computes the products of the blocks and of the autoencoder in float16,
             for GPUs (on a CPU onnxruntime converts them to float32 when it loads them). "int8" and "int4" quantise the
@@ -147,7 +151,7 @@ def export(
     )
     say = progress or (lambda what, done, total: None)
     try:
-        checkpoint = open_checkpoint(directory, transformer)
+        checkpoint = open_checkpoint(directory, transformer, text_encoder=text_encoder, vae=vae)
         root = checkpoint.root if output is None else Path(output)
         require_text(root)
         copied: list[Path] | None = None
@@ -213,20 +217,21 @@ def _export_components(
         _check_shape(shape, sizes)
     name = build_name(precision, flavour, shape)
     build = recorded = manifest.builds.get(name)
-    settings, replaced = target.settings(), replaced_transformer(checkpoint)
-    if build is None or (build.opset, without_transformer(build.settings)) != (target.opset, settings):
+    settings, replaced = target.settings(), replaced_parts(checkpoint)
+    if build is None or (build.opset, without_parts(build.settings)) != (target.opset, settings):
         # Graphs of another opset or other settings are never mixed into one build.
         build = manifest.builds[name] = Build(precision, flavour, target.opset, settings)
     withdrawn = recorded is not None and recorded is not build
 
     usable = {} if force else build.components
     current = {key: c for key, c in usable.items() if is_as_made(root, checkpoint, c, manifest)}
-    if build.settings.get("transformer") != replaced.get("transformer"):
-        current.pop("transformer", None)
+    for component in COMPONENTS:
+        if build.settings.get(component) != replaced.get(component):
+            current.pop(component, None)
     pending = [component for component in names if component not in current]
     # Whatever can be wrong with the checkpoint is found before anything is written.
     graphs = {component: _build_graph(checkpoint, root, component, sizes, target) for component in pending}
-    if "transformer" in pending and (notice := unmarked(checkpoint.tensors("transformer"))):
+    for notice in notices(checkpoint, root, graphs, target):
         warnings.warn(notice, stacklevel=3)
     for component, graph in graphs.items():
         if graph.kept:
@@ -256,8 +261,8 @@ def _export_components(
             withdrawn = False
         done = _write_component(checkpoint, root, component, graphs.pop(component), sizes, target, known, force, say)
         build.components[component] = done
-        if component == "transformer":
-            build.settings = settings | replaced
+        build.settings = {key: value for key, value in build.settings.items() if key != component}
+        build.settings |= {key: value for key, value in replaced.items() if key == component}
         manifest.save(root)
         remove_replaced(root, manifest, recorded.components.get(component) if recorded else None)
         seconds = time.perf_counter() - start
@@ -315,36 +320,28 @@ def _write_component(
         known,
         not force,
         target.shard_size,
+        checkpoint.may_link,
     )
     file = graph_file(component, precision.name, target.flavour, target.shape)
     with atomic_write(root / file) as temporary:
         onnx.save(graph.model, temporary)
-        _check(temporary, file)
-    own = [part.name for part in stored]
-    config = f"{COMPONENTS[component]}/config.json"
+        links.check(graph.model, temporary, file)
+    config = location(checkpoint.root, checkpoint.config_path(COMPONENTS[component]))
     return Component(
         graph=file,
         exporter_version=__version__,
         sources=sources,
-        weights=own,
+        weights=stored.names,
         nodes=len(graph.model.graph.node),
         parameters=graph.parameters,
         self_contained=precision.self_contained or (root != checkpoint.root and not _reads(target)),
-        bytes_written=(root / file).stat().st_size + sum(part.bytes_written for part in stored),
+        bytes_written=(root / file).stat().st_size + stored.bytes_written,
         graph_format=GRAPH_FORMAT,
         exporter_digest=exporter_digest(),
-        files={name: content_digest(root / name) for name in (file, *own)},
+        files={name: content_digest(root / name) for name in (file, *stored.names)},
         configs={config: config_digest(checkpoint.root / config)},
         out_layers=list(sizes.text_encoder.out_layers) if component == "text_encoder" else None,
         errors=graph.errors,
         kept=graph.kept,
         scaling=packed_scalings(weight.source for weight in graph.weights),
     )
-
-
-def _check(path: Path, name: str) -> None:
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except onnx.checker.ValidationError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ExportError(f"{name} can't be used by ONNX ({reason}): make a copy with -o DIR") from error

@@ -291,7 +291,7 @@ class GraphBuilder:
             self.encoded(tensor, [Part("", dtype, tensor.shape)], lambda source: [scaled(source, dtype)])
         elif tensor.name not in self._weights:
             entry = self._entry(tensor.name, dtype, tensor.shape, onnx_dtype(dtype), tensor.shape)
-            in_place = in_place and dtype == tensor.dtype and not tensor.swapped and not tensor.quantisation
+            in_place = in_place and dtype == tensor.dtype and tensor.is_plain
             self._weights[tensor.name] = StoredWeight(tensor, [entry], None, in_place)
         return tensor.name
 

@@ -23,17 +23,12 @@ from fluxonnx.checkpoint.manifest import (
     salvaged_manifest,
 )
 from fluxonnx.checkpoint.reading import check_readable, exists, is_file
-from fluxonnx.checkpoint.safetensors import fingerprint
 from fluxonnx.contract import GRAPH_FORMAT, Architecture
 from fluxonnx.errors import CheckpointError, ExportError
 from fluxonnx.export.components import Target
 from fluxonnx.export.graph import Graph
+from fluxonnx.export.parts import as_text, stated
 from fluxonnx.version import __version__
-
-
-def without_transformer(settings: dict[str, str]) -> dict[str, str]:
-    """Return the settings that all graphs of a build share; which weights the transformer has is its own."""
-    return {key: value for key, value in settings.items() if key != "transformer"}
 
 
 def is_as_made(root: Path, checkpoint: Checkpoint, component: Component, manifest: Manifest) -> bool:
@@ -61,9 +56,9 @@ def withdraw(build: Build, component: str, replaced: dict[str, str]) -> bool:
     there was an entry.
     """
     known = build.components.get(component)
-    if component == "transformer" and build.settings.get("transformer") != replaced.get("transformer"):
+    if build.settings.get(component) != replaced.get(component):
         build.components.pop(component, None)
-        build.settings = without_transformer(build.settings)
+        build.settings = {key: value for key, value in build.settings.items() if key != component}
     elif known is not None:
         build.components[component] = replace(known, unfinished=True)
     return known is not None
@@ -121,7 +116,7 @@ def sources_of(checkpoint: Checkpoint, root: Path, graph: Graph) -> dict[str, st
     files = sorted({weight.source.file for weight in graph.weights})
     if root != checkpoint.root:
         files = [file for file in files if file.is_relative_to(checkpoint.root)]
-    return {_location(checkpoint.root, path): content_digest(path) for path in files}
+    return {location(checkpoint.root, path): content_digest(path) for path in files}
 
 
 def writer() -> dict[str, str]:
@@ -129,19 +124,9 @@ def writer() -> dict[str, str]:
     return {"graph_format": str(GRAPH_FORMAT), **({"exporter": exporter_digest()} if is_source_checkout() else {})}
 
 
-def _location(root: Path, path: Path) -> str:
+def location(root: Path, path: Path) -> str:
+    """Return how a manifest names a file: relative to the folder, if it is in there."""
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
-
-
-def replaced_transformer(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the setting of a build whose transformer's weights come from another file."""
-    file = checkpoint.transformer
-    return {"transformer": f"{_text(file.name)} {fingerprint(file)[:12]}"} if file else {}
-
-
-def _text(name: str) -> str:
-    """Return a file's name as graphs can hold it: bytes that are not UTF-8 are replaced."""
-    return name.encode(errors="replace").decode()
 
 
 def metadata_of(checkpoint: Checkpoint, component: str, target: Target, sizes: Architecture) -> dict[str, str]:
@@ -149,13 +134,13 @@ def metadata_of(checkpoint: Checkpoint, component: str, target: Target, sizes: A
     return {
         "producer": "fluxonnx",
         "version": __version__,
-        "model": _text(checkpoint.name),
+        "model": as_text(checkpoint.name),
         "component": component,
         "precision": target.precision.name,
         "flavour": target.flavour,
         "opset": str(target.opset),
         **target.settings(),
-        **(replaced_transformer(checkpoint) if component == "transformer" else {}),
+        **stated(checkpoint, component),
         "architecture": sizes.component_json(component),
     }
 

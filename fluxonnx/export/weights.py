@@ -14,10 +14,12 @@ from typing import BinaryIO
 import numpy as np
 
 from fluxonnx.checkpoint.digests import content_digest
-from fluxonnx.checkpoint.safetensors import DTYPES
-from fluxonnx.errors import CheckpointError, ExportError
+from fluxonnx.checkpoint.encoded import Encoded
+from fluxonnx.checkpoint.safetensors import DTYPES, Tensor
+from fluxonnx.errors import ExportError
+from fluxonnx.export import links
 from fluxonnx.export.graph import Graph
-from fluxonnx.export.initializers import StoredWeight
+from fluxonnx.export.initializers import ROWS, StoredWeight
 from fluxonnx.files import probe, resumable_write
 from fluxonnx.machine import usable_cores
 
@@ -33,11 +35,11 @@ CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
-class StoredFile:
-    """A weight file of a build; `bytes_written` is 0 if it was there already."""
+class Stored:
+    """The weight files of a build, relative to its folder; `bytes_written` leaves out what was there already."""
 
-    name: str
-    bytes_written: int
+    names: list[str]
+    bytes_written: int = 0
 
 
 def weight_file(component: str, folder: str, label: str) -> str:
@@ -47,7 +49,7 @@ def weight_file(component: str, folder: str, label: str) -> str:
 
 
 def check_places(graph: Graph, root: Path, name: str) -> None:
-    """Check that ONNX can use the weights of a graph where they lie, and where they will be written.
+    """Check that the weights of a graph can be written where they will be.
 
     Args:
         graph: The graph.
@@ -55,22 +57,12 @@ def check_places(graph: Graph, root: Path, name: str) -> None:
         name: The weight file that may be written, relative to `root`.
 
     Raises:
-        CheckpointError: A weight file or its folder is a link.
         OSError: The file can't be written.
     """
-    for weight in graph.weights:
-        if not _is_made(weight, root):
-            _refuse_link(root, weight.source.file)
-    folder = (root / name).parent
-    if not any(_is_made(weight, root) for weight in graph.weights):
-        return
-    if folder.is_symlink():
-        raise CheckpointError(
-            f"{folder} is a symbolic link, behind which ONNX can't use weights: make a self-contained copy with "
-            "-o DIR, or move the whole model directory and link that"
-        )
-    if folder.is_dir() and not (root / name).exists():
-        probe(root / name)
+    path = root / _reachable(root, name)
+    writes = any(links.stays(weight, root) is None for weight in graph.weights)
+    if writes and path.parent.is_dir() and not path.exists():
+        probe(path)
 
 
 def place(
@@ -82,7 +74,8 @@ def place(
     reuse: Collection[str] = (),
     resume: bool = True,
     shard_size: int | None = None,
-) -> list[StoredFile]:
+    link: bool = True,
+) -> Stored:
     """Write the weights that can't stay in the checkpoint, and point every initializer at its bytes.
 
     Args:
@@ -94,22 +87,32 @@ def place(
         reuse: Files that are known to be whole and of the same weights; one of these is kept if it has the same header.
         resume: Whether a file that an interrupted run left is completed.
         shard_size: The most bytes of a file, but for a single weight that is larger; None for one file.
+        link: Whether files elsewhere, and files behind symbolic links, may become hard links beside the graph.
 
     Returns:
-        The build's weight files: none if all weights stay in the checkpoint.
+        The build's weight files; none if all weights stay in the checkpoint.
 
     Raises:
         ExportError: There is not enough space.
     """
-    made = []
+    name = _reachable(root, name)
+    made: list[StoredWeight] = []
+    linked: dict[Path, str | None] = {}
     for weight in graph.weights:
-        if _is_made(weight, root):
+        where = links.stays(weight, root)
+        if where is None and link and weight.in_place:
+            source = weight.source.file
+            if source not in linked:
+                linked[source] = links.hard_link(source, root, name)
+            where = linked[source]
+        if where is None:
             made.append(weight)
         else:
-            weight.entries[0].point(weight.source.file.relative_to(root).as_posix(), weight.source.offset)
+            weight.entries[0].point(where, weight.source.offset)
     shards = _shards(made, shard_size)
     plans = [_plan(shard, settings) for shard in shards]
-    total, before, stored = sum(size for _, _, size in plans), 0, []
+    total, before, written = sum(size for _, _, size in plans), 0, 0
+    names = sorted(where for where in linked.values() if where is not None)
     for i, (shard, (header, starts, size)) in enumerate(zip(shards, plans, strict=True)):
         file_name = name if len(shards) == 1 else _shard_name(name, i, len(shards))
         for weight, start in zip(shard, starts, strict=True):
@@ -117,8 +120,8 @@ def place(
                 entry.point(file_name, start)
                 start += entry.nbytes
         path = root / file_name
+        names.append(file_name)
         if file_name in reuse and path.is_file() and path.stat().st_size == size and _begins_with(path, header):
-            stored.append(StoredFile(file_name, 0))
             before += size
             continue
         path.parent.mkdir(exist_ok=True)
@@ -129,9 +132,9 @@ def place(
             file.seek(starts[whole] if whole < len(shard) else size)
             for _ in _written(shard[whole:], file):
                 say(before + file.tell(), total)
-        stored.append(StoredFile(file_name, size))
+        written += size
         before += size
-    return stored
+    return Stored(names, written)
 
 
 def _shards(weights: list[StoredWeight], most: int | None) -> list[list[StoredWeight]]:
@@ -154,9 +157,9 @@ def _shard_name(name: str, number: int, count: int) -> str:
     return f"{stem}-{number + 1:05}-of-{count:05}.safetensors"
 
 
-def _is_made(weight: StoredWeight, root: Path) -> bool:
-    """Whether a weight has to be written, because it is not what the checkpoint holds or that is elsewhere."""
-    return not weight.in_place or not weight.source.file.is_relative_to(root)
+def _reachable(root: Path, name: str) -> str:
+    """Return where a weight file is written: beside the graph if its folder is a link, behind which ONNX refuses it."""
+    return name.replace("/", ".") if (root / name).parent.is_symlink() else name
 
 
 def _begins_with(path: Path, header: bytes) -> bool:
@@ -181,12 +184,22 @@ def _written(weights: list[StoredWeight], file: BinaryIO) -> Iterator[None]:
                         file.write(np.ascontiguousarray(array).view(np.uint8).data)
                     yield
                     continue
-                array = weight.source.array().reshape(-1)
-                for start in range(0, array.size, CHUNK):
-                    file.write(array[start : start + CHUNK].astype(DTYPES[weight.entries[0].dtype]).tobytes())
+                for piece in _pieces(weight.source):
+                    file.write(piece.astype(DTYPES[weight.entries[0].dtype]).tobytes())
                     yield
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _pieces(source: Tensor) -> Iterator[np.ndarray]:
+    """Yield a tensor's values in order, a few at a time; those that have to be computed, some rows at a time."""
+    if isinstance(source, Encoded) and source.shape:
+        for start in range(0, source.shape[0], ROWS):
+            yield source.rows(start, start + ROWS)
+        return
+    array = source.array().reshape(-1)
+    for start in range(0, array.size, CHUNK):
+        yield array[start : start + CHUNK]
 
 
 def _plan(weights: list[StoredWeight], settings: dict[str, str]) -> tuple[bytes, list[int], int]:
@@ -229,21 +242,4 @@ def require_space(folder: Path, size: int, what: object) -> None:
     if free < size:
         raise ExportError(
             f"{what} needs {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free in {folder}: free some space"
-        )
-
-
-def _refuse_link(root: Path, file: Path) -> None:
-    # onnxruntime and onnx.checker reject external data behind symbolic links or outside the graph's folder;
-    # onnx.checker also rejects hard-linked files.
-    parts = [root / Path(*file.relative_to(root).parts[: i + 1]) for i in range(len(file.relative_to(root).parts))]
-    link = next((part for part in parts if part.is_symlink()), None)
-    if link is not None:
-        raise CheckpointError(
-            f"{link} is a symbolic link (a hub cache?), which ONNX can't use for weights: make a self-contained copy "
-            "with -o DIR, or download with `hf download ... --local-dir DIR`"
-        )
-    if file.stat().st_nlink > 1:
-        raise CheckpointError(
-            f"{file} has several names (hard links), which ONNX refuses for weights: make a self-contained copy with "
-            "-o DIR"
         )

@@ -238,10 +238,12 @@ class Adapters:
             CheckpointError: The checkpoint does not have them as floats.
         """
         checkpoint, build = self._checkpoint, self._builds[component]
-        if component == TRANSFORMER and (name := build.parsed_settings.transformer):
+        if (name := build.parsed_settings.parts.get(component)) and not checkpoint.parts:
             sources = build.components[component].sources
-            file = next((checkpoint.root / source for source in sources if Path(source).name == name), None)
-            checkpoint = open_checkpoint(checkpoint.root, file)
+            files = ((checkpoint.root / source).with_name(name) for source in sources)
+            file = next((file for file in files if file.is_file()), None)
+            which = {"transformer" if component == TRANSFORMER else "text_encoder": file}
+            checkpoint = open_checkpoint(checkpoint.root, **which)
         tensor = checkpoint.tensors(COMPONENTS[component]).get(f"{path}.weight")
         if tensor is None or tensor.quantisation:
             raise CheckpointError(

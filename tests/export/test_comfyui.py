@@ -205,13 +205,15 @@ def test_original_names_of_what_is_not_quantised(copy, tmp_path, name):
     np.testing.assert_array_equal(run_graph(copy, "transformer", name), expected)
 
 
-def test_file_elsewhere_is_copied(copy, tmp_path, monkeypatch):
+def test_file_elsewhere_is_linked(copy, tmp_path, monkeypatch):
     """Also if its path begins like the model's; and then it is not needed any more."""
     file = tmp_path / "flux-2-klein.safetensors"
     save_file(comfyui.original_names(load_file(copy / WEIGHTS)), file)
     monkeypatch.chdir(copy)
     export(".", transformer="../flux-2-klein.safetensors")
-    assert (copy / "transformer/bf16.safetensors").stat().st_size > file.stat().st_size
+    build = read_manifest(copy).builds["bf16"].components["transformer"]
+    assert build.weights == ["transformer/bf16.flux-2-klein.safetensors", "transformer/bf16.safetensors"]
+    assert (copy / build.weights[0]).samefile(file)
     assert set(read_manifest(copy).builds["bf16"].components["transformer"].sources) == {file.as_posix()}
     file.unlink()
     fluxonnx.load(".").close()

@@ -6,12 +6,14 @@ import os
 import shutil
 from pathlib import Path
 
+import onnx
 import pytest
 
 import fluxonnx
-from fluxonnx.errors import CheckpointError, ExportError
+from fluxonnx.contract import COMPONENTS
+from fluxonnx.errors import ExportError
 from fluxonnx.export import export
-from tests.support import Case
+from tests.support import Case, hub_cache
 
 pytestmark = pytest.mark.slow
 
@@ -33,34 +35,17 @@ def test_self_contained_copy(checkpoints, tmp_path):
         assert flux.generate("x", 64, 64, seed=1).tobytes() == expected.tobytes()
 
 
-def hub_cache(source: Path, root: Path) -> Path:
-    """Lay a checkpoint out as huggingface_hub caches it: a snapshot of links to blobs."""
-    blobs = root / "blobs"
-    blobs.mkdir(parents=True)
-    for i, file in enumerate(path for path in source.rglob("*") if path.is_file()):
-        link = root / "snapshots" / "0123abc" / file.relative_to(source)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, blobs / str(i))
-        link.symlink_to(blobs / str(i))
-    return root / "snapshots" / "0123abc"
-
-
-def test_links_are_refused_with_the_cure(checkpoints, tmp_path):
+def test_copies_of_links_are_files(checkpoints, tmp_path):
     snapshot = hub_cache(checkpoints.get(CASE), tmp_path / "models--a--b")
-    with pytest.raises(CheckpointError, match=r"symbolic link.*-o DIR"):
-        export(snapshot)
-    export(snapshot, tmp_path / "copy")
-    assert not any(path.is_symlink() for path in (tmp_path / "copy").rglob("*"))
-    with fluxonnx.load(tmp_path / "copy") as flux:
-        flux.generate("x", 64, 64, steps=1)
-
-
-def test_hard_links_are_refused_with_the_cure(checkpoints, tmp_path):
-    root = Path(shutil.copytree(checkpoints.get(CASE), tmp_path / "model", copy_function=os.link))
-    with pytest.raises(CheckpointError, match=r"hard links.*-o DIR"):
-        export(root)
-    export(root, precision="int8")
-    export(root, tmp_path / "copy")
+    hard = Path(shutil.copytree(checkpoints.get(CASE), tmp_path / "hard", copy_function=os.link))
+    for i, source in enumerate((snapshot, hard)):
+        target = tmp_path / str(i)
+        export(source, target)
+        assert not any(path.is_symlink() or path.stat().st_nlink > 1 for path in target.rglob("*") if path.is_file())
+        for name in COMPONENTS:
+            onnx.checker.check_model(target / f"{name}.onnx")
+        with fluxonnx.load(target) as flux:
+            flux.generate("x", 64, 64, steps=1)
 
 
 def test_copy_never_overwrites_another_model(checkpoints, tmp_path):

@@ -13,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxonnx.checkpoint.config import read_json
-from fluxonnx.checkpoint.formats import refuse_quantised_encoder, resolve
+from fluxonnx.checkpoint.formats import NAMING, resolve
 from fluxonnx.checkpoint.manifest import FILE_NAME, is_current, is_usable, read_manifest
-from fluxonnx.checkpoint.names import with_prefix
 from fluxonnx.checkpoint.safetensors import DTYPES, fingerprint, read_header, read_metadata
 from fluxonnx.contract import GRAPH_FORMAT, Architecture, graph_ports, open_checkpoint
 from fluxonnx.export import export
@@ -74,12 +73,11 @@ def check_weights(path: Path) -> None:
             expected = dict(safetensors.deserialize(path.read_bytes()))
             for name, tensor in tensors.items():
                 assert tensor.array().tobytes() == expected[name]["data"]
-        with_prefix(tensors)
-        with only_our_errors():
-            refuse_quantised_encoder(tensors)
-        for tensor in resolve(tensors, [read_metadata(path)]).values():
+        for component in NAMING:
             with only_our_errors():
-                tensor.array()
+                for tensor in resolve(tensors, [read_metadata(path)], component).values():
+                    with only_our_errors():
+                        tensor.array()
 
 
 @fuzzed(250)

@@ -47,10 +47,9 @@ class ModelBuilder(GraphBuilder):
         tensor = super().tensor(name, shape)
         if tensor.dtype not in FLOATS and not tensor.quantisation:
             raise CheckpointError(f"{self.name}: tensor {self.path(name)} is {tensor.dtype}, expected BF16, F16 or F32")
-        if tensor.quantisation:
-            check_scales(tensor)
-            if not self.precision.takes_integers:
-                return dequantised(tensor, self.precision.integers_as)
+        check_scales(tensor)
+        if tensor.quantisation and not self.precision.takes_integers:
+            return dequantised(tensor, self.precision.integers_as)
         return tensor
 
     def weight(self, name: str, *shape: int) -> str:

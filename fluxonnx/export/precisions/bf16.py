@@ -8,11 +8,13 @@ from typing import Any
 
 from onnx import TensorProto
 
+from fluxonnx.checkpoint.encoded import Encoded
 from fluxonnx.checkpoint.safetensors import Tensor
 from fluxonnx.export import panels, primitives
 from fluxonnx.export.balance import Coupling
 from fluxonnx.export.graph import GraphBuilder
 from fluxonnx.export.panels import Columns
+from fluxonnx.export.precisions import float8
 
 # The module lists whose linears hold nearly all of the weights.
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.", "model.layers.")
@@ -89,14 +91,16 @@ class Precision:
         return TensorProto.FLOAT
 
     def stored_dtype(self, tensor: Tensor) -> str:
-        """Return the safetensors dtype under which `tensor` is stored."""
-        return tensor.dtype
+        """Return the safetensors dtype under which `tensor` is stored; values that are computed are rounded to BF16."""
+        return "BF16" if isinstance(tensor, Encoded) else tensor.dtype
 
     def _stored(self, g: GraphBuilder, tensor: Tensor) -> str:
         return g.stored(tensor, self.stored_dtype(tensor), in_place=not self.self_contained)
 
     def weight(self, g: GraphBuilder, tensor: Tensor) -> str:
         """Return `tensor` as a value of the type that the graph computes in: float32 but for `arithmetic`."""
+        if not self.self_contained and float8.is_castable(g, tensor) and self.stored_dtype(tensor) != "F32":
+            return float8.cast(g, tensor)
         value = self._stored(g, tensor)
         if g.dtype(value) == g.arithmetic:
             return value

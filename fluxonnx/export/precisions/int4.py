@@ -24,6 +24,7 @@ class Int4(Quantised):
 
     name = "int4"
     rounds_activations = False
+    bits = 4
     most_error = 0.2
 
     def __init__(self, keep: str | None = None, block: int = 64) -> None:

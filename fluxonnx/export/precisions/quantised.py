@@ -6,9 +6,11 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from dataclasses import replace
 
 import numpy as np
 
+from fluxonnx.checkpoint.encoded import Encoded
 from fluxonnx.checkpoint.safetensors import Tensor
 from fluxonnx.errors import UsageError
 from fluxonnx.export import panels, primitives
@@ -16,6 +18,7 @@ from fluxonnx.export.balance import Coupling, balanced
 from fluxonnx.export.graph import GraphBuilder
 from fluxonnx.export.initializers import FLOATS
 from fluxonnx.export.panels import Columns
+from fluxonnx.export.precisions import blocks
 from fluxonnx.export.precisions.bf16 import BLOCKS, Precision, Prepared
 from fluxonnx.export.precisions.fp16 import half_rows, half_weight
 from fluxonnx.machine import usable_cores
@@ -30,6 +33,8 @@ class Quantised(Precision):
     self_contained = True
     # Whether activations are rounded to about as few bits as weights.
     rounds_activations = True
+    # Bits of a weight: blocks of at most as many are kept.
+    bits = 8
     # Names of weights whose error is above that.
     measured: frozenset[str] = frozenset()
 
@@ -67,11 +72,31 @@ class Quantised(Precision):
         """Whether the linear with this weight is quantised; a weight that already is stays so."""
         if tensor.quantisation:
             return True
+        if self.keeps_blocks(tensor):
+            return False
         return tensor.name.startswith(BLOCKS) and not self.keeps(tensor)
+
+    def keeps_blocks(self, tensor: Tensor) -> bool:
+        """Whether the linear with this weight keeps the blocks of integers that the file has."""
+        if not isinstance(tensor, Encoded) or tensor.blocks is None or len(tensor.shape) != 2:
+            return False
+        return tensor.blocks.bits <= self.bits and tensor.name.startswith(BLOCKS) and not self.keeps(tensor)
+
+    def product(self, g: GraphBuilder, x: str, tensor: Tensor, bias: str | None) -> str:
+        """Multiply as `Precision.product` does, or by the blocks of the file."""
+        if not self.keeps_blocks(tensor):
+            return super().product(g, x, tensor, bias)
+        assert isinstance(tensor, Encoded)
+        product = blocks.product(g, x, tensor)
+        return g.op("Add", product, bias) if bias else product
 
     def prepared(self, tensors: dict[str, Tensor], couplings: Sequence[Coupling]) -> Prepared:
         """Scale channels that are outliers (see `export.balance`), and keep layers that are rounded too badly still."""
-        found, inputs = balanced(tensors, couplings, self.quantises, self.rounds_activations)
+        # channels that lie in a block can't be scaled, as the block has one scale
+        kept_blocks = {name: tensor for name, tensor in tensors.items() if self.keeps_blocks(tensor)}
+        scalable = tensors | {name: replace(tensor, dtype="blocks") for name, tensor in kept_blocks.items()}
+        found, inputs = balanced(scalable, couplings, self.quantises, self.rounds_activations)
+        found |= kept_blocks
         layers = [t for t in found.values() if len(t.shape) == 2 and t.dtype in FLOATS and self.quantises(t)]
         with ThreadPoolExecutor(usable_cores()) as pool:
             measured = pool.map(lambda t: self.error(t, inputs.get(t.name, np.ones(t.shape[1]))), layers)
@@ -91,13 +116,13 @@ class Quantised(Precision):
 
     def weight(self, g: GraphBuilder, tensor: Tensor) -> str:
         """Return `tensor` as a float32 value; few runtimes have bfloat16, so portable graphs have float16 instead."""
-        if g.fused or tensor.dtype != "BF16":
+        if g.fused or self.stored_dtype(tensor) != "BF16":
             return super().weight(g, tensor)
         return half_weight(g, tensor) if len(tensor.shape) > 1 else g.stored(tensor, "F32", in_place=False)
 
     def embedding(self, g: GraphBuilder, ids: str, tensor: Tensor) -> str:
         """Look rows up as `Precision.embedding` does; likewise."""
-        if g.fused or tensor.dtype != "BF16":
+        if g.fused or self.stored_dtype(tensor) != "BF16":
             return super().embedding(g, ids, tensor)
         return half_rows(g, ids, tensor)
 
