@@ -104,21 +104,21 @@ class Models:
         encoder = self._builds["text_encoder"].shape
         if not self.only_static:
             if encoder and encoder.text_seq != request.max_sequence_length:
-                raise UsageError(self._unfit(f"a prompt of {request.max_sequence_length} tokens", request))
+                raise UsageError(self._unfit(f"a prompt of {request.max_sequence_length} tokens"))
             return request
         if request.image is not None and request.strength == 0:
             return request
         if request.references:
-            raise UsageError(self._unfit("reference pictures", request))
+            raise UsageError(self._unfit("reference pictures"))
         if request.tile is not None and request.tile < max(request.width, request.height):
-            raise UsageError(self._unfit("decoding in tiles", request))
+            raise UsageError(self._unfit("decoding in tiles"))
         wanted = Shape(request.width, request.height, request.max_sequence_length)
         if all(build.shape != wanted for build in self._static):
             what = f"{wanted.width}x{wanted.height} from a prompt of {wanted.text_seq} tokens"
-            raise UsageError(self._unfit(what, request, wanted))
+            raise UsageError(self._unfit(what, wanted))
         return replace(request, tile=max(request.width, request.height))  # tiles as large as the picture are none
 
-    def _unfit(self, what: str, request: ResolvedRequest, wanted: Shape | None = None) -> str:
+    def _unfit(self, what: str, wanted: Shape | None = None) -> str:
         """Return the message for something that static builds can't draw, with the commands that help."""
         build = self._static[0] if self._static else self._builds["text_encoder"]
         drawn = ", ".join(
