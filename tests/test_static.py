@@ -201,6 +201,19 @@ def test_alone_what_it_does_not_draw_is_refused(only, change, message):
         flux.check(request)
 
 
+def test_alone_a_prompt_of_another_length_is_refused(only):
+    with api.load(only) as flux, pytest.raises(UsageError, match=r"a prompt of 16 tokens was asked for"):
+        flux.encode_prompts(["x"], 16)
+
+
+def test_a_line_that_is_not_drawn_is_found_before_the_first_picture(only, tmp_path, fails):
+    prompts = tmp_path / "prompts"
+    prompts.write_text('{"prompt": "x"}\n{"prompt": "x", "width": 64}\n')
+    pattern = r".*prompts.*: 64x64 from a prompt of 24 tokens was asked for"
+    fails(2, pattern, "generate", "-q", "-d", only, "--prompt-file", prompts, "-o", tmp_path / "x.png", "-S", "1")
+    assert not list(tmp_path.glob("*.png"))
+
+
 @pytest.mark.slow
 def test_guidance(checkpoints, tmp_path):
     """Two passes a step: each for one picture at a time."""

@@ -192,7 +192,7 @@ def generate(options: Options) -> None:
     """Make pictures and save them."""
     from fluxonnx import api
     from fluxonnx.cli.checks import check_jobs
-    from fluxonnx.cli.jobs import choose_build, plan, read_source
+    from fluxonnx.cli.jobs import choose_build, located, plan, read_source
     from fluxonnx.contract import open_checkpoint
 
     say = speaker(options.quiet)
@@ -221,6 +221,9 @@ def generate(options: Options) -> None:
         )
         say_seconds(phase_line("open model", time.perf_counter() - start))
         with flux:
+            for job in jobs if len(jobs) > 1 else ():  # what only static graphs can't draw is found before the first
+                with located(job.where):
+                    flux.check(job.request)
             for i, job in enumerate(jobs):
                 if len(jobs) > 1 and i % PROMPTS_AHEAD == 0:
                     ahead = jobs[i : i + PROMPTS_AHEAD]

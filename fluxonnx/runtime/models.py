@@ -192,7 +192,10 @@ class Models:
         own = self._builds["text_encoder"]
         if own.precision != self._builds["transformer"].precision:  # static builds have another one's encoder
             return own
-        return self._build_for("text_encoder", lambda shape: shape.text_seq == length)
+        found = self._build_for("text_encoder", lambda shape: shape.text_seq == length)
+        if found.shape and found.shape.text_seq != length:
+            raise UsageError(self._unfit(f"a prompt of {length} tokens"))
+        return found
 
     def encode_images(self, samples: list[np.ndarray], tiling: Tiling) -> list[np.ndarray]:
         """f32 [1, 3, height, width] in [-1, 1] each -> normalised latents f32 [1, channels, height/16, width/16]."""
