@@ -181,7 +181,7 @@ def test_alone_it_paints_over_previews_and_edits_steps(only):
         ({"max_sequence_length": 16}, r"96x64 from a prompt of 16 tokens .* --shape 96x64 --text-seq 16"),
         (
             {"references": [np.zeros((64, 96, 3), np.uint8)]},
-            r"reference pictures .* fluxonnx export -d .* --precision int8",
+            r"a picture with references .* fluxonnx export -d .* --precision int8",
         ),
         ({"image": np.zeros((128, 128, 3), np.uint8), "strength": 0.5, "width": 128, "height": 128}, "128x128"),
     ],

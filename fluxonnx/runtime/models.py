@@ -14,7 +14,7 @@ import numpy as np
 from fluxonnx.checkpoint.digests import unchanged
 from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.checkpoint.graphs import graph_architecture
-from fluxonnx.checkpoint.manifest import DEFAULT_FLAVOUR, FILE_NAME, Build, Shape, depended_on
+from fluxonnx.checkpoint.manifest import FILE_NAME, Build, Shape, depended_on
 from fluxonnx.checkpoint.reading import check_readable, shown
 from fluxonnx.contract import COMPONENTS, EMBEDDING_TABLE, Architecture, text_ids
 from fluxonnx.errors import CheckpointError, UsageError
@@ -109,7 +109,7 @@ class Models:
         if request.image is not None and request.strength == 0:
             return request
         if request.references:
-            raise UsageError(self._unfit("reference pictures"))
+            raise UsageError(self._unfit("a picture with references"))
         if request.tile is not None and request.tile < max(request.width, request.height):
             raise UsageError(self._unfit("decoding in tiles"))
         wanted = Shape(request.width, request.height, request.max_sequence_length)
@@ -124,12 +124,12 @@ class Models:
         drawn = ", ".join(
             f"{b.shape.width}x{b.shape.height} from {b.shape.text_seq} tokens" for b in self._static if b.shape
         )
-        flavour = "" if build.flavour == DEFAULT_FLAVOUR else f" --flavour {build.flavour}"
-        export = f"fluxonnx export {Checkpoint(self._root).export_place} --precision {build.precision}{flavour}"
-        other = f", or add that size with {export} {wanted.flags}" if wanted else ""
+        export = f"fluxonnx export {Checkpoint(self._root).export_place}"
+        other = f", or for that size with {export} {build.flags_for(wanted)}" if wanted else ""
         return (
             f"{what} was asked for, but the {build.precision} {build.flavour} graphs of {self._root} are static, for "
-            f"{drawn or build.shape} without references: add graphs for everything with {export}{other}"
+            f"{drawn or build.shape} without references: add graphs for everything with {export} "
+            f"{build.flags_for(None)}{other}"
         )
 
     def _build_for(self, component: str, fits: Callable[[Shape], bool]) -> Build:
