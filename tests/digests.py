@@ -72,12 +72,13 @@ DTYPES = {"odd": "fp32", "wide": "bf16"}
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to export; `exact` is what the processor says of its 8-bit products."""
+    """A way to export; `exact` is what the processor says of its 8-bit products, `build` are arguments of `export`."""
 
     precision: str
     label: str = ""
     exact: bool = True
     options: dict[str, Any] = field(default_factory=dict)
+    build: dict[str, Any] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -96,6 +97,9 @@ VARIANTS = [
     Variant("int8", "comfyui-pairs", exact=False),
     Variant("int4"),
     Variant("int4", "blocks-of-32", options={"block": 32}),
+    Variant("fp16", "static", build={"shape": (96, 64), "text_seq": 24}),
+    Variant("int8", "static", build={"shape": (96, 64), "text_seq": 24}),
+    Variant("fp32", "shards", build={"shard_size": 500_000}),
 ]
 
 
@@ -124,7 +128,7 @@ def digests(root: Path, name: str, variant: Variant, flavour: str) -> dict[str, 
         comfyui.write(source, file, comfyui.Form(group=group if variant.exact else 0))
         transformer = file
     before = {file for file in model.rglob("*") if file.is_file()}
-    export(model, precision=_precision(variant), flavour=flavour, transformer=transformer)
+    export(model, precision=_precision(variant), flavour=flavour, transformer=transformer, **variant.build)
     written = sorted({file for file in model.rglob("*") if file.is_file()} - before)
     found = {}
     for file in written:

@@ -181,7 +181,7 @@ def test_alone_it_paints_over_previews_and_edits_steps(only):
         ({"max_sequence_length": 16}, r"96x64 from a prompt of 16 tokens .* --shape 96x64 --text-seq 16"),
         (
             {"references": [np.zeros((64, 96, 3), np.uint8)]},
-            r"reference pictures .* fluxonnx export -d .* --precision int8",
+            r"a picture with references .* fluxonnx export -d .* --precision int8",
         ),
         ({"image": np.zeros((128, 128, 3), np.uint8), "strength": 0.5, "width": 128, "height": 128}, "128x128"),
     ],
@@ -199,6 +199,19 @@ def test_alone_what_it_does_not_draw_is_refused(only, change, message):
     export(folder, precision=precision, **shape)
     with api.load(only) as flux:
         flux.check(request)
+
+
+def test_alone_a_prompt_of_another_length_is_refused(only):
+    with api.load(only) as flux, pytest.raises(UsageError, match=r"a prompt of 16 tokens was asked for"):
+        flux.encode_prompts(["x"], 16)
+
+
+def test_a_line_that_is_not_drawn_is_found_before_the_first_picture(only, tmp_path, fails):
+    prompts = tmp_path / "prompts"
+    prompts.write_text('{"prompt": "x"}\n{"prompt": "x", "width": 64}\n')
+    pattern = r".*prompts.*: 64x64 from a prompt of 24 tokens was asked for"
+    fails(2, pattern, "generate", "-q", "-d", only, "--prompt-file", prompts, "-o", tmp_path / "x.png", "-S", "1")
+    assert not list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.slow

@@ -65,6 +65,9 @@ AUTO = (
     "and else cpu; others may be slower and have to be named"
 )
 
+# A build for providers that take graphs of one size only, which the bench draws.
+STATIC = "-d DIR --precision fp16 --flavour portable --shape 256x256"
+
 
 @dataclass(frozen=True)
 class Found:
@@ -235,9 +238,11 @@ def closing(results: list[Found]) -> str:
     untested = [found.provider for found in results if not found.tested and found.state in (WORKS, WRONG, FAILS)]
     if untested:
         names = " ".join(untested)
+        static = [name for name in untested if providers.traits(name).static_shapes]
+        first = f"fluxonnx export {STATIC}; " if static else ""
         lines.append(
             f"Nobody has told us yet how {' and '.join(untested)} does. Please send what these print: "
-            f"fluxonnx providers --json; fluxonnx check --json; fluxonnx bench --provider cpu {names}"
+            f"fluxonnx providers --json; fluxonnx check --json; {first}fluxonnx bench --provider cpu {names}"
         )
     return "\n".join(lines)
 

@@ -189,8 +189,15 @@ class Build:
     @property
     def flags(self) -> str:
         """The flags of `fluxonnx export` that name it."""
-        flavour = f" --flavour {self.flavour}" if self.flavour != DEFAULT_FLAVOUR else ""
-        return f"--precision {self.precision}{flavour}{f' {self.shape.flags}' if self.shape else ''}"
+        return self.flags_for(self.shape)
+
+    def flags_for(self, shape: Shape | None) -> str:
+        """Return the flags of `fluxonnx export` for a build like it that draws `shape`; None for any size."""
+        flags = [f"--precision {self.precision}"]
+        flags += [f"--flavour {self.flavour}"] if self.flavour != DEFAULT_FLAVOUR else []
+        flags += [shape.flags] if shape else []
+        flags += [f"--shard-size {self.settings['shard_size']}"] if "shard_size" in self.settings else []
+        return " ".join(flags)
 
     @property
     def parsed_settings(self) -> BuildSettings:

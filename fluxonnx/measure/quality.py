@@ -282,7 +282,11 @@ def _pictures(plan: Plan, precision: str, watch: Watch | None = None) -> list[Im
 def _build(model: Path, precision: str) -> Build:
     manifest = read_manifest(model)
     assert manifest is not None  # `run` has exported every build
-    return manifest.builds[build_name(precision, DEFAULT_FLAVOUR)]
+    name = build_name(precision, DEFAULT_FLAVOUR)
+    if name not in manifest.builds:
+        cure = f"add one for any size with fluxonnx export -d {model} --precision {precision}"
+        raise UsageError(f"{model} has only static builds of {precision}, of which no graphs can be compared: {cure}")
+    return manifest.builds[name]
 
 
 def _megabytes(plan: Plan, precision: str) -> float:

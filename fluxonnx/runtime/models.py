@@ -14,7 +14,7 @@ import numpy as np
 from fluxonnx.checkpoint.digests import unchanged
 from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.checkpoint.graphs import graph_architecture
-from fluxonnx.checkpoint.manifest import DEFAULT_FLAVOUR, FILE_NAME, Build, Shape, depended_on
+from fluxonnx.checkpoint.manifest import FILE_NAME, Build, Shape, depended_on
 from fluxonnx.checkpoint.reading import check_readable, shown
 from fluxonnx.contract import COMPONENTS, EMBEDDING_TABLE, Architecture, text_ids
 from fluxonnx.errors import CheckpointError, UsageError
@@ -111,32 +111,32 @@ class Models:
         encoder = self._builds["text_encoder"].shape
         if not self.only_static:
             if encoder and encoder.text_seq != request.max_sequence_length:
-                raise UsageError(self._unfit(f"a prompt of {request.max_sequence_length} tokens", request))
+                raise UsageError(self._unfit(f"a prompt of {request.max_sequence_length} tokens"))
             return request
         if request.image is not None and request.strength == 0:
             return request
         if request.references:
-            raise UsageError(self._unfit("reference pictures", request))
+            raise UsageError(self._unfit("a picture with references"))
         if request.tile is not None and request.tile < max(request.width, request.height):
-            raise UsageError(self._unfit("decoding in tiles", request))
+            raise UsageError(self._unfit("decoding in tiles"))
         wanted = Shape(request.width, request.height, request.max_sequence_length)
         if all(build.shape != wanted for build in self._static):
             what = f"{wanted.width}x{wanted.height} from a prompt of {wanted.text_seq} tokens"
-            raise UsageError(self._unfit(what, request, wanted))
+            raise UsageError(self._unfit(what, wanted))
         return replace(request, tile=max(request.width, request.height))  # tiles as large as the picture are none
 
-    def _unfit(self, what: str, request: ResolvedRequest, wanted: Shape | None = None) -> str:
+    def _unfit(self, what: str, wanted: Shape | None = None) -> str:
         """Return the message for something that static builds can't draw, with the commands that help."""
         build = self._static[0] if self._static else self._builds["text_encoder"]
         drawn = ", ".join(
             f"{b.shape.width}x{b.shape.height} from {b.shape.text_seq} tokens" for b in self._static if b.shape
         )
-        flavour = "" if build.flavour == DEFAULT_FLAVOUR else f" --flavour {build.flavour}"
-        export = f"fluxonnx export {Checkpoint(self._root).export_place} --precision {build.precision}{flavour}"
-        other = f", or add that size with {export} {wanted.flags}" if wanted else ""
+        export = f"fluxonnx export {Checkpoint(self._root).export_place}"
+        other = f", or for that size with {export} {build.flags_for(wanted)}" if wanted else ""
         return (
             f"{what} was asked for, but the {build.precision} {build.flavour} graphs of {self._root} are static, for "
-            f"{drawn or build.shape} without references: add graphs for everything with {export}{other}"
+            f"{drawn or build.shape} without references: add graphs for everything with {export} "
+            f"{build.flags_for(None)}{other}"
         )
 
     def _build_for(self, component: str, fits: Callable[[Shape], bool]) -> Build:
@@ -209,7 +209,10 @@ class Models:
         own = self._builds["text_encoder"]
         if own.precision != self._builds["transformer"].precision:  # static builds have another one's encoder
             return own
-        return self._build_for("text_encoder", lambda shape: shape.text_seq == length)
+        found = self._build_for("text_encoder", lambda shape: shape.text_seq == length)
+        if found.shape and found.shape.text_seq != length:
+            raise UsageError(self._unfit(f"a prompt of {length} tokens"))
+        return found
 
     def encode_images(self, samples: list[np.ndarray], tiling: Tiling) -> list[np.ndarray]:
         """f32 [1, 3, height, width] in [-1, 1] each -> normalised latents f32 [1, channels, height/16, width/16]."""

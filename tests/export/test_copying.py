@@ -10,8 +10,9 @@ import onnx
 import pytest
 
 import fluxonnx
+from fluxonnx.checkpoint.manifest import read_manifest
 from fluxonnx.contract import COMPONENTS
-from fluxonnx.errors import ExportError
+from fluxonnx.errors import CheckpointError, ExportError
 from fluxonnx.export import export
 from tests.support import Case, hub_cache
 
@@ -69,3 +70,31 @@ def test_copy_goes_on_where_it_was_stopped(checkpoints, tmp_path):
 def test_output_whose_parent_does_not_exist(checkpoints, tmp_path):
     with pytest.raises(ExportError, match="does not exist"):
         export(checkpoints.get(CASE), tmp_path / "a" / "b")
+
+
+@pytest.mark.parametrize(
+    ("precision", "flavour", "dtype"),
+    [("fp32", "ort", "bf16"), ("fp32", "ort", "fp32"), ("fp16", "portable", "bf16"), ("int4", "portable", "bf16")],
+)
+def test_copy_has_no_weights_that_no_graph_reads(checkpoints, tmp_path, precision, flavour, dtype):
+    """Every file of weights is of the build; the copy draws what the source draws, and stays current."""
+    source, copy = checkpoints.exported(Case("tiny-random", dtype), precision, flavour), tmp_path / "copy"
+    export(checkpoints.get(Case("tiny-random", dtype)), copy, precision=precision, flavour=flavour)
+    (build,) = read_manifest(copy).builds.values()
+    own = {name for component in build.components.values() for name in component.weights}
+    assert {name for name in files(copy) if "safetensors" in name} == own
+    pictures = []
+    for root in (source, copy):
+        with fluxonnx.load(root, precision=precision, flavour=flavour) as flux:
+            pictures.append(flux.generate("x", 64, 64, steps=1, seed=1).tobytes())
+    assert pictures[0] == pictures[1]
+    assert all(report.seconds is None for report in export(source, copy, precision=precision, flavour=flavour))
+
+
+def test_copy_of_two_precisions_has_the_weights_that_are_read(checkpoints, tmp_path):
+    export(checkpoints.get(CASE), tmp_path / "copy", precision="fp32", text_encoder_precision="bf16")
+    weights = {name for name in files(tmp_path / "copy") if name.endswith(".safetensors")}
+    assert {Path(name).parent.name for name in weights if "fp32" not in name} == {"text_encoder"}
+    with fluxonnx.load(tmp_path / "copy") as flux:
+        info = flux.generate("x", 64, 64, steps=1, seed=1).info
+    assert (info["precision"], info["text_encoder_precision"]) == ("fp32", "bf16")

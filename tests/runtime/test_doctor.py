@@ -111,3 +111,8 @@ def test_lines(found, expected):
 def test_what_to_send_back():
     assert "mlx" in doctor.closing([Found("mlx", WORKS, "right")])
     assert "send" not in doctor.closing([Found("mlx", MISSING, ""), Found("cpu", WORKS, "right", tested="CI")])
+
+
+def test_a_mac_user_is_asked_for_a_static_build():
+    told = doctor.closing([Found("coreml", WORKS, "right")])
+    assert "fluxonnx export -d DIR --precision fp16 --flavour portable --shape 256x256; fluxonnx bench" in told
