@@ -61,6 +61,7 @@ function generate(event) {
   };
   const wrong = fault(request);
   if (wrong) return say(wrong, "error");
+  say("Starting ...");
   byId("generate").disabled = true;
   byId("stop").disabled = false;
   byId("notice").textContent = "";
