@@ -42,6 +42,9 @@ RUNTIMES: dict[str, ModuleType] = {
     "mnn": mnn,
 }
 
+# What CI installs; the others are too large, or compile for minutes.
+IN_CI = ("reference", "webgpu", "wasm", "node", "openvino", "opencv", "tract", "onnx2torch", "mnn")
+
 
 def load(name: str, file: Path, inputs: Inputs) -> Graph:
     """Load a graph with a runtime; one that takes fixed sizes only takes those of `inputs`, in any order."""
