@@ -22,9 +22,11 @@ def read_manifest(folder: Path) -> dict:
     return json.loads((folder / "fluxonnx.json").read_text())
 
 
-def open_graph(folder: Path, component: str, build: str = "bf16.portable") -> InferenceSession:
-    """Open a graph of a build such that each bf16 weight is cast when it is needed, and freed afterwards."""
-    path = folder / read_manifest(folder)["builds"][build]["components"][component]["graph"]
+def open_graph(folder: Path, component: str) -> InferenceSession:
+    """Open a graph such that each bf16 weight is cast when it is needed, and freed afterwards."""
+    builds = read_manifest(folder)["builds"]
+    build = next(name for name in builds if name.endswith("portable"))
+    path = folder / builds[build]["components"][component]["graph"]
     options = SessionOptions()
     options.enable_mem_pattern = options.enable_mem_reuse = False
     disabled = ["ConstantFolding"] if component in ("text_encoder", "transformer") else []

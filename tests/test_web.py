@@ -46,7 +46,8 @@ def test_noise_is_torchs(tmp_path, seed, size):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("web") / "graphs"
-    export(WEB.parents[1] / "models/tiny-klein", folder, precision="fp32", flavour="portable")
+    for precision in ("fp32", "bf16"):
+        export(WEB.parents[1] / "models/tiny-klein", folder, precision=precision, flavour="portable")
     return folder
 
 
@@ -119,12 +120,32 @@ def test_draws_the_picture_of_fluxonnx(tmp_path, model, started):
     isolated, said, shown, downloaded = with_page(url, visit)
     assert isolated
     assert said.startswith("96x64 pixels in ")
-    with fluxonnx.load(model, provider="cpu") as flux:
+    with fluxonnx.load(model, provider="cpu", precision="fp32") as flux:
         expected = np.asarray(flux.generate(PROMPT, 96, 64, 2, 7)).astype(int)
     found = np.array(shown, np.uint8).reshape(64, 96, 4)
     assert np.abs(found[..., :3] - expected).max() <= IMAGE_TOLERANCE
     assert (found[..., 3] == 255).all()
     assert (np.asarray(Image.open(io.BytesIO(downloaded)).convert("RGBA")) == found).all()
+
+
+@needs_browser
+@pytest.mark.slow
+def test_knows_the_weight_files_of_a_build(tmp_path, model, started):
+    """They are those of the build, or for bf16 the checkpoint's, as the graphs name them."""
+    _, url = started(copy_of_page(tmp_path, libraries=True) / "serve.py", "--port", 0, "--model", model)
+    files = {
+        "fp32.portable": ("text_encoder/fp32", "transformer/fp32", "vae/decoder.fp32"),
+        "bf16.portable": ("text_encoder/model", "transformer/diffusion_pytorch_model", "vae/diffusion_pytorch_model"),
+    }
+    sizes = {build: sum((model / f"{n}.safetensors").stat().st_size for n in names) for build, names in files.items()}
+
+    def visit(page: Any) -> None:
+        for build, size in sizes.items():
+            page.wait_for_selector("#generate:enabled")
+            page.select_option("[name=build]", build)
+            page.wait_for_function("text => size.textContent === text", arg=f"{size / 1e6:.1f} MB of weights")
+
+    with_page(url, visit)
 
 
 @needs_browser

@@ -2,7 +2,7 @@
 // prompt, seed, steps, width, height}. Messages out: {progress}, {notice}, {pixels, width, height} or {error}.
 
 import { Tokenizer } from "./node_modules/@huggingface/tokenizers/dist/tokenizers.min.mjs";
-import { filesOf, readModel, readTokenizer } from "./model.mjs";
+import { readGraph, readModel, readTokenizer } from "./model.mjs";
 import { randn } from "./noise.mjs";
 import { draw, tokenise } from "./sampler.mjs";
 
@@ -18,7 +18,7 @@ async function handle({ folder, provider, build, prompt, seed, steps, width, hei
 
   const model = await readModel(folder);
   const open = async (component) => {
-    const { graph, externalData } = filesOf(model, build, component);
+    const { graph, externalData } = await readGraph(model, build, component);
     // Sines of shaders are inexact, and `conditioning` is small.
     const executionProviders = [component === "conditioning" ? "wasm" : provider];
     return ort.InferenceSession.create(graph, { executionProviders, externalData, enableMemPattern: false });

@@ -1,8 +1,8 @@
 """Measure portable graphs in every runtime that is installed.
 
 `python -m tests.conformance --write` keeps what it measures in results.json beside this file and writes the tables of
-docs/runtimes.md; compilers take an hour. Without `--write` it prints the tables. Names of runtimes choose some:
-`--write openvino tract`. The rest keeps what was measured before.
+docs/runtimes.md; compilers take hours. Without `--write` it prints the tables. Names of runtimes choose some:
+`--write openvino tract`. The rest keeps what was measured before. `--tables` writes the tables anew, measuring nothing.
 `python -m tests.conformance --only RUNTIME PRECISION FOLDER` prints one runtime's results as JSON.
 """
 
@@ -20,7 +20,7 @@ from fluxonnx.export import export
 from tests.conformance.graphs import CASES, make_inputs, run_onnxruntime
 from tests.conformance.picture import Runtime, difference
 from tests.conformance.runtimes import RUNTIMES, missing, version
-from tests.conformance.tables import PRECISIONS, RESULTS, Result, Results, read_results, tables, write_page
+from tests.conformance.tables import PRECISIONS, Result, Results, read_results, tables, write_results
 from tests.support import relative_error
 
 ROOT = Path(__file__).parents[2]
@@ -68,23 +68,26 @@ def main(arguments: list[str]) -> None:
         name, precision, folder = arguments[1:]
         measure(name, precision, Path(folder))
         return
+    if arguments == ["--tables"]:
+        write_results(read_results())
+        return
     chosen = [name for name in arguments if name != "--write"] or list(RUNTIMES)
     for name in chosen:
         if missing(name):
             print(f"{name}: not measured, since {', '.join(missing(name))} is not installed", file=sys.stderr)
     names = [name for name in chosen if not missing(name)]
-    results: Results = read_results() if "--write" in arguments else {}
+    results: Results = {}
     with tempfile.TemporaryDirectory() as temporary:
         for precision in PRECISIONS:
             folder = Path(temporary) / precision
             export(ROOT / "models/tiny-klein", folder, precision=precision, flavour="portable")
             for name in names:
-                found = results.setdefault(name, {"title": RUNTIMES[name].TITLE, "sizes": RUNTIMES[name].SIZES})
-                found["version"] = version(name)
-                found[precision] = measured(name, precision, folder)
                 if "--write" in arguments:
-                    RESULTS.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-                    write_page(results)
+                    results = read_results()
+                row = results.setdefault(name, {"title": RUNTIMES[name].TITLE, "sizes": RUNTIMES[name].SIZES})
+                row |= {"version": version(name), precision: measured(name, precision, folder)}
+                if "--write" in arguments:
+                    write_results(results)
     if "--write" not in arguments:
         print(tables(results))
 

@@ -28,20 +28,20 @@ from tests.conformance import (
 )
 from tests.conformance.graphs import Graph, Inputs
 
+# In the order of the tables.
 RUNTIMES: dict[str, ModuleType] = {
-    "iree": iree,
-    "tvm": tvm,
     "reference": reference,
-    "webgpu": webgpu,
-    "wasm": wasm,
-    "node": node,
     "openvino": openvino,
-    "opencv": opencv,
+    "node": node,
+    "wasm": wasm,
+    "webgpu": webgpu,
     "tract": tract,
     "onnx2torch": onnx2torch,
+    "opencv": opencv,
     "mnn": mnn,
+    "tvm": tvm,
+    "iree": iree,
 }
-
 # What CI installs; the others are too large, or compile for minutes.
 IN_CI = ("reference", "webgpu", "wasm", "node", "openvino", "opencv", "tract", "onnx2torch", "mnn")
 

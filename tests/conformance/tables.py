@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxonnx.contract import COMPONENTS
+from tests.conformance.runtimes import RUNTIMES
 from tests.support import GRAPH_TOLERANCE
 
 PAGE = Path(__file__).parents[2] / "docs/runtimes.md"
@@ -69,9 +70,11 @@ def tables(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_page(results: Results) -> None:
-    """Put the tables of results into the page."""
-    PAGE.write_text(with_tables(PAGE.read_text("utf-8"), results), "utf-8")
+def write_results(results: Results) -> None:
+    """Keep results, and put their tables into the page."""
+    ordered = {name: results[name] for name in RUNTIMES if name in results}
+    RESULTS.write_text(json.dumps(ordered, indent=1) + "\n", "utf-8")
+    PAGE.write_text(with_tables(PAGE.read_text("utf-8"), ordered), "utf-8")
 
 
 def with_tables(page: str, results: Results) -> str:
