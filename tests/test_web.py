@@ -132,7 +132,7 @@ def test_draws_the_picture_of_fluxonnx(tmp_path, model, started):
 @pytest.mark.slow
 def test_knows_the_weight_files_of_a_build(tmp_path, model, started):
     """They are those of the build, or for bf16 the checkpoint's, as the graphs name them."""
-    _, url = started(copy_of_page(tmp_path, libraries=True) / "serve.py", "--port", 0, "--model", model)
+    _, url = started(copy_of_page(tmp_path) / "serve.py", "--port", 0, "--model", model)
     files = {
         "fp32.portable": ("text_encoder/fp32", "transformer/fp32", "vae/decoder.fp32"),
         "bf16.portable": ("text_encoder/model", "transformer/diffusion_pytorch_model", "vae/diffusion_pytorch_model"),

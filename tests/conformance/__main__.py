@@ -20,7 +20,7 @@ from fluxonnx.export import export
 from tests.conformance.graphs import CASES, make_inputs, run_onnxruntime
 from tests.conformance.picture import Runtime, difference
 from tests.conformance.runtimes import RUNTIMES, missing, version
-from tests.conformance.tables import PRECISIONS, Result, Results, read_results, tables, write_results
+from tests.conformance.tables import PRECISIONS, Result, Results, read_results, shortened, tables, write_results
 from tests.support import relative_error
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ def measure(name: str, precision: str, folder: Path) -> None:
                 errors += [relative_error(a, b) for a, b in zip(found, expected, strict=True)]
             result: Result = max(errors)
         except Exception as error:  # whatever a runtime raises
-            result, failed = f"{type(error).__name__}: {error}", True
+            result, failed = shortened(f"{type(error).__name__}: {error}"), True
         print(json.dumps([component, result]), flush=True)
     if not failed:
         print(json.dumps(["picture", difference(folder, precision, runtime)]), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,13 @@ def read_results() -> Results:
 
 
 def shortened(fault: str) -> str:
-    """What went wrong in a line of a table, without the folders of this machine."""
-    words = [Path(word).name if word.startswith(("/", "'/")) and len(word) > 1 else word for word in fault.split()]
-    line = " ".join(words).replace("|", "/").replace("`", "'").replace("<", "(").replace(">", ")")
-    return line if len(line) < 200 else line[:197] + "..."
+    """What went wrong in a line of a table: without traces, folders of a machine, and names of nodes."""
+    fault = re.split(r"\n\s*at |Stack backtrace", fault)[0]
+    fault = re.sub(r"^.*ERROR_MESSAGE: ", "", fault, flags=re.DOTALL)
+    fault = re.sub(r"'/[^']*'|(?<=onnx_node!)/[\w./]+", "...", fault)
+    fault = re.sub(r"\S*/\S*/(?=[\w.]+)", "", fault)
+    line = " ".join(fault.split()).replace("|", "/").replace("`", "'").replace("<", "(").replace(">", ")")
+    return line if len(line) <= 240 else "..." + line[-237:]
 
 
 def is_whole(found: dict[str, Result]) -> bool:
@@ -59,7 +63,7 @@ def tables(results: Results) -> str:
             lines.append(f"| {title} | {' | '.join(cells)} | {cell(found.get('picture'), '.0f')} |")
             for component, result in found.items():
                 if isinstance(result, str):
-                    faults.setdefault((title, shortened(result)), {}).setdefault(precision, []).append(component)
+                    faults.setdefault((title, result), {}).setdefault(precision, []).append(component)
         whole = sum(map(is_whole, rows.values()))
         lines += ["", f"All five graphs within {GRAPH_TOLERANCE:.0e}: {whole} of {len(rows)} runtimes."]
     if faults:
