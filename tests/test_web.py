@@ -160,8 +160,22 @@ def test_says_what_is_wrong_with_the_form(tmp_path, model, started):
         "width": ("65", "Width must be a multiple of 16, from 16 to 1024."),
         "height": ("1040", "Height must be a multiple of 16, from 16 to 1024."),
     }
-    found = with_page(url, lambda page: {name: submitted(page, **{**good, name: wrong[name][0]}) for name in wrong})
-    assert found == {name: text for name, (_, text) in wrong.items()}
+
+    def visit(page: Any) -> tuple[dict[str, str], str, str]:
+        said = {name: submitted(page, **{**good, name: wrong[name][0]}) for name in wrong}
+        page.select_option("[name=build]", "bf16.portable")
+        page.select_option("[name=provider]", "webgpu")
+        unfit = submitted(page, **good)
+        page.select_option("[name=provider]", "wasm")
+        page.click("#generate")
+        page.click("#stop")
+        page.wait_for_selector("#generate:enabled")
+        return said, unfit, page.inner_text("#status")
+
+    said, unfit, stopped = with_page(url, visit)
+    assert said == {name: text for name, (_, text) in wrong.items()}
+    assert unfit == "This WebGPU adapter can't compute bf16: choose another precision, or the CPU."
+    assert stopped == "Stopped."
 
 
 @needs_browser

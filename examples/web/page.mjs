@@ -7,6 +7,7 @@ const form = byId("form");
 const parameters = new URLSearchParams(location.search);
 const folder = new URL(`${(parameters.get("model") ?? "model").replace(/\/+$/, "")}/`, location.href).href;
 let worker = null;
+let halves = false; // whether the WebGPU adapter computes with float16
 
 function say(text, kind = "") {
   byId("status").textContent = text;
@@ -23,12 +24,16 @@ function stop(text, kind) {
 }
 
 // What is wrong with the form, or null.
-function fault({ prompt, seed, steps, width, height }) {
+function fault({ prompt, seed, steps, width, height, build, provider }) {
   if (prompt.length === 0) return "The prompt is empty.";
   if (!/^\d+$/.test(seed) || BigInt(seed) >= 2n ** 64n) return "The seed must be a whole number from 0 to 2^64 - 1.";
   if (!Number.isInteger(steps) || steps < 1 || steps > 100) return "Steps must be a whole number from 1 to 100.";
   for (const [name, side] of Object.entries({ Width: width, Height: height })) {
     if (!(side >= 16 && side <= 1024 && side % 16 === 0)) return `${name} must be a multiple of 16, from 16 to 1024.`;
+  }
+  const precision = build.split(".")[0];
+  if (provider === "webgpu" && (precision === "bf16" || (precision !== "fp32" && !halves))) {
+    return `This WebGPU adapter can't compute ${precision}: choose another precision, or the CPU.`;
   }
   return null;
 }
@@ -91,6 +96,7 @@ async function start() {
   for (const name of names) form.build.add(new Option(name.split(".")[0], name));
   for (const name of ["width", "height"]) form[name].value = model.defaults[name] ?? 256;
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
+  halves = adapter?.features.has("shader-f16") ?? false;
   if (adapter) form.provider.add(new Option(adapter.info?.isFallbackAdapter ? "WebGPU (software)" : "WebGPU", "webgpu"));
   form.build.onchange = () => describe(model).catch((error) => say(error.message, "error"));
   form.onsubmit = generate;

@@ -55,10 +55,8 @@ def main() -> int:
         return 1
     try:
         server = ThreadingHTTPServer(("127.0.0.1", arguments.port), lambda *a: Handler(*a, directory=str(HERE)))
-    except OSError as error:
-        print(
-            f"serve.py: port {arguments.port} can't be used ({error.strerror}): choose another --port", file=sys.stderr
-        )
+    except (OSError, OverflowError) as error:
+        print(f"serve.py: can't use port {arguments.port} ({error}): choose another --port", file=sys.stderr)
         return 1
     print(f"http://localhost:{server.server_port}/", flush=True)
     try:
