@@ -12,7 +12,7 @@ import pytest
 import fluxonnx
 from fluxonnx.export import export
 from fluxonnx.runtime.noise import randn
-from tests.conformance.runtimes import has
+from tests.conformance.installed import has
 from tests.support import IMAGE_TOLERANCE
 
 ROOT = Path(__file__).parent.parent

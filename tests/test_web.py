@@ -19,8 +19,7 @@ import fluxonnx
 from fluxonnx.export import export
 from fluxonnx.runtime.noise import randn
 from tests.conformance.browser import MODULES, chromium, in_thread
-from tests.conformance.npm import folder_of
-from tests.conformance.runtimes import has
+from tests.conformance.installed import folder_of, has
 from tests.support import IMAGE_TOLERANCE
 
 WEB = Path(__file__).parent.parent / "examples/web"

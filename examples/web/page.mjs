@@ -11,7 +11,7 @@ let halves = false; // whether the WebGPU adapter computes with float16
 
 function say(text, kind = "") {
   byId("status").textContent = text;
-  byId("status").className = kind;
+  byId("status").className = `wide ${kind}`;
 }
 
 function stop(text, kind) {

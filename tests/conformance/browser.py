@@ -6,8 +6,6 @@ Chromium runs in a thread of its own: playwright keeps an event loop there, whic
 from __future__ import annotations
 
 import base64
-import os
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -20,7 +18,7 @@ import numpy as np
 import onnx
 
 from tests.conformance.graphs import Graph, Inputs
-from tests.conformance.npm import folder_of
+from tests.conformance.installed import folder_of, program
 
 T = TypeVar("T")
 
@@ -44,11 +42,7 @@ def chromium() -> Any:
     """Chromium with a software WebGPU adapter, started once. To be used `in_thread` only."""
     from playwright.sync_api import sync_playwright
 
-    return (
-        sync_playwright()
-        .start()
-        .chromium.launch(executable_path=os.environ.get("CHROMIUM") or shutil.which("chromium"), args=FLAGS)
-    )
+    return sync_playwright().start().chromium.launch(executable_path=program("chromium"), args=FLAGS)
 
 
 class Handler(SimpleHTTPRequestHandler):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -13,10 +11,10 @@ import numpy as np
 import onnx
 
 from tests.conformance import (
+    installed,
     iree,
     mnn,
     node,
-    npm,
     onnx2torch,
     opencv,
     openvino,
@@ -58,29 +56,16 @@ def run(name: str, file: Path, inputs: Inputs) -> list[np.ndarray]:
     return load(name, file, inputs)(inputs)
 
 
-def has(module: str) -> bool:
-    """Whether a module of Python, a package of npm, or a program is installed."""
-    kind, _, name = module.rpartition(":")
-    if kind == "npm":
-        return npm.version_of(name) is not None
-    if kind == "program":
-        return shutil.which(name) is not None
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
-
-
 def missing(name: str) -> list[str]:
     """What must be installed for a runtime, and is not."""
-    return [module.rpartition(":")[2] for module in RUNTIMES[name].MODULES if not has(module)]
+    return [module.rpartition(":")[2] for module in RUNTIMES[name].MODULES if not installed.has(module)]
 
 
 def version(name: str) -> str:
     """The version of a runtime that is installed."""
     package = RUNTIMES[name].PACKAGE
     if package.startswith("npm:"):
-        return npm.version_of(package.removeprefix("npm:")) or ""
+        return installed.version_of(package.removeprefix("npm:")) or ""
     try:
         return version_of(package)
     except PackageNotFoundError:
