@@ -63,7 +63,7 @@ def test_whole_picture(checkpoints, runtime):
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
-@pytest.mark.parametrize("runtime", ["reference", "openvino", "opencv", "node", "wasm", "mnn"])
+@pytest.mark.parametrize("runtime", ["reference", "openvino", "opencv", "wasm"])
 def test_bfloat16(checkpoints, runtime, component):
     """Runtimes that know bfloat16 widen it to the same float32 values."""
     agrees(checkpoints, runtime, component, "bf16")
