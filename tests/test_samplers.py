@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +60,11 @@ def test_the_page_shows_the_sampler():
     assert f"```python\n{code}```\n" in (ROOT / "docs/graphs.md").read_text("utf-8")
     assert "import fluxonnx" not in code
     assert "from fluxonnx" not in code
+
+
+def test_the_page_knows_the_special_tokens():
+    ids = json.loads((ROOT / "fluxonnx/check/data/tokens.json").read_text("utf-8"))["special"]
+    page = (ROOT / "docs/graphs.md").read_text("utf-8")
+    template = re.findall(r"15\d{4}", page)
+    names = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|endoftext|>")
+    assert template == [str(ids[name]) for name in names]
