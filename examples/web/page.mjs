@@ -32,7 +32,7 @@ function fault({ prompt, seed, steps, width, height, build, provider }) {
     if (!(side >= 16 && side <= 1024 && side % 16 === 0)) return `${name} must be a multiple of 16, from 16 to 1024.`;
   }
   const precision = build.split(".")[0];
-  if (provider === "webgpu" && (precision === "bf16" || (precision !== "fp32" && !halves))) {
+  if (provider === "webgpu" && (precision === "bf16" || (["fp16", "int8"].includes(precision) && !halves))) {
     return `This WebGPU adapter can't compute ${precision}: choose another precision, or the CPU.`;
   }
   return null;
