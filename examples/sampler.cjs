@@ -1,6 +1,6 @@
 // Draw a picture from a folder of portable graphs: node sampler.cjs FOLDER PROMPT OUTPUT.ppm [NOISE.f32 HEIGHT WIDTH]
 //
-// npm install onnxruntime-node @huggingface/tokenizers
+// npm install --ignore-scripts onnxruntime-node @huggingface/tokenizers
 // NOISE.f32 holds the noise, float32 [1, channels, HEIGHT / 16, WIDTH / 16], without a header.
 const fs = require("node:fs");
 const path = require("node:path");
@@ -76,6 +76,10 @@ async function main([folder, prompt, output, noiseFile, height = 128, width = 12
   fs.writeFileSync(output, Buffer.concat([Buffer.from(`P6 ${width} ${height} 255\n`), pixels]));
 }
 
+if (![5, 8].includes(process.argv.length)) {
+  console.error("usage: node sampler.cjs FOLDER PROMPT OUTPUT.ppm [NOISE.f32 HEIGHT WIDTH]");
+  process.exit(2);
+}
 main(process.argv.slice(2)).catch((error) => {
   console.error(`sampler.cjs: ${error.message}`);
   process.exit(1);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx
 import onnxruntime
 
 Inputs = dict[str, np.ndarray]
+Graph = Callable[[Inputs], list[np.ndarray]]
 
 # Height and width of the picture, and tokens of the prompt: one whose sides differ in either direction.
 CASES = ((64, 96, 64), (128, 64, 24))

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from tests.conformance.graphs import Inputs, with_sizes
+from tests.conformance.graphs import Graph, Inputs, with_sizes
 
 TITLE, PACKAGE, MODULES, SIZES = "IREE", "iree-base-compiler", ("iree.compiler", "iree.runtime"), "fixed"
 
 
-def run(file: Path, inputs: Inputs) -> list[np.ndarray]:
+def load(file: Path, inputs: Inputs) -> Graph:
     import iree.runtime
     from iree.compiler import tools
 
@@ -38,5 +38,9 @@ def run(file: Path, inputs: Inputs) -> list[np.ndarray]:
     (name,) = (
         name for name in module.vm_module.function_names if not name.endswith("$async") and not name.startswith("__")
     )
-    result = module[name](*inputs.values())
-    return [np.asarray(output) for output in (result if isinstance(result, (tuple, list)) else [result])]
+
+    def run(inputs: Inputs) -> list[np.ndarray]:
+        result = module[name](*inputs.values())
+        return [np.asarray(output) for output in (result if isinstance(result, (tuple, list)) else [result])]
+
+    return run

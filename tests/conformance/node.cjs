@@ -1,16 +1,13 @@
-// node node.cjs PACKAGE GRAPH FOLDER: run a graph on the arrays in FOLDER, and write its outputs there.
+// node node.cjs GRAPH FOLDER: run a graph with onnxruntime-node on the arrays in FOLDER, and write its outputs there.
 const fs = require("node:fs");
 const path = require("node:path");
 
-const [name, graph, folder] = process.argv.slice(2);
-const ort = require(name);
+const [graph, folder] = process.argv.slice(2);
+const ort = require("onnxruntime-node");
 const ARRAYS = { float32: Float32Array, int64: BigInt64Array };
 
 async function main() {
-  if (name === "onnxruntime-web") ort.env.wasm.numThreads = 1;
-  const model = name === "onnxruntime-web" ? new Uint8Array(fs.readFileSync(graph)) : graph;
-  const provider = name === "onnxruntime-web" ? "wasm" : "cpu";
-  const session = await ort.InferenceSession.create(model, { executionProviders: [provider] });
+  const session = await ort.InferenceSession.create(graph, { executionProviders: ["cpu"] });
   const feeds = {};
   for (const [port, { type, dims }] of Object.entries(JSON.parse(fs.readFileSync(path.join(folder, "job.json"))))) {
     const bytes = new Uint8Array(fs.readFileSync(path.join(folder, port))).buffer;

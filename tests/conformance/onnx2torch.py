@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from tests.conformance.graphs import Inputs
+from tests.conformance.graphs import Graph, Inputs
 
 TITLE, PACKAGE, MODULES, SIZES = "onnx2torch", "onnx2torch", ("onnx2torch", "torch", "torchvision"), "open"
 
 
-def run(file: Path, inputs: Inputs) -> list[np.ndarray]:
+def load(file: Path, _: Inputs) -> Graph:
     import torch
 
     # onnx2torch imports torchvision for an operator that our graphs do not have. torchvision fits one version of torch
@@ -24,6 +24,10 @@ def run(file: Path, inputs: Inputs) -> list[np.ndarray]:
     import onnx2torch
 
     module = onnx2torch.convert(onnx.load(file))
-    with torch.no_grad():
-        result = module(*(torch.from_numpy(value) for value in inputs.values()))
-    return [output.numpy() for output in (result if isinstance(result, (tuple, list)) else [result])]
+
+    def run(inputs: Inputs) -> list[np.ndarray]:
+        with torch.no_grad():
+            result = module(*(torch.from_numpy(value) for value in inputs.values()))
+        return [output.numpy() for output in (result if isinstance(result, (tuple, list)) else [result])]
+
+    return run

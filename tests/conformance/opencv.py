@@ -7,15 +7,20 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from tests.conformance.graphs import Inputs, with_weights
+from tests.conformance.graphs import Graph, Inputs, with_weights
 
 TITLE, PACKAGE, MODULES, SIZES = "OpenCV dnn", "opencv-python-headless", ("cv2",), "open"
 
 
-def run(file: Path, inputs: Inputs) -> list[np.ndarray]:
+def load(file: Path, _: Inputs) -> Graph:
     import cv2
 
+    outputs = [output.name for output in onnx.load(file, load_external_data=False).graph.output]
     net = cv2.dnn.readNetFromONNX(np.frombuffer(with_weights(file), np.uint8))
-    for name, value in inputs.items():
-        net.setInput(value, name)
-    return list(net.forward([output.name for output in onnx.load(file, load_external_data=False).graph.output]))
+
+    def run(inputs: Inputs) -> list[np.ndarray]:
+        for name, value in inputs.items():
+            net.setInput(value, name)
+        return [np.array(output) for output in net.forward(outputs)]
+
+    return run

@@ -6,14 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.conformance.graphs import Inputs
+from tests.conformance.graphs import Graph, Inputs
 
 TITLE, PACKAGE, MODULES, SIZES = "OpenVINO", "openvino", ("openvino",), "open"
 
 
-def run(file: Path, inputs: Inputs) -> list[np.ndarray]:
+def load(file: Path, _: Inputs) -> Graph:
     import openvino
 
     model = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    result = model(inputs)
-    return [result[output] for output in model.outputs]
+
+    def run(inputs: Inputs) -> list[np.ndarray]:
+        result = model(inputs)
+        return [result[output] for output in model.outputs]
+
+    return run

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import onnx
 
-from tests.conformance.graphs import Inputs
+from tests.conformance.graphs import Graph, Inputs
 
 TITLE, PACKAGE, MODULES, SIZES = "ONNX ReferenceEvaluator", "onnx", ("onnx",), "open"
 
 
-def run(file: Path, inputs: Inputs) -> list[np.ndarray]:
+def load(file: Path, _: Inputs) -> Graph:
     from onnx.reference import ReferenceEvaluator
 
-    return ReferenceEvaluator(onnx.load(file)).run(None, inputs)
+    evaluator = ReferenceEvaluator(onnx.load(file))
+    return lambda inputs: evaluator.run(None, inputs)

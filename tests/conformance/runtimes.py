@@ -2,63 +2,70 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
-from functools import cache
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
-from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
-from tests.conformance import iree, node, onnx2torch, opencv, openvino, reference, tract, tvm, web
+import numpy as np
+import onnx
 
+from tests.conformance import (
+    installed,
+    iree,
+    mnn,
+    node,
+    onnx2torch,
+    opencv,
+    openvino,
+    reference,
+    tract,
+    tvm,
+    wasm,
+    webgpu,
+)
+from tests.conformance.graphs import Graph, Inputs
+
+# In the order of the tables.
 RUNTIMES: dict[str, ModuleType] = {
-    "iree": iree,
-    "tvm": tvm,
     "reference": reference,
     "openvino": openvino,
-    "opencv": opencv,
+    "node": node,
+    "wasm": wasm,
+    "webgpu": webgpu,
     "tract": tract,
     "onnx2torch": onnx2torch,
-    "node": node,
-    "web": web,
+    "opencv": opencv,
+    "mnn": mnn,
+    "tvm": tvm,
+    "iree": iree,
 }
+# What CI installs; the others are too large, or compile for minutes.
+IN_CI = ("reference", "webgpu", "wasm", "node", "openvino", "opencv", "tract", "onnx2torch", "mnn")
 
 
-@cache
-def version_in_node(package: str) -> str | None:
-    """The version of a package that Node.js finds here, or in the folders of NODE_PATH; None if it finds none."""
-    if shutil.which("node") is None:
-        return None
-    script = f"""
-        const main = require.resolve({json.dumps(package)});
-        const folder = main.slice(0, main.lastIndexOf({json.dumps(package)}) + {len(package)});
-        console.log(JSON.parse(require("node:fs").readFileSync(folder + "/package.json")).version)"""
-    done = subprocess.run(["node", "-e", script], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
+def load(name: str, file: Path, inputs: Inputs) -> Graph:
+    """Load a graph with a runtime; one that takes fixed sizes only takes those of `inputs`, in any order."""
+    order = [port.name for port in onnx.load(file, load_external_data=False).graph.input]
+    graph = RUNTIMES[name].load(file, {port: inputs[port] for port in order})
+    return lambda inputs: graph({port: inputs[port] for port in order})
 
 
-def has(module: str) -> bool:
-    """Whether a module of Python, or a package of npm, is installed."""
-    if module.startswith("npm:"):
-        return version_in_node(module.removeprefix("npm:")) is not None
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
+def run(name: str, file: Path, inputs: Inputs) -> list[np.ndarray]:
+    """Load a graph with a runtime and run it once."""
+    return load(name, file, inputs)(inputs)
 
 
 def missing(name: str) -> list[str]:
     """What must be installed for a runtime, and is not."""
-    return [module for module in RUNTIMES[name].MODULES if not has(module)]
+    return [module.rpartition(":")[2] for module in RUNTIMES[name].MODULES if not installed.has(module)]
 
 
 def version(name: str) -> str:
     """The version of a runtime that is installed."""
     package = RUNTIMES[name].PACKAGE
     if package.startswith("npm:"):
-        return version_in_node(package.removeprefix("npm:")) or ""
+        return installed.version_of(package.removeprefix("npm:")) or ""
     try:
         return version_of(package)
     except PackageNotFoundError:

@@ -6,17 +6,21 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.conformance.graphs import Inputs, with_sizes
+from tests.conformance.graphs import Graph, Inputs, with_sizes
 
 TITLE, PACKAGE, MODULES, SIZES = "Apache TVM", "apache-tvm", ("tvm",), "fixed"
 
 
-def run(file: Path, inputs: Inputs) -> list[np.ndarray]:
+def load(file: Path, inputs: Inputs) -> Graph:
     import tvm
     from tvm import relax
     from tvm.relax.frontend.onnx import from_onnx
 
     module = from_onnx(with_sizes(file, inputs), keep_params_in_input=False)
     machine = relax.VirtualMachine(relax.build(relax.transform.LegalizeOps()(module), "llvm"), tvm.cpu())
-    result = machine["main"](*(tvm.runtime.tensor(value) for value in inputs.values()))
-    return [output.numpy() for output in ([result] if hasattr(result, "numpy") else result)]
+
+    def run(inputs: Inputs) -> list[np.ndarray]:
+        result = machine["main"](*(tvm.runtime.tensor(value) for value in inputs.values()))
+        return [output.numpy() for output in ([result] if hasattr(result, "numpy") else result)]
+
+    return run
