@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluxonnx.checkpoint.reading import is_file, is_folder
+from fluxonnx.checkpoint.reading import is_file, is_folder, shown
 from fluxonnx.errors import CheckpointError, UsageError
 
 # OWNER/NAME, and maybe a file in it. Source: validate_repo_id, huggingface_hub.
@@ -136,7 +136,11 @@ def remembered(values: Mapping[str, Any], source: Path | None, model: Path) -> l
                 found.append(Wanted(name, scale))
                 continue
         if same is None:
-            what = f"{here[0]} is another file than" if here else f"{name} is missing, which is"
+            what = (
+                f"{here[0]} is another file than"
+                if here
+                else f"{name if name.isprintable() else shown(name)} is missing, which is"
+            )
             raise CheckpointError(
                 f"{what} the LoRA that {source} was made with (SHA-256 {expected[:12]}...): bring it here, or choose "
                 "others with --lora"
