@@ -12,7 +12,7 @@ import pytest
 import fluxonnx
 from fluxonnx.checkpoint.manifest import read_manifest
 from fluxonnx.contract import COMPONENTS
-from fluxonnx.errors import CheckpointError, ExportError
+from fluxonnx.errors import ExportError
 from fluxonnx.export import export
 from tests.support import Case, hub_cache
 
