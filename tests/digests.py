@@ -29,7 +29,7 @@ from safetensors.numpy import load_file, save_file
 
 from fluxonnx.contract import COMPONENTS
 from fluxonnx.export.exporter import export
-from fluxonnx.export.precisions import Int8, Precision, make_precision
+from fluxonnx.export.precisions import PRECISIONS, Int8, Precision, make_precision
 from tests import comfyui
 from tools.architectures import Architecture, TextEncoderSize, VaeSize, tiny
 from tools.make_checkpoint import make_checkpoint
@@ -89,6 +89,7 @@ VARIANTS = [
     Variant("bf16"),
     Variant("fp32"),
     Variant("fp16"),
+    Variant("bf16-native"),
     Variant("int8"),
     Variant("int8", "pairs", exact=False),
     Variant("int8", "rotated", options={"rotate": True}),
@@ -174,7 +175,7 @@ def graph_text(model: onnx.ModelProto) -> Iterator[str]:
 
 
 def _is_large(tensor: TensorProto) -> bool:
-    floats = tensor.data_type in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
+    floats = tensor.data_type in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
     return floats and not tensor.external_data and int(np.prod(tensor.dims)) > FEW
 
 
@@ -200,7 +201,7 @@ def all_digests() -> dict[str, str]:
     found: dict[str, str] = {}
     for name in ARCHITECTURES:
         for variant in VARIANTS:
-            for flavour in ("ort", "portable"):
+            for flavour in PRECISIONS[variant.precision].flavours:
                 with tempfile.TemporaryDirectory() as folder:
                     found |= digests(Path(folder), name, variant, flavour)
     return found

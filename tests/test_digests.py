@@ -6,13 +6,17 @@ import json
 
 import pytest
 
+from fluxonnx.export.precisions import PRECISIONS
 from tests.digests import ARCHITECTURES, GOLDEN, VARIANTS, digests
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("flavour", ["ort", "portable"])
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.id)
+@pytest.mark.parametrize(
+    ("variant", "flavour"),
+    [(variant, flavour) for variant in VARIANTS for flavour in PRECISIONS[variant.precision].flavours],
+    ids=lambda value: getattr(value, "id", value),
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_builds_are_what_they_were(tmp_path, architecture, variant, flavour):
     found = digests(tmp_path, architecture, variant, flavour)
