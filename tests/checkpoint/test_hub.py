@@ -85,8 +85,6 @@ def test_a_repository_for_a_directory(hub, fluxonnx, tmp_path):
     code, _, errors = fluxonnx(*draw, "b.png", "-q", HF_HUB_OFFLINE="1")
     assert (code, errors) == (0, [])
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    code, _, errors = fluxonnx("export", "-d", ID, "-q", HF_HUB_OFFLINE="1")
-    assert (code, errors) == (0, [])
 
 
 def test_a_download_that_was_cut_goes_on(hub, fluxonnx):
@@ -101,7 +99,6 @@ def test_a_download_that_was_cut_goes_on(hub, fluxonnx):
         assert "or run the same command again" in errors[-1]
     assert code == 0, errors
     assert any(start > 0 for _, start in hub.served)
-    assert fluxonnx("download", ID, "-o", "klein", "-q")[0] == 0
 
 
 def test_gated_models(hub, fluxonnx):
@@ -109,7 +106,6 @@ def test_gated_models(hub, fluxonnx):
     code, _, errors = fluxonnx("download", ID, "-o", "klein")
     assert code == 1
     assert errors[-1].startswith("fluxonnx: black-forest-labs/FLUX.2-klein-4B is gated: accept its licence at http")
-    assert fluxonnx("download", ID, "-o", "klein", HF_TOKEN="hf_wrong")[0] == 1
     code, _, errors = fluxonnx("download", ID, "-o", "klein", HF_TOKEN="hf_secret")
     assert code == 0, errors
     assert "hf_secret" not in "".join(errors)
@@ -135,7 +131,6 @@ def test_wrong_names(fluxonnx, arguments, message):
 
 def test_revisions(hub, fluxonnx):
     assert fluxonnx("download", ID, "--revision", "v1", "-o", "klein", "-q") == (0, "klein", [])
-    assert fluxonnx("download", ID, "--revision", COMMIT, "-q")[0] == 0
 
 
 def test_repositories_that_are_no_models(hub, fluxonnx):
