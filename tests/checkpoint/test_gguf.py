@@ -255,7 +255,7 @@ def test_damaged_bytes(tmp_path):
     }
     formats.write_gguf(file, tensors, "Q8_0")
     content, random = file.read_bytes(), np.random.RandomState(0)
-    for _ in range(1000):
+    for _ in range(200):
         damaged = bytearray(content)
         for at in random.randint(4, len(content), random.randint(1, 4)):
             damaged[at] = random.choice([0, 1, 255, random.randint(256)])
