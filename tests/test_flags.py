@@ -72,6 +72,7 @@ def base(checkpoints, tmp_path, monkeypatch) -> Callable[[str, str], list[str]]:
             "bench": {"--dir": "empty", "--precision": "none"},
             "check": {"--dir": "empty"},
             "compare": {"--dir": "empty", "--precision": "none"},
+            "download": {"": "nobody"},
             "info": {},
             "inspect": {"": f"{model}/conditioning.onnx"},
         }[command]

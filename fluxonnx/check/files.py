@@ -60,7 +60,7 @@ def components(checkpoint: Checkpoint, manifest: Manifest | None) -> Iterator[Fi
             continue
         size = sum(file.stat().st_size for file in files)
         several = f"{len(files)} files" if len(files) > 1 else files[0].name
-        kinds = ", ".join(sorted({tensor.dtype for tensor in tensors.values()}))
+        kinds = ", ".join(sorted({getattr(tensor, "form", tensor.dtype) for tensor in tensors.values()}))
         yield Finding(
             OK,
             SUBJECT,

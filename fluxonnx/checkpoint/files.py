@@ -35,7 +35,10 @@ def weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
     if (found := _main_file(folder)) is not None:
         return files_of(found)
     expected = " or ".join(f"{stem}.safetensors" for stem in STEMS)
-    if other := _other_weights(folder):
+    other = _other_weights(folder)
+    if other and other.endswith(".gguf"):
+        raise CheckpointError(f"{folder} holds {other}: pass it with --transformer or --text-encoder")
+    if other:
         raise CheckpointError(f"{folder} holds {other}, but fluxonnx reads only {expected}: rename or download it")
     raise CheckpointError(f"{folder} holds no weights (expected {expected}): download the model's safetensors files")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxonnx.checkpoint.files import VARIANT
+from fluxonnx.checkpoint.reading import shown
 from fluxonnx.errors import CheckpointError
 
 # A repository, by its owner and name.
@@ -60,7 +61,7 @@ def download(
         CheckpointError: The package is missing, the repository can't be reached or is no model, or the disk is full.
     """
     if REPOSITORY.fullmatch(repository) is None:
-        raise CheckpointError(f"{repository!r} is no name of a repository: pass OWNER/NAME")
+        raise CheckpointError(f"{shown(repository)} is no name of a repository: pass OWNER/NAME")
     if find_spec("huggingface_hub") is None:
         raise CheckpointError(
             f"{repository} can't be downloaded without the package huggingface_hub: {INSTALL}, or pass a folder"
