@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 MODELS = Path(__file__).parents[2] / "models"
 LORA = MODELS / "stripes.safetensors"
-COUNT = 12
+COUNT = 8
 
 
 @pytest.fixture(scope="module")
