@@ -24,7 +24,7 @@ MASK.paste(255, (20, 20, 60, 50))
 
 MODES: dict[str, dict[str, Any]] = {
     "guidance": {"guidance_scale": 2.5, "negative_prompt": "b"},
-    "strength": {"image": PHOTO, "strength": 0.6},
+    "strength": {"image": PHOTO, "strength": 0.5},
     "references": {"references": (OTHER,), "reference_area": 0.0625},
     "mask": {"image": PHOTO, "mask": MASK},
     "crop": {"image": PHOTO, "mask": MASK, "mask_crop": 8, "width": 80, "height": 64},
@@ -32,7 +32,7 @@ MODES: dict[str, dict[str, Any]] = {
     "size": {"image": PHOTO, "size": "input"},
     "heun": {"sampler": "heun"},
     "cache": {"step_cache": 2, "steps": 5},
-    "sigmas": {"schedule": "custom", "sigmas": (0.9, 0.5), "steps": None},
+    "sigmas": {"schedule": "custom", "sigmas": (0.9, 0.7, 0.5, 0.3), "steps": None},
 }
 # These can't both be true.
 EXCLUDED = {("crop", "size"): "leave it out, or width and height"}
@@ -40,7 +40,7 @@ PAIRS = [*combinations(MODES, 2)]
 
 
 def request(*names: str) -> Request:
-    values = {"guidance_scale": 1.0, "steps": 2}
+    values = {"guidance_scale": 1.0, "steps": 3}
     for name in names:
         values |= MODES[name]
     return Request(prompt="a", max_sequence_length=16, **values)
