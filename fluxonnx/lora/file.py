@@ -118,8 +118,8 @@ def read_lora(path: Path, layers: Layers, model: str, weights: Weights) -> Lora:
     if wrong:
         name, shape, target = wrong
         raise CheckpointError(
-            f"{path} is a LoRA of another model: its {name} changes a layer {list(shape)}, but in {model} "
-            f"{target.places[0].path} is {list(target.shape)}"
+            f"{path} is a LoRA of another model: its {name} changes a layer {list(shape)}, which in {model} is "
+            f"{list(target.shape)}"
         )
     if not changes:
         raise CheckpointError(

@@ -287,7 +287,10 @@ def test_what_means_nothing_is_said(read, layers):
 # What the tensors of a layer are, by the ends of their keys, and what is said of them.
 REFUSED = {
     "no LoRA": (lambda down, up: {"weight": up @ down}, "is no LoRA"),
-    "another width": (lambda down, up: {A: down[:, :8], B: up[:8]}, r"changes a layer \[8, 8\], but in model"),
+    "another width": (
+        lambda down, up: {A: down[:, :8], B: up[:8]},
+        r"changes a layer \[8, 8\], which in model is \[64, 64\]",
+    ),
     "no counterpart": (lambda down, up: {A: down}, "lacks its counterpart"),
     "other ranks": (lambda down, up: {A: down[:2], B: up}, "do not fit together"),
     "not finite": (lambda down, up: {A: down * np.inf, B: up}, "infinities or NaNs"),
