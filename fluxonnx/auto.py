@@ -77,24 +77,25 @@ def choose(checkpoint: Checkpoint, provider: str | None = None) -> Choice:
     Raises:
         CheckpointError: The transformer's weights are missing or corrupt.
     """
-    tensors = checkpoint.tensors("transformer").values()
-    weights = sum(tensor.nbytes for tensor in tensors)
-    return choose_for(weights, any(tensor.quantisation for tensor in tensors), provider, surroundings())
+    tensors = checkpoint.tensors("transformer")
+    weights = sum(tensor.nbytes for tensor in tensors.values())
+    return choose_for(weights, native_precision(tensors), provider, surroundings())
 
 
-def choose_for(weights: int, quantised: bool, provider: str | None, here: Surroundings) -> Choice:
+def choose_for(weights: int, native: str | None, provider: str | None, here: Surroundings) -> Choice:
     """Choose a precision, and a provider unless that is given.
 
     On CPUs int8 is the fastest as long as its weights stay in memory; int4 is for less memory than that.
 
     Args:
         weights: Bytes of the transformer's weights.
-        quantised: Whether they are 8-bit integers.
+        native: "int8" or "int4" if they are such integers already; None for floats.
         provider: The provider to run on.
         here: The machine.
     """
-    if quantised:
-        return Choice("int8", provider or CPU, "the transformer's weights are 8-bit integers already")
+    if native:
+        bits = native.removeprefix("int")
+        return Choice(native, provider or CPU, f"the transformer's weights are {bits}-bit integers already")
     if weights < SMALL:
         reason = f"the transformer's {weights / 1e6:.0f} MB of weights cost nothing as they are"
         return Choice("bf16", provider or CPU, reason)

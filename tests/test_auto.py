@@ -28,7 +28,7 @@ LARGE_CPU = Surroundings(memory=20 * 10**9, exact_int8_dot=True, providers=("cpu
 )
 def test_large_model(gigabytes, exact, expected, reason):
     here = replace(LARGE_CPU, memory=int(gigabytes * 1e9), exact_int8_dot=exact)
-    choice = choose_for(FOUR_BILLION, quantised=False, provider=None, here=here)
+    choice = choose_for(FOUR_BILLION, native=None, provider=None, here=here)
     assert (choice.precision, choice.provider) == (expected, "cpu")
     assert reason in choice.reason
 
@@ -37,19 +37,19 @@ def test_large_model(gigabytes, exact, expected, reason):
 def test_gpu_is_chosen_where_it_works(works, provider, precision):
     providers = ("tensorrt", "cuda", "coreml", "cpu")
     here = replace(LARGE_CPU, providers=providers, works=lambda name: works)
-    choice = choose_for(FOUR_BILLION, quantised=False, provider=None, here=here)
+    choice = choose_for(FOUR_BILLION, native=None, provider=None, here=here)
     assert (choice.provider, choice.precision) == (provider, precision)
 
 
 def test_given_provider_gets_what_suits_it():
-    assert choose_for(FOUR_BILLION, quantised=False, provider="coreml", here=LARGE_CPU).precision == "fp16"
+    assert choose_for(FOUR_BILLION, native=None, provider="coreml", here=LARGE_CPU).precision == "fp16"
 
 
 @pytest.mark.parametrize("memory", [0, 1 << 40])
 def test_small_model_stays_as_it_is(checkpoints, memory):
     assert choose(open_checkpoint(checkpoints.get(CASE))).precision == "bf16"
     here = replace(LARGE_CPU, memory=memory)
-    assert choose_for(10**8, quantised=False, provider=None, here=here).precision == "bf16"
+    assert choose_for(10**8, native=None, provider=None, here=here).precision == "bf16"
 
 
 def test_commands_print_the_choice(copy_of, tmp_path, capsys):
@@ -71,3 +71,10 @@ def test_only_build_of_a_directory_is_taken(copy_of):
             file.unlink()
     with api.load(root, precision="auto") as flux:
         assert flux.generate("x", 64, 64, steps=1, seed=1).info["precision"] == "int8"
+
+
+@pytest.mark.parametrize("native", ["int8", "int4"])
+def test_integers_stay_what_they_are(native):
+    choice = choose_for(FOUR_BILLION, native=native, provider=None, here=LARGE_CPU)
+    assert choice.precision == native
+    assert f"{native[3:]}-bit integers already" in choice.reason
