@@ -24,7 +24,7 @@ SETS = list(chain.from_iterable(combinations(NAMES, count) for count in range(1,
 # The builds in the order of docs/providers.md: those that a provider does not run right are left out.
 ORDER = {
     "cpu": ["bf16", "int8", "fp32.portable", "int8.portable", "fp16.portable"],
-    "cuda": ["bf16", "int8", "fp16.portable", "fp32.portable", "int8.portable"],
+    "cuda": ["bf16", "fp16.portable", "fp32.portable"],
     "webgpu": ["fp16.portable", "fp32.portable", "int8.portable"],
     "coreml": ["fp16.portable", "fp32.portable"],
     "openvino": ["fp32.portable", "int8.portable", "fp16.portable"],
