@@ -66,7 +66,8 @@ def test_parameters_are_in_the_picture(model, tmp_path):
     main(["generate", "-d", model, "-p", 'a "cat" ☂', "-o", str(path), "-W", "64", "-H", "64", "-S", "42", "-s", "2"])
     with Image.open(path) as image:
         found = json.loads(image.text["fluxonnx"])
-        assert 'a "cat" ☂\nSteps: 2, Seed: 42, Size: 64x64' in image.text["parameters"]
+        assert 'a "cat" ☂\nSteps: 2, Sampler: Euler, ' in image.text["parameters"]
+        assert "Seed: 42, Size: 64x64" in image.text["parameters"]
     expected = {"prompt": 'a "cat" ☂', "seed": 42, "steps": 2, "width": 64, "height": 64}
     assert expected.items() <= found.items()
     assert found["version"] == fluxonnx.__version__
@@ -144,7 +145,7 @@ def test_missing_model(fails, tmp_path):
         (["-p", "   "], "the prompt is empty"),
         (["-p", "\udc80"], "not valid text"),
         (["-p", "x", "-W", "100"], "width 100 can't be drawn.*the nearest is 96"),
-        (["-p", "x", "-H", "2000"], "height 2000 can't be drawn.*the nearest is 1792"),
+        (["-p", "x", "-H", "5000"], "height 5000 can't be drawn.*the nearest is 4096"),
         (["-p", "x", "-W", "8"], "the nearest is 64"),
         (["-p", "x", "-s", "0"], "steps is 0"),
         (["-p", "x", "-S", "-1"], "seed is -1, but must be from 0"),
