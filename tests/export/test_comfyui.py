@@ -290,6 +290,8 @@ def test_commands(copy, tmp_path, capsys, fails):
     assert main([*generate, "--precision", "int8"]) == 0
     assert set(read_manifest(copy).builds) == {"int8"}
     assert main(generate) == 0
+    assert set(read_manifest(copy).builds) == {"int8"}
+    assert main([*generate, "--precision", "bf16"]) == 0
     assert set(read_manifest(copy).builds) == {"int8", "bf16"}
     assert main([*arguments, str(other), "--force"]) == 0
 
