@@ -19,6 +19,7 @@ from fluxonnx.errors import FluxonnxError
 from fluxonnx.export.precisions import make_precision
 from fluxonnx.machine import cpu_flags
 from fluxonnx.measure.tables import machine
+from fluxonnx.runtime.providers import available
 from fluxonnx.version import __version__
 
 # Features of a processor on which the speed and the rounding of graphs depend.
@@ -158,14 +159,14 @@ def _pictures(report: Report, checkpoint: Checkpoint, say: Callable[[str], None]
 
 
 def summary(report: Report) -> str:
-    """Return the line to paste into a bug report: software, machine, model, builds, result."""
+    """Return the line to paste into a bug report: software, machine and providers, model, builds, result."""
     here = machine()
     features = [name for name in FEATURES if name in cpu_flags()]
     model = " ".join([report.model or "unknown model", *(f"{k}:{v}" for k, v in report.digests.items())])
     return "; ".join(
         [
             f"fluxonnx {__version__}, onnxruntime {here['onnxruntime']}, Python {here['python']}, {here['system']}",
-            f"{here['cores']} cores, {' '.join(features) or platform.machine()}",
+            f"{here['cores']} cores, {' '.join(features) or platform.machine()}, providers {' '.join(available())}",
             model,
             "builds " + (", ".join(f"{name} {state}" for name, state in report.builds.items()) or "none"),
             outcome(report),
