@@ -84,7 +84,7 @@ def test_missing_packages_are_skipped(model, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "code", "pattern"),
     [
-        (["--size", "100"], 2, "width 100 can't be drawn"),
+        (["--size", "100"], 2, "100x100 can't be drawn"),
         (["--threads", "0"], 2, "threads is 0"),
         (["--precision", "fp7"], 2, "precision 'fp7' is unknown"),
         (["-d", "no/such/model"], 1, "does not exist"),

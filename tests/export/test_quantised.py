@@ -240,7 +240,7 @@ def test_checkpoint_may_be_deleted_after_quantising(copy):
         ({"precision": "bf16", "keep": "ff"}, "--keep is for int8 and int4"),
         ({"precision": "int8", "keep": "("}, "not a regular expression"),
         ({"precision": "int4", "flavour": "portable", "opset": 20}, "int4 portable graphs can be 21 to 21"),
-        ({"precision": "int3"}, "choose one of bf16, fp32, fp16, int8, int4"),
+        ({"precision": "int3"}, "choose one of bf16, fp32, fp16, bf16-native, int8, int4"),
     ],
 )
 def test_impossible_options(copy, options, message):
