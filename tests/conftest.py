@@ -25,6 +25,9 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     # Before the other imports: libraries count the cores when they are imported.
     _pin(os.environ["PYTEST_XDIST_WORKER"])
 
+# No test asks a hub of others; those of downloads have a server of their own. Set before the client is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 from fluxonnx.cli import main  # noqa: E402
 from tests.support import Case, Checkpoints  # noqa: E402
 

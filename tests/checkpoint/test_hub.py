@@ -42,7 +42,12 @@ def fluxonnx(hub, tmp_path):
 
     def run(*arguments: object, **environment: str) -> tuple[int, str, list[str]]:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        known = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        known = {
+            "HF_HUB_OFFLINE": "0",
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
         found = subprocess.run(
             [sys.executable, "-m", "fluxonnx", *map(str, arguments)],
             env={**clean, **known, **environment},

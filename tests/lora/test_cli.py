@@ -246,7 +246,13 @@ def test_from_the_hub(root, lora, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=str(lora.parent)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}"
-    settings = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1"}
+    settings = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(tmp_path / "hub"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
     settings |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     words = [sys.executable, "-m", "fluxonnx", "generate", "-q", "-d", str(root)]
 
