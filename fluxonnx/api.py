@@ -17,6 +17,7 @@ from fluxonnx.auto import (
     choose,
     default_precision,
     encoder_beside,
+    fastest_provider,
     held_build,
     static_builds,
     unsuited,
@@ -168,7 +169,7 @@ def load(
         text_encoder_precision: The precision of the text encoder, by default as `precision`: the text encoder of one
             build is used beside the other graphs of another.
         provider: The execution provider, by onnxruntime's names without their ending, such as "cuda" or "coreml"; by
-            default "cpu", or what "auto" chooses.
+            default "cpu", or what the precision "auto" chooses. "auto" for a GPU's where it works, else the CPU's.
         provider_options: Options of the provider, by the names that its documentation has; see docs/providers.md.
         flavour: "ort" or "portable"; by default likewise, or the one that suits the provider.
         threads: Threads per operator; None for one per core that this process may use.
@@ -189,6 +190,9 @@ def load(
     """
     from fluxonnx.runtime.pipeline import Flux
 
+    why = None
+    if provider == AUTO:
+        provider, why = fastest_provider()
     options = SessionOptions(
         threads=threads,
         low_memory=low_memory,
@@ -218,6 +222,8 @@ def load(
             if on_choice:
                 on_choice(choice)
         precision = precision or default_precision(checkpoint, options.provider)
+        if why and on_choice:
+            on_choice(Choice(precision, options.provider, why))
         flavour = flavour or traits(options.provider).flavour
         cache = Path(cache_dir) if cache_dir else None
         name = build_name(precision, flavour)

@@ -71,6 +71,21 @@ def surroundings() -> Surroundings:
     return Surroundings(available_memory(), has_exact_int8_dot(), tuple(available()), works)
 
 
+def fastest_provider(here: Surroundings | None = None) -> tuple[str, str]:
+    """Return the provider that `--provider auto` takes, and why: a GPU's where it works, else the CPU's."""
+    here = here or surroundings()
+    tried = [name for name in FASTER_THAN_CPU if name in here.providers]
+    for name in tried:
+        if here.works(name):
+            return name, f"{name} works here, and GPUs compute faster than CPUs"
+    if tried:
+        return CPU, f"{', '.join(tried)} does not work here, see fluxonnx providers"
+    return (
+        CPU,
+        f"there is no {' or '.join(FASTER_THAN_CPU)} here, and others may be slower: fluxonnx providers lists them",
+    )
+
+
 def choose(checkpoint: Checkpoint, provider: str | None = None) -> Choice:
     """Choose a precision for a checkpoint on this machine, and a provider unless that is given.
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fluxonnx import api
-from fluxonnx.auto import Surroundings, choose, choose_for
+from fluxonnx.auto import Surroundings, choose, choose_for, fastest_provider
 from fluxonnx.checkpoint.manifest import read_manifest
 from fluxonnx.cli import main
 from fluxonnx.contract import open_checkpoint
@@ -78,3 +78,26 @@ def test_integers_stay_what_they_are(native):
     choice = choose_for(FOUR_BILLION, native=native, provider=None, here=LARGE_CPU)
     assert choice.precision == native
     assert f"{native[3:]}-bit integers already" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("providers", "works", "expected", "reason"),
+    [
+        (("cuda", "cpu"), True, "cuda", "GPUs compute faster"),
+        (("cuda", "cpu"), False, "cpu", "cuda does not work here"),
+        (("coreml", "cpu"), True, "cpu", "there is no cuda here"),
+    ],
+)
+def test_provider_auto(providers, works, expected, reason):
+    chosen, why = fastest_provider(replace(LARGE_CPU, providers=providers, works=lambda name: works))
+    assert chosen == expected
+    assert reason in why
+
+
+def test_provider_auto_draws_and_says_why(checkpoints, tmp_path, capsys):
+    root, size = checkpoints.exported(CASE), ["-W", "64", "-H", "64", "-s", "1", "-S", "1"]
+    output = str(tmp_path / "x.png")
+    assert main(["generate", "-d", str(root), "-p", "x", "--provider", "auto", "-o", output, *size]) == 0
+    assert "provider cpu: there is no cuda here" in capsys.readouterr().err
+    assert main(["info", output]) == 0
+    assert '"provider": "cpu"' in capsys.readouterr().out

@@ -150,7 +150,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     model.add_argument(
         "--provider",
         metavar="NAME",
-        help="execution provider: cpu (default), openblas, or another one of onnxruntime, such as cuda or coreml",
+        help="execution provider: cpu (default), openblas, another one of onnxruntime, such as cuda or coreml, or auto",
     )
     model.add_argument(
         "--provider-option",
