@@ -59,6 +59,21 @@ def test_values(checkpoints, tmp_path, form, component):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("component", FILES)
+@pytest.mark.parametrize("form", formats.FORMS)
+def test_graphs_of_bfloat16_take_them(copy_of, tmp_path, form, component):
+    """Each is cast to the type that the graph computes in."""
+    root = copy_of(CASE)
+    file, _ = both(root, component, form, tmp_path)
+    export(root, **{component: file}, precision="bf16-native", components=[component])
+    model = onnx.load(root / graph_file(component, "bf16-native", "ort"), load_external_data=False)
+    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    products = [node.output[0] for node in model.graph.node if node.op_type == "Gemm"]
+    assert products
+    assert {types[name] for name in products} == {TensorProto.BFLOAT16}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "component"),
     [

@@ -19,7 +19,7 @@ from fluxonnx.export.precisions import float8
 # The module lists whose linears hold nearly all of the weights.
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.", "model.layers.")
 
-# The newest opset whose InstanceNormalization the kernels of GPUs have.
+# The newest opset whose InstanceNormalization onnxruntime's CUDA provider has.
 NORMS_ON_GPUS = 21
 # Rows of a weight above which a static portable graph multiplies by parts of it: CoreML takes no larger dimension.
 # Source: IsInputSupported, onnxruntime/core/providers/coreml/builders/helper.cc.
@@ -63,6 +63,8 @@ class Precision:
     sums_kernels = True
     # The relative error of a product above which the weight of a layer is not rounded.
     most_error = 1.0
+    # The newest opset of the autoencoder's graphs; None for that of the build.
+    autoencoder_opset: int | None = None
     # The flavours that can be computed so.
     flavours: tuple[str, ...] = ("ort", "portable")
 
@@ -76,7 +78,7 @@ class Precision:
 
     def opset(self, component: str, opset: int) -> int:
         """Return the ai.onnx opset of one graph of a build of `opset`."""
-        return opset
+        return min(opset, self.autoencoder_opset or opset) if component.startswith("vae") else opset
 
     def file_label(self, flavour: str) -> str:
         """Return the label of the build's weight files; both flavours share files of the same bytes."""
@@ -100,8 +102,9 @@ class Precision:
     def weight(self, g: GraphBuilder, tensor: Tensor) -> str:
         """Return `tensor` as a value of the type that the graph computes in: float32 but for `arithmetic`."""
         if not self.self_contained and float8.is_castable(g, tensor) and self.stored_dtype(tensor) != "F32":
-            return float8.cast(g, tensor)
-        value = self._stored(g, tensor)
+            value = float8.cast(g, tensor)
+        else:
+            value = self._stored(g, tensor)
         if g.dtype(value) == g.arithmetic:
             return value
         return g.weight_op("Cast", value, to=g.arithmetic)

@@ -36,10 +36,7 @@ class Float16(Precision):
     integers_as = "F32"
     self_contained = True
     sums_kernels = False
-
-    def opset(self, component: str, opset: int) -> int:
-        """Return an opset whose group norms onnxruntime's CUDA provider has; it lacks InstanceNormalization-22."""
-        return min(opset, NORMS_ON_GPUS) if component.startswith("vae") else opset
+    autoencoder_opset = NORMS_ON_GPUS
 
     def stored_dtype(self, tensor: Tensor) -> str:
         """Return F32: tensors that are not matrices are small, and their errors reach everything."""

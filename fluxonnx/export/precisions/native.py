@@ -20,15 +20,12 @@ class NativeBfloat16(Precision):
     """Weights as a bfloat16 checkpoint stores them; other weights are converted to a file of the build."""
 
     name = "bf16-native"
+    autoencoder_opset = NORMS_ON_GPUS
     flavours: tuple[str, ...] = ("ort",)
 
     def arithmetic(self, component: str) -> int:
         """Return bfloat16 for the transformers."""
         return TensorProto.BFLOAT16 if component in TRANSFORMERS else TensorProto.FLOAT
-
-    def opset(self, component: str, opset: int) -> int:
-        """Return an opset whose group norms onnxruntime's CUDA provider has; it lacks InstanceNormalization-22."""
-        return min(opset, NORMS_ON_GPUS) if component.startswith("vae") else opset
 
     def stored_dtype(self, tensor: Tensor) -> str:
         """Return BF16, whatever the checkpoint has."""
