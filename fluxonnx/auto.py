@@ -115,7 +115,7 @@ def choose_for(weights: int, native: str | None, provider: str | None, here: Sur
         reason = f"the transformer's {weights / 1e6:.0f} MB of weights cost nothing as they are"
         return Choice("bf16", provider or CPU, reason)
     if provider is None:
-        provider = next((name for name in FASTER_THAN_CPU if name in here.providers and here.works(name)), CPU)
+        provider, _ = fastest_provider(here)
     if provider == OPENBLAS:
         return Choice("bf16", provider, "BLAS multiplies in float32, so integers would be no faster")
     if precision := traits(provider).precision:
