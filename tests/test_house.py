@@ -14,6 +14,7 @@ PACKAGE = ROOT / "fluxonnx"
 # are used in.
 LAYERS = [
     "cli",
+    ("serve", "batch", "terminal"),
     "check",
     "measure",
     "api",
