@@ -77,13 +77,17 @@ class OpenVinoRunner:
         import openvino
 
         config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        core = openvino.Core()
         if options.threads is not None:
             config["INFERENCE_NUM_THREADS"] = options.threads
         if component == "conditioning":  # sinusoids of large phases, which lose all accuracy in half precision
             config["INFERENCE_PRECISION_HINT"] = "f32"
-        self._model = openvino.Core().compile_model(path, "CPU", config)
+        self._model = core.compile_model(self._read(core, path), "CPU", config)
         if component == "transformer":
             print(f"computes in {self._model.get_property('INFERENCE_PRECISION_HINT').to_string()}")
+
+    def _read(self, core: Any, path: Path) -> Any:
+        return core.read_model(path)
 
     def run(self, **inputs: np.ndarray) -> list[np.ndarray]:
         """Run the graph."""
@@ -95,6 +99,28 @@ class OpenVinoRunner:
         del self._model
 
 
+class CompressedOpenVinoRunner(OpenVinoRunner):
+    """The same with the weights of products as 8-bit integers, as optimum-intel makes OpenVINO's models.
+
+    Where the processor can, OpenVINO then rounds the other factor of a product to 8 bits, too.
+    """
+
+    def _read(self, core: Any, path: Path) -> Any:
+        import nncf
+        import openvino
+
+        compressed = path.with_suffix(".nncf-int8.xml")
+        if not compressed.exists():
+            model = nncf.compress_weights(super()._read(core, path), mode=nncf.CompressWeightsMode.INT8_ASYM)
+            openvino.save_model(model, compressed, compress_to_fp16=False)
+        return core.read_model(compressed)
+
+
+def run_compressed_openvino(model: str, **work: Any) -> list[float]:
+    engine = CompressedOpenVinoRunner
+    return measure_picture(model, precision="fp32", flavour="portable", engine=engine, guidance=1.0, **work)["steps"]
+
+
 def run_diffusers(
     model: str, precision: str, threads: int | None, width: int, height: int, steps: int, prompt: str
 ) -> list[float]:
@@ -103,7 +129,8 @@ def run_diffusers(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    quantise = QUANTISED.get(precision, lambda module: module)
     manifest = read_manifest(Path(model))
     layers = tuple(manifest.text_encoder_out_layers or ()) if manifest else ()
     ends: list[float] = []
@@ -113,11 +140,13 @@ def run_diffusers(
         return values
 
     pipe = Flux2KleinPipeline.from_pretrained(model, transformer=None, vae=None, torch_dtype=dtype)
+    pipe.text_encoder = quantise(pipe.text_encoder)
     with torch.no_grad():
         embeds, _ = pipe.encode_prompt(prompt, text_encoder_out_layers=layers or OUT_LAYERS)
     del pipe
     gc.collect()
     pipe = Flux2KleinPipeline.from_pretrained(model, text_encoder=None, tokenizer=None, torch_dtype=dtype)
+    pipe.transformer = quantise(pipe.transformer)
     pipe(
         prompt_embeds=embeds,
         width=width,
@@ -130,9 +159,28 @@ def run_diffusers(
     return [after - before for before, after in pairwise(ends)]
 
 
+def with_sdnq(module: Any) -> Any:
+    from sdnq import sdnq_post_load_quant
+
+    return sdnq_post_load_quant(module, weights_dtype="int8", use_quantized_matmul=True)
+
+
+def with_torchao(module: Any) -> Any:
+    import torch
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(module, Int8DynamicActivationInt8WeightConfig())
+    return torch.compile(module)
+
+
+# The 8-bit forms of a bfloat16 module that people use with diffusers.
+QUANTISED: dict[str, Callable[[Any], Any]] = {"sdnq": with_sdnq, "torchao": with_torchao}
+
+
 PROGRAMS: dict[str, Callable[..., list[float]]] = {
     "fluxonnx": run_fluxonnx,
     "openvino": run_openvino,
+    "openvino-nncf": run_compressed_openvino,
     "diffusers": run_diffusers,
 }
 
@@ -155,14 +203,14 @@ def flux2c_steps(done: Finished) -> list[float]:
     return [float(found) / 1e3 for found in re.findall(r"^ *Step \d+: ([\d.]+) ms", done.messages, re.MULTILINE)][1:]
 
 
-def sdcpp_contender(binary: str, files: dict[str, str], work: dict[str, Any], folder: str) -> Contender:
+def sdcpp_contender(name: str, binary: str, files: dict[str, str], work: dict[str, Any], folder: str) -> Contender:
     command = [binary, "--diffusion-model", files["model"], "--llm", files["llm"], "--vae", files["vae"]]
     command += ["-p", work["prompt"], "-W", str(work["width"]), "-H", str(work["height"])]
     command += ["--steps", str(work["steps"]), "--cfg-scale", "1.0", "--sampling-method", "euler", "-s", str(SEED)]
     command += ["--diffusion-fa", "-o", f"{folder}/sdcpp.png"]
     if work["threads"] is not None:
         command += ["-t", str(work["threads"])]
-    return Contender("stable-diffusion.cpp", command, sdcpp_steps)
+    return Contender(name, command, sdcpp_steps)
 
 
 def sdcpp_steps(done: Finished) -> list[float]:

@@ -1,7 +1,7 @@
 """The same picture made by fluxonnx and by other programs in alternating rounds: seconds, memory, and ratios.
 
     python benchmarks/rivals.py -d DIR [--size 256] [--steps 4] [--repeat 3] [--precision bf16 fp32] [--threads 2]
-        [--flux2c PATH] [--sdcpp PATH --sdcpp-model FILE --sdcpp-llm FILE --sdcpp-vae FILE] [--cold]
+        [--flux2c PATH] [--sdcpp PATH --sdcpp-model FILE ... --sdcpp-llm FILE --sdcpp-vae FILE] [--cold]
 
 Each program gets a process of its own. Rounds alternate (A B A B), so that other load on the machine affects all
 programs equally, and medians are printed. All programs draw the same prompt at the same size and number of steps,
@@ -11,9 +11,11 @@ without guidance, on the CPU:
 - fluxonnx's own engine on OpenBLAS (`--provider openblas`), with the weights as they are;
 - diffusers in bfloat16 and in float32, with one change: the text encoder is dropped before the transformer is loaded,
   as the other programs do. Many machines lack the memory for both;
+- diffusers with 8-bit integer products: by SDNQ, and by torchao with `torch.compile`, both rounded while loading;
 - OpenVINO: fluxonnx's portable graphs in OpenVINO, in the precision that it chooses for the processor, driven by
-  fluxonnx's own sampler;
-- antirez/flux2.c and leejet/stable-diffusion.cpp, where a binary is given. The latter reads other files than DIR.
+  fluxonnx's own sampler; and the same with 8-bit weights by nncf, as optimum-intel makes them;
+- antirez/flux2.c and leejet/stable-diffusion.cpp, where a binary is given. The latter reads other files than DIR, which
+  `sdcpp_files.py` writes; several of its models are measured in turns.
 
 The time of a step is the median of all steps except the first, in which some programs load their weights. The total is
 the lifetime of the process: start, imports, loading, picture. Resident memory includes the mapped pages of weight
@@ -47,11 +49,26 @@ from fluxonnx.measure.tables import known_median, machine, number, table
 from fluxonnx.runtime.outputs import check_output, write_output
 from fluxonnx.runtime.request import Request
 
-RIVALS = ("openblas", "diffusers-bf16", "diffusers-fp32", "openvino", "flux2c", "sdcpp")
+RIVALS = (
+    "openblas",
+    "diffusers-bf16",
+    "diffusers-fp32",
+    "diffusers-sdnq",
+    "diffusers-torchao",
+    "openvino",
+    "openvino-nncf",
+    "flux2c",
+    "sdcpp",
+)
+DIFFUSERS = ("torch", "diffusers", "transformers")
 PACKAGES = {
     "openblas": ("threadpoolctl",),
-    "diffusers": ("torch", "diffusers", "transformers"),
+    "diffusers-bf16": DIFFUSERS,
+    "diffusers-fp32": DIFFUSERS,
+    "diffusers-sdnq": (*DIFFUSERS, "sdnq"),
+    "diffusers-torchao": (*DIFFUSERS, "torchao"),
     "openvino": ("openvino",),
+    "openvino-nncf": ("openvino", "nncf"),
 }
 
 
@@ -63,7 +80,7 @@ def line_up(arguments: argparse.Namespace, work: dict[str, Any], folder: str) ->
     ]
     for rival in arguments.rivals:
         package, _, precision = rival.partition("-")
-        missing = next((name for name in PACKAGES.get(package, ()) if importlib.util.find_spec(name) is None), None)
+        missing = next((name for name in PACKAGES.get(rival, ()) if importlib.util.find_spec(name) is None), None)
         if missing:
             skip(rival, f"pip install {missing}")
         elif package == "openblas":
@@ -74,6 +91,8 @@ def line_up(arguments: argparse.Namespace, work: dict[str, Any], folder: str) ->
             )
         elif package == "diffusers":
             contenders.append(python_contender("diffusers", f"diffusers {precision}", {**work, "precision": precision}))
+        elif rival == "openvino-nncf":
+            contenders.append(python_contender(rival, "OpenVINO, int8 weights by nncf", work))
         elif package == "openvino":
             for precision in arguments.openvino_precision:
                 name = f"OpenVINO, {precision} graphs"
@@ -81,12 +100,15 @@ def line_up(arguments: argparse.Namespace, work: dict[str, Any], folder: str) ->
         elif rival == "flux2c" and has_binary(rival, arguments.flux2c):
             contenders.append(flux2c_contender(arguments.flux2c, work, folder))
         elif rival == "sdcpp" and has_binary(rival, arguments.sdcpp):
-            files = {kind: getattr(arguments, f"sdcpp_{kind}") for kind in ("model", "llm", "vae")}
-            absent = next((kind for kind, file in files.items() if not file or not Path(file).is_file()), None)
-            if absent:
-                skip(rival, f"--sdcpp-{absent} must be a file that it can read")
-            else:
-                contenders.append(sdcpp_contender(arguments.sdcpp, files, work, folder))
+            for model in arguments.sdcpp_model or [None]:
+                files = {"model": model, "llm": arguments.sdcpp_llm, "vae": arguments.sdcpp_vae}
+                absent = next((kind for kind, file in files.items() if not file or not Path(file).is_file()), None)
+                if absent:
+                    skip(rival, f"--sdcpp-{absent} must be a file that it can read")
+                    continue
+                several = len(arguments.sdcpp_model) > 1
+                name = "stable-diffusion.cpp" + (f", {Path(model).stem}" if several else "")
+                contenders.append(sdcpp_contender(name, arguments.sdcpp, files, work, folder))
     return contenders
 
 
@@ -132,7 +154,7 @@ def measure(
 
 def weight_files(arguments: argparse.Namespace) -> list[Path]:
     """Return all files that hold weights; `line_up` reports those that are missing."""
-    given = (getattr(arguments, f"sdcpp_{kind}") for kind in ("model", "llm", "vae"))
+    given = [*(arguments.sdcpp_model or []), arguments.sdcpp_llm, arguments.sdcpp_vae]
     return [
         *Path(arguments.dir).rglob("*.safetensors"),
         *(Path(file) for file in given if file and Path(file).is_file()),
@@ -187,7 +209,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--flux2c", metavar="PATH", help="the binary of antirez/flux2.c")
     parser.add_argument("--sdcpp", metavar="PATH", help="the binary of leejet/stable-diffusion.cpp (sd-cli)")
-    for kind, what in (("model", "diffusion model"), ("llm", "text encoder"), ("vae", "VAE")):
+    parser.add_argument(
+        "--sdcpp-model",
+        nargs="+",
+        metavar="FILE",
+        help="the diffusion models it reads, .safetensors or .gguf, in turns",
+    )
+    for kind, what in (("llm", "text encoder"), ("vae", "VAE")):
         parser.add_argument(f"--sdcpp-{kind}", metavar="FILE", help=f"the {what} it reads, .safetensors or .gguf")
     parser.add_argument(
         "--cold", action="store_true", help="every program reads its weights from disk (not on Windows)"
@@ -210,7 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         width, height = parse_size(arguments.size)
         request = Request(prompt=arguments.prompt, width=width, height=height, steps=arguments.steps)
         # All builds are exported before the clock starts.
-        portable = arguments.openvino_precision if "openvino" in arguments.rivals else ()
+        portable = list(arguments.openvino_precision) if "openvino" in arguments.rivals else []
+        portable += ["fp32"] if "openvino-nncf" in arguments.rivals else []
         builds = [(precision, "ort") for precision in arguments.precision]
         if "openblas" in arguments.rivals and "bf16" not in arguments.precision:
             builds.append(("bf16", "ort"))

@@ -289,7 +289,14 @@ ARCHITECTURES = {
         VaeSize((128, 256, 512, 512)),
         text_encoder_shards=2,
     ),
-    # as wide, but with few layers: for measurements of what happens in one
+    # black-forest-labs/FLUX.2-klein-9B
+    "9b": Architecture(
+        TextEncoderSize(4096, 36, 32, 8, 128, 12288, vocab=151936, tied=False),
+        TransformerSize(32, 128, 8, 24, text_dim=12288, in_channels=128, axes=(32, 32, 32, 32)),
+        VaeSize((128, 256, 512, 512)),
+        text_encoder_shards=4,
+    ),
+    # as wide as 4b, but with few layers: for measurements of what happens in one
     "4b-short": Architecture(
         TextEncoderSize(2560, 4, 32, 8, 128, 9728, vocab=384),
         TransformerSize(24, 128, 1, 4, text_dim=7680, in_channels=128, axes=(32, 32, 32, 32)),
