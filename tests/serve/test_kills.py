@@ -169,7 +169,7 @@ def test_a_client_that_waited_is_not_served_after_a_new_start(model, tmp_path):
 
 
 def test_an_orderly_end_finishes_the_running_job_and_keeps_the_others(model, tmp_path):
-    long = {**SMALL, "prompt": "a red circle", "steps": 60}
+    long = {**SMALL, "prompt": "a red circle", "steps": 12}
     with serving(model, tmp_path) as server:
         first = server.json("POST", "/jobs", long)["id"]
         second = server.json("POST", "/jobs", {**long, "prompt": "a blue square", "steps": 1})["id"]
