@@ -93,6 +93,12 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     limits.add_argument("--max-queue", type=int, metavar="N", help="waiting jobs of a key (default: 1000)")
     limits.add_argument("--max-body", type=int, metavar="MB", help="of a request, in megabytes (default: 64)")
     limits.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="end a request whose head takes longer than this, or whose body stops for as long (default: 20 and 30)",
+    )
+    limits.add_argument(
         "--drain",
         type=float,
         default=30,
@@ -152,6 +158,8 @@ def run(arguments: argparse.Namespace) -> None:
         "count": arguments.max_count,
         "queue": arguments.max_queue,
         "body": None if arguments.max_body is None else arguments.max_body * MEGABYTE,
+        "header_seconds": arguments.timeout,
+        "body_seconds": arguments.timeout,
     }
     limits = Limits(**{name: value for name, value in asked.items() if value is not None})
     if not 0 <= arguments.drain <= 24 * 60 * 60:

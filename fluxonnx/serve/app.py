@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from fluxonnx.errors import FluxonnxError
-from fluxonnx.serve import jobs_api, system_api
+from fluxonnx.serve import a1111_api, jobs_api, openai_api, system_api
 from fluxonnx.serve.errors import ApiError, from_ours, response
 from fluxonnx.serve.gate import Gate
 from fluxonnx.serve.service import Service
@@ -34,7 +34,7 @@ def make_app(service: Service) -> ASGIApp:
         yield
         service.drain()
 
-    routes = [*jobs_api.ROUTES, *system_api.ROUTES]
+    routes = [*jobs_api.ROUTES, *openai_api.ROUTES, *a1111_api.ROUTES, *system_api.ROUTES]
     handlers = {ApiError: _ours, FluxonnxError: _ours, HTTPException: _of_starlette, Exception: _unforeseen}
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
     app.router.redirect_slashes = False

@@ -14,6 +14,9 @@ from fluxonnx.errors import FluxonnxError, ImageError, UsageError
 # A path of two parts or more, or of Windows: only the last part is told.
 PATH = re.compile(r"(?<![\w:/.])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\:,;'\"()]+)*[/\\]([^\s/\\:,;'\"()]+)[/\\]?")
 
+# Flags of the command line that a message offers.
+FLAGS = re.compile(r" \(--?\w[^()]*\)")
+
 # The types of OpenAI's errors, by status.
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -78,7 +81,7 @@ def without_paths(message: str, private: Mapping[Path, str]) -> str:
         for form in dict.fromkeys((str(folder.absolute()), str(folder))):
             if len(form) > 1:
                 message = message.replace(form, name)
-    return PATH.sub(lambda found: found[1], message)
+    return PATH.sub(lambda found: found[1], FLAGS.sub("", message))
 
 
 def _field_of(message: str) -> str | None:
@@ -100,7 +103,11 @@ def response(path: str, error: ApiError) -> JSONResponse:
         # raise_exception and HTTPException of modules/api/api.py, AUTOMATIC1111/stable-diffusion-webui
         phrase = HTTPStatus(error.status).phrase
         content: dict = {"error": phrase, "detail": message, "body": "", "errors": message}
-    else:
-        fields = {"message": message, "type": error.type, "param": error.param, "code": error.code}
-        content = {"error": fields}
-    return JSONResponse(content, error.status, headers=error.headers)
+        return JSONResponse(content, error.status, headers=error.headers)
+    status, headers = error.status, error.headers
+    if path.startswith("/v1/"):
+        status = 400 if status == 422 else status
+        if status in (409, 500):  # their client would try these again, which makes the pictures again
+            headers = {**headers, "x-should-retry": "false"}
+    fields = {"message": message, "type": error.type, "param": error.param, "code": error.code}
+    return JSONResponse({"error": fields}, status, headers=headers)

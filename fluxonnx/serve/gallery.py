@@ -16,15 +16,18 @@ from typing import Any
 
 from PIL import Image
 
+from fluxonnx.checkpoint.reading import parse_json
 from fluxonnx.errors import FluxonnxError, ImageError
 from fluxonnx.runtime.images import load_image
-from fluxonnx.runtime.metadata import opened, read_values
+from fluxonnx.runtime.metadata import embed, opened, read_values
 from fluxonnx.serve.database import Database, write_whole
 from fluxonnx.serve.errors import ApiError, unknown, wrong
 from fluxonnx.serve.fields import values_of
 from fluxonnx.serve.infotext import parse_infotext
 from fluxonnx.serve.queue import LAST
 
+# What pictures are sent as.
+FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 # The longer side of a thumbnail.
 THUMBNAIL = 320
 # Uploads are kept for so many seconds.
@@ -263,6 +266,37 @@ def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
+
+
+def in_format(path: Path, format: str, quality: int = 95) -> bytes:
+    """Return a picture of the gallery in another format, with what made it in its metadata.
+
+    Args:
+        path: Its PNG file.
+        format: "png", "jpeg" or "webp".
+        quality: From 0 to 100.
+
+    Raises:
+        ApiError: There is no such format, or the picture is gone.
+    """
+    if format not in FORMATS:
+        raise wrong(f"format must be one of {', '.join(FORMATS)}", "format")
+    if not path.is_file():
+        raise unknown("picture", path.stem)
+    if format == "png":
+        return path.read_bytes()
+    with opened(path) as image:
+        text = image.info.get("fluxonnx")
+    facts = embed(FORMATS[format], _parsed(text)) if isinstance(text, str) else {}
+    return encoded(load_image(path), FORMATS[format], quality=quality, **facts)
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        found = parse_json(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _picture(row: sqlite3.Row) -> Picture:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import re
@@ -26,7 +27,8 @@ log = logging.getLogger("fluxonnx.serve")
 OPEN = {"/", "/health", "/ready", "/session", "/openapi.json", "/info", "/favicon.ico"}
 OPEN_FOLDER = "/static/"
 PICTURE = re.compile(r"/pictures/([\w-]+)")
-SAFE = {"GET", "HEAD", "OPTIONS"}
+# A body that is too large is read up to so many times the limit.
+MOST_READ = 4
 # Parts of a path that are names, for the metrics.
 NAME = re.compile(r"/(?:u?[0-9a-f]{16}(?:-\d+)?)(?=/|$)")
 KNOWN_ROUTES = re.compile(
@@ -78,6 +80,7 @@ class Gate:
         try:
             refused = self._refusal(scope, headers, origin)
             if refused is not None:
+                await self._read_rest(receive, headers)
                 await refused(scope, receive, answer)
             else:
                 await self._app(scope, self._paced(receive, headers), answer)
@@ -149,6 +152,19 @@ class Gate:
             "Cross-Origin-Resource-Policy": "cross-origin",
             "Vary": "Origin",
         }
+
+    async def _read_rest(self, receive: Receive, headers: Headers) -> None:
+        """Read the body of a request that is refused: many clients see no answer before they have sent everything."""
+        length = headers.get("content-length", "0")
+        left = self._limits.body * MOST_READ
+        if length.isdecimal() and int(length) > left:
+            return
+        with contextlib.suppress(TimeoutError):
+            while left > 0:
+                message = await asyncio.wait_for(receive(), self._limits.body_seconds)
+                left -= len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
     def _paced(self, receive: Receive, headers: Headers) -> Receive:
         """Count the bytes of a body, and end a request whose body stops coming."""

@@ -13,7 +13,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from fluxonnx.serve.errors import ApiError, unknown
-from fluxonnx.serve.gallery import Upload
+from fluxonnx.serve.gallery import Upload, in_format
 from fluxonnx.serve.hub import JOB
 from fluxonnx.serve.queue import ENDED
 from fluxonnx.serve.web import event, event_stream, integer, owner_of, read_form, read_json, service_of
@@ -116,15 +116,17 @@ def list_pictures(request: Request) -> Response:
 
 
 def show_picture(request: Request) -> Response:
-    """Return the PNG file of a picture."""
+    """Return the file of a picture: the PNG, or a copy in another format."""
     gallery = service_of(request).gallery
     picture = gallery.picture(request.path_params["id"], owner_of(request))
     path = gallery.picture_file(picture)
+    format = request.query_params.get("format", "png")
+    if format != "png":
+        return Response(in_format(path, format), media_type=f"image/{format}", headers=FOREVER)
     if not path.is_file():
         raise unknown("picture", picture.id)
-    return FileResponse(
-        path, media_type="image/png", filename=f"{picture.id}.png", headers=FOREVER, content_disposition_type="inline"
-    )
+    name = f"{picture.id}.png"
+    return FileResponse(path, media_type="image/png", filename=name, headers=FOREVER, content_disposition_type="inline")
 
 
 def show_thumbnail(request: Request) -> Response:

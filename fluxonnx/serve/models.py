@@ -10,7 +10,7 @@ from typing import Any
 
 from fluxonnx import api
 from fluxonnx.auto import ENCODER
-from fluxonnx.checkpoint.manifest import Build, read_manifest
+from fluxonnx.checkpoint.manifest import FILE_NAME, Build, read_manifest
 from fluxonnx.errors import CheckpointError, FluxonnxError
 from fluxonnx.machine import available_memory
 from fluxonnx.runtime.events import Watch
@@ -62,6 +62,7 @@ class Held:
         precision: The one that is used if a job names none.
         precisions: Those of the builds that the folder holds.
         opened: By precision.
+        created: When its manifest was last written, in seconds since 1970.
     """
 
     id: str
@@ -69,6 +70,7 @@ class Held:
     precision: str
     precisions: list[str]
     opened: dict[str, Opened] = field(default_factory=dict)
+    created: int = 0
 
     @property
     def flux(self) -> Flux:
@@ -117,9 +119,10 @@ class Models:
             manifest = read_manifest(root)
             if manifest is None:
                 raise CheckpointError(f"{root} has lost its manifest: export it again")
+            created = int((root / FILE_NAME).stat().st_mtime)
             precision = opened.flux.builds["precision"]
             precisions = list(dict.fromkeys([precision, *(b.precision for b in manifest.builds.values())]))
-            self._held[identifier] = Held(identifier, root, precision, precisions, {precision: opened})
+            self._held[identifier] = Held(identifier, root, precision, precisions, {precision: opened}, created)
 
     def _load(
         self,

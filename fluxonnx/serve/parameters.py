@@ -82,6 +82,8 @@ def read_job(body: Any, models: Models, limits: Limits, find: Find, private: Map
         texts = value if isinstance(value, list) else [value]
         if any(isinstance(text, str) and not is_text(text) for text in texts):
             raise wrong(f"{name} holds characters that are no text", name)
+    if not parameters["prompt"].strip():
+        raise wrong("the prompt is empty: say what to draw", "prompt")
     parameters |= _pictures(given)
     held = models.find(_text(given, "model"))
     parameters["model"] = held.id

@@ -112,7 +112,7 @@ def _config(service: Service) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=15,
+        timeout_keep_alive=max(1, min(15, round(limits.header_seconds))),
         timeout_graceful_shutdown=max(1, round(service.settings.drain) + 5),
         limit_concurrency=limits.connections,
     )

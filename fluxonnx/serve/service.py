@@ -38,6 +38,7 @@ class Service:
         hub: Who listens.
         metrics: What is counted.
         worker: The thread that draws.
+        chosen: The models that clients of the API of AUTOMATIC1111 chose, by owner.
         draining: Whether it takes no more jobs, because it ends.
     """
 
@@ -66,6 +67,7 @@ class Service:
         self.metrics = Metrics(self.queue.waiting, lambda: int(self.worker.busy), lambda: self.hub.listeners)
         self.worker = Worker(self.queue, self.gallery, models, self.hub, self.metrics, self.describe, self.private)
         self.draining = False
+        self.chosen: dict[str, str] = {}
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Go on with the jobs that wait, and draw."""
