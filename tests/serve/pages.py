@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import io
 import os
 import signal
 import socket
@@ -124,8 +126,6 @@ def gallery(page: Any) -> list[str]:
 
 def pixels(page: Any, url: str, name: str) -> np.ndarray:
     """A picture of the server: u8 [height, width, 3]."""
-    import io
-
     return np.asarray(Image.open(io.BytesIO(page.request.get(f"{url}pictures/{name}").body())).convert("RGB"))
 
 
@@ -139,8 +139,6 @@ def circle(path: Path, size: tuple[int, int] = (128, 128)) -> Path:
 
 def drop(page: Any, path: Path, target: str, kind: str = "image/png") -> None:
     """Drop a file onto an element, as the browser does when a person lets go of it."""
-    import base64
-
     data = base64.b64encode(path.read_bytes()).decode()
     transfer = page.evaluate_handle(
         """([data, name, type]) => {

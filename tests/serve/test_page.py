@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ pytest.importorskip("uvicorn")
 
 import fluxonnx
 from fluxonnx.api import find_model
+from fluxonnx.runtime.saving import save_image
 from tests.serve import pages
 from tests.serve.pages import Server, connected, fill, in_browser, make, opened, screenshot, shown
 
@@ -173,8 +173,6 @@ def test_pictures_that_are_dropped_and_pasted(server, tmp_path):
     with fluxonnx.load(find_model(), provider="cpu") as flux:
         image = flux.generate("a purple ring", 144, 96, 3, 12345678901234567890)
     fluxonnx_picture = tmp_path / "ours.png"
-    from fluxonnx.runtime.saving import save_image
-
     save_image(image, fluxonnx_picture)
     (tmp_path / "text.png").write_text("no picture")
     with opened(server.url) as page:
@@ -296,8 +294,8 @@ def test_the_queue(server):
         assert "circle 1" not in page.inner_text("#queue-list")
         page.locator("#queue-list .link").last.click()
         assert page.inner_text("#job-prompt") == "circle 2"
-        for _ in range(2):
-            page.locator("#queue-list .stop").last.click()
-            page.wait_for_timeout(100)
+        page.locator("#queue-list .stop").last.click()
+        page.locator("#queue-list li:nth-child(2)").wait_for(state="detached")
+        page.locator("#queue-list .stop").click()
         page.locator("#queue").wait_for(state="hidden")
         page.locator("#stage-job").wait_for(state="hidden")
