@@ -1,4 +1,4 @@
-"""A server as a process, and its page in Chromium."""
+"""The page of a server in Chromium."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import base64
 import functools
 import io
 import os
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +14,15 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from fluxonnx.api import find_model
 from tests.conformance.browser import chromium, in_thread
 from tests.conformance.installed import folder_of, has
+from tests.serving import Server
 
 ROOT = Path(__file__).parents[2]
 MODULES = ("playwright", "greenlet", "program:chromium", "npm:axe-core")
 LACKING = [module for module in MODULES if not has(module)]
 # Milliseconds that the page gets for anything, a load of the model included.
-PATIENCE = 60_000
+PATIENCE = 20_000
 # A folder; where it is given, the tests write the screenshots of docs/page.md into it.
 SCREENSHOTS = os.environ.get("FLUXONNX_SCREENSHOTS")
 
@@ -41,36 +37,27 @@ def in_browser(test: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-class Server:
-    """`fluxonnx serve` on a port of its own, which can be killed and started again."""
+class House:
+    """A server that can be killed and comes back under its address."""
 
-    def __init__(self, folder: Path, *words: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}/"
-        self._command = [sys.executable, "-u", "-m", "fluxonnx", "serve", "-d", str(find_model()), "--port", str(port)]
-        self._command += ["--data", str(folder / "data"), "--lora-dir", str(ROOT / "models"), *words]
-        self._log = folder / "server.log"
-        self.start()
-
-    def start(self) -> None:
-        """Start it, and wait until it serves."""
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(self._command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True)
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert self.url in line, line + self._log.read_text("utf-8")
+    def __init__(self, model: Path, data: Path, *flags: str) -> None:
+        self._words = (model, data, "--lora-dir", str(ROOT / "models"), *flags)
+        self._server = Server(*self._words)
+        self._port = self._server.port
+        self.url = f"{self._server.url}/"
 
     def kill(self) -> None:
         """End it in the middle of what it does."""
-        self._process.kill()
-        self._process.communicate()
+        self._server.kill()
+
+    def start(self) -> None:
+        """Start it again."""
+        self._server = Server(*self._words, "--port", str(self._port))
 
     def end(self) -> None:
         """Ask it to end."""
-        self._process.send_signal(signal.SIGTERM)
-        self._process.communicate()
+        if self._server.process.poll() is None:
+            self._server.stop()
 
 
 @contextmanager

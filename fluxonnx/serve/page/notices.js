@@ -55,7 +55,7 @@ export function confirmed(key) {
 export function fieldError(name, message) {
   const place = find(`error-${name}`);
   if (!place) return false;
-  const field = find(name);
+  const field = find(name)?.matches("input, select, textarea") ? find(name) : null;
   place.hidden = !message;
   if (typeof message === "string") sayText(place, message, "en");
   else if (message) say(place, ...message);
