@@ -23,6 +23,8 @@ MODULES = ("playwright", "greenlet", "program:chromium", "npm:axe-core")
 LACKING = [module for module in MODULES if not has(module)]
 # Milliseconds that the page gets for anything, a load of the model included.
 PATIENCE = 20_000
+# The width of a picture, once it is loaded.
+LOADED_WIDTH = "(image) => image.decode().then(() => image.naturalWidth)"
 # A folder; where it is given, the tests write the screenshots of docs/page.md into it.
 SCREENSHOTS = os.environ.get("FLUXONNX_SCREENSHOTS")
 
@@ -91,13 +93,15 @@ def fill(page: Any, **values: Any) -> None:
 
 def make(page: Any, **values: Any) -> str:
     """Fill in fields, make a picture, wait until it is on show, and return its id."""
-    before = set(gallery(page))
     fill(page, **values)
-    page.keyboard.press("Control+Enter")
-    page.locator("#stage-job").wait_for()
-    page.locator("#stage-picture").wait_for()
-    new = [name for name in gallery(page) if name not in before]
-    assert shown(page) in new
+    return after(page, lambda: page.keyboard.press("Control+Enter"))
+
+
+def after(page: Any, act: Callable[[], object]) -> str:
+    """Do what leads to another picture on show, wait for it, and return its id."""
+    before = page.get_attribute("#stage-picture", "data-id")
+    act()
+    page.locator(f"#stage-picture[data-id]:not([data-id='{before}'])").wait_for()
     return shown(page)
 
 
@@ -149,10 +153,11 @@ def _axe() -> str:
     return (folder / "axe.min.js").read_text("utf-8")
 
 
-def faults(page: Any) -> list[str]:
-    """What axe-core finds: rules, and the elements that break them."""
-    page.evaluate(_axe())
-    found = page.evaluate("axe.run({ resultTypes: ['violations'] })")
+def faults(page: Any, *rules: str) -> list[str]:
+    """What axe-core finds: rules, all or some, and the elements that break them."""
+    if not page.evaluate("'axe' in window"):
+        page.evaluate(_axe())
+    found = page.evaluate("(rules) => axe.run(rules.length ? { runOnly: rules } : {})", list(rules))
     return [f"{rule['id']}: {', '.join(str(n['target']) for n in rule['nodes'])}" for rule in found["violations"]]
 
 

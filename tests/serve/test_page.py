@@ -13,7 +13,7 @@ pytest.importorskip("uvicorn")
 import fluxonnx
 from fluxonnx.runtime.saving import save_image
 from tests.serve import pages
-from tests.serve.pages import House, connected, fill, in_browser, make, opened, screenshot, shown
+from tests.serve.pages import House, after, connected, fill, in_browser, make, opened, screenshot, shown
 
 pytestmark = [
     pytest.mark.slow,
@@ -43,7 +43,7 @@ def test_a_picture_grows_and_appears(house, model):
         page.get_by_label("Prompt", exact=True).fill(PROMPT)
         name = make(page, seed=2**64 - 1, steps=8)
         assert page.evaluate("seen.size") >= 2
-        assert page.inner_text("#picture-facts") == "128 × 128 · 8 steps · seed 18446744073709551615"
+        assert page.inner_text("#picture-facts") == "128 \u00d7 128 · 8 steps · seed 18446744073709551615"
         assert page.inner_text("#picture-prompt") == PROMPT
         page.get_by_text("Parameters", exact=True).click()
         assert re.search(r"Sampler\s+euler", page.inner_text("#picture-parameters"))
@@ -51,15 +51,10 @@ def test_a_picture_grows_and_appears(house, model):
         with fluxonnx.load(model, provider="cpu") as flux:
             assert (found == np.asarray(flux.generate(PROMPT, 128, 128, 8, 2**64 - 1))).all()
 
-        page.get_by_role("button", name="Again").click()
-        page.locator("#stage-job").wait_for()
-        page.locator("#stage-picture").wait_for()
-        assert shown(page) != name
-        assert (pages.pixels(page, house.url, shown(page)) == found).all()
-        page.get_by_role("button", name="With another seed").click()
-        page.locator("#stage-job").wait_for()
-        page.locator("#stage-picture").wait_for()
-        assert (pages.pixels(page, house.url, shown(page)) != found).any()
+        again = after(page, page.get_by_role("button", name="Again").click)
+        assert (pages.pixels(page, house.url, again) == found).all()
+        other = after(page, page.get_by_role("button", name="With another seed").click)
+        assert (pages.pixels(page, house.url, other) != found).any()
 
 
 @in_browser
@@ -92,8 +87,8 @@ def test_paints_a_mask_and_edits(house):
         screenshot(page, "mask")
         page.get_by_role("button", name="Use this mask").click()
         page.get_by_role("button", name="Change the mask").wait_for()
-        after = make(page, prompt="a yellow star on a blue background", mask_blur=0, seed=5)
-        old, new = (pages.pixels(page, house.url, name) for name in (before, after))
+        edited = make(page, prompt="a yellow star on a blue background", mask_blur=0, seed=5)
+        old, new = (pages.pixels(page, house.url, name) for name in (before, edited))
         changed = np.abs(old.astype(int) - new).max(-1) > 0
         assert changed[45:83, 45:83].mean() > 0.5
         assert not changed[:, :30].any()
@@ -122,7 +117,7 @@ def test_everything_is_there_after_a_reload(house, tmp_path):
         page.locator("#references img").wait_for()
         page.select_option("#lora-add", "stripes")
         page.get_by_label("Scale of stripes").fill("0.5")
-        page.get_by_text("16:9").click()
+        page.get_by_label("16:9").check()
         page.get_by_text("More settings").click()
         page.select_option("#sampler", "heun")
         fill(page, prompt="zwei Kreise, 圆", seed=77, steps=900, count=2)
@@ -133,7 +128,9 @@ def test_everything_is_there_after_a_reload(house, tmp_path):
         assert values == {"prompt": "zwei Kreise, 圆", "seed": "77", "steps": "900", "count": "2", "sampler": "heun"}
         assert page.get_by_label("16:9").is_checked()
         assert page.get_by_label("Scale of stripes").input_value() == "0.5"
-        assert page.locator("#references img").evaluate("(image) => image.decode().then(() => image.naturalWidth)") == 128
+        assert (
+            page.locator("#references img").evaluate("(image) => image.decode().then(() => image.naturalWidth)") == 128
+        )
 
         page.keyboard.press("Control+Enter")
         page.get_by_text(re.compile("Step [0-9]+ of 900")).first.wait_for()
@@ -171,7 +168,7 @@ def test_pictures_that_are_dropped_and_pasted(house, model, tmp_path):
     with fluxonnx.load(model, provider="cpu") as flux:
         image = flux.generate("a purple ring", 144, 96, 3, 12345678901234567890)
     fluxonnx_picture = tmp_path / "ours.png"
-    save_image(image, fluxonnx_picture)
+    save_image(image, fluxonnx_picture, image.info)
     (tmp_path / "text.png").write_text("no picture")
     with opened(house.url) as page:
         connected(page)
@@ -231,10 +228,7 @@ def test_with_the_keyboard_alone(house):
         typed("a blue square on white")
         tab_to("#seed")
         typed("21")
-        press("Control+Enter")
-        page.locator("#stage-job").wait_for()
-        page.locator("#stage-picture").wait_for()
-        first = shown(page)
+        first = make(page)
         tab_to("#picture-actions [data-word=editThis]")
         press("Enter")
         assert page.evaluate("document.activeElement.id") == "prompt"
@@ -248,10 +242,7 @@ def test_with_the_keyboard_alone(house):
         press("Enter")
         page.get_by_role("button", name="Change the mask").wait_for()
         assert page.evaluate("document.activeElement.id") == "paint-mask"
-        press("Control+Enter")
-        page.locator("#stage-job").wait_for()
-        page.locator("#stage-picture").wait_for()
-        second = shown(page)
+        second = make(page)
         tab_to("#pictures button")
         press("ArrowRight")
         assert shown(page) == first
@@ -284,7 +275,11 @@ def test_the_queue(house):
             fill(page, prompt=f"circle {i}", seed=i, steps=1000)
             page.keyboard.press("Control+Enter")
             page.locator(f"#queue-list li:nth-child({i + 1})").wait_for()
-        assert page.locator("#queue-list .state").all_inner_texts() == ["Running", "1 job before it", "2 jobs before it"]
+        assert page.locator("#queue-list .state").all_inner_texts() == [
+            "Running",
+            "1 job before it",
+            "2 jobs before it",
+        ]
         screenshot(page, "queue")
         page.locator("#queue-list li:nth-child(2) .stop").click()
         page.locator("#queue-list li:nth-child(3)").wait_for(state="detached")

@@ -43,7 +43,9 @@ def test_nothing_comes_from_elsewhere():
         assert set(re.findall(r"https?://[^\s\"'`)]+", text)) <= {"http://www.w3.org/2000/svg"}, name
     assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\son\w+=|\sstyle=|javascript:", INDEX)
     for name, text in SCRIPTS.items():
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text), name
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text), (
+            name
+        )
 
 
 def test_files_are_small():
@@ -75,7 +77,9 @@ def test_every_word_that_is_said_is_known():
     """And every known one is said somewhere."""
     english = words()["en"]
     said = set(re.findall(r'data-word(?:-\w+)?="(\w+)"', INDEX))
-    quoted = {word for name, text in SCRIPTS.items() if not name.startswith("words-") for word in re.findall(r'"(\w+)"', text)}
+    quoted = {
+        word for name, text in SCRIPTS.items() if not name.startswith("words-") for word in re.findall(r'"(\w+)"', text)
+    }
     assert said <= english.keys()
     assert {key for key in english if not MADE.match(key)} <= said | quoted
     calls = r'(?:say|speak|notify|confirmed)\((?:[^"(),]+(?:\([^)]*\))?, )?"(\w+)"|\b(?:word|label): \[?"(\w+)"'

@@ -61,6 +61,8 @@ function onJob(job) {
 /** A job has ended: what it made, or the next one that is followed, comes on show. */
 async function ended(job, mine) {
   stage.unfollow(job.id);
+  // Those that wait have moved up, also where nothing else is told of them.
+  if (queue.anyWaits()) queue.refresh().catch(tell);
   if (job.state !== "cancelled") await gallery.refresh().catch(tell);
   if (!mine) return;
   const next = queue.get(stage.followed());

@@ -61,11 +61,16 @@ function apply(surface, operation) {
   } else if (operation.kind === "mask") drawMask(surface, operation.image);
   else {
     surface.globalCompositeOperation = operation.erase ? "destination-out" : "source-over";
-    Object.assign(surface, { lineWidth: operation.size, lineCap: "round", lineJoin: "round", strokeStyle: COLOUR });
+    Object.assign(surface, { lineWidth: operation.size, lineCap: "round", lineJoin: "round" });
+    surface.strokeStyle = surface.fillStyle = COLOUR;
     surface.beginPath();
     surface.moveTo(...operation.points[0]);
     for (const point of operation.points) surface.lineTo(...point);
     surface.stroke();
+    // A line to where it began has no length, and is not drawn.
+    surface.beginPath();
+    surface.arc(...operation.points[0], operation.size / 2, 0, 2 * Math.PI);
+    surface.fill();
   }
 }
 

@@ -20,6 +20,8 @@ export const current = () => all().find(({ state }) => state === "running") ?? w
 
 const waiting = () => all().filter(({ state }) => state === "queued").sort((a, b) => a.position - b.position);
 
+export const anyWaits = () => waiting().length > 0;
+
 export function startQueue(shown) {
   onShow = shown;
 }

@@ -123,6 +123,7 @@ export function showFailed(job) {
 export async function showPicture(picture) {
   part("picture");
   shown = picture;
+  find("stage-picture").dataset.id = picture.id;
   let recipe = picture.parameters ?? {};
   drawPicture(recipe);
   find("picture-prompt").textContent = recipe.prompt ?? "";
