@@ -90,6 +90,20 @@ def test_the_newest_preview(server):
     assert server.request("GET", f"/jobs/{job}/preview")[0] == 404
 
 
+def test_cancelling_one_job_of_a_batch_leaves_the_others(server):
+    long = server.json("POST", "/jobs", {**SMALL, "prompt": "x", "steps": 300})["id"]
+    next(told for name, told in server.events("/events") if name == "preview")
+    first, second, third = (server.json("POST", "/jobs", {**SMALL, "steps": 30, "seed": i})["id"] for i in range(3))
+    server.json("DELETE", f"/jobs/{long}")
+    for name, told in server.events("/events"):
+        if name == "preview" and told["job"] == first:
+            break
+    for job in (first, third):
+        assert server.json("DELETE", f"/jobs/{job}")["state"] == "cancelled"
+    assert server.finished(second)["state"] == "done"
+    assert [len(server.json("GET", f"/jobs/{job}")["pictures"]) for job in (first, second, third)] == [0, 1, 0]
+
+
 def test_cancelling_a_job_that_waits_or_has_ended(server):
     first = server.json("POST", "/jobs", {**SMALL, "steps": 300})["id"]
     second = server.json("POST", "/jobs", {**SMALL, "prompt": "x"})["id"]
