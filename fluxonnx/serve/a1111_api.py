@@ -150,7 +150,7 @@ def _upload(service: Service, owner: str, value: Any, param: str) -> Upload:
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise ApiError(500, "Invalid encoded image", param) from None  # their words and status
+        raise wrong("Invalid encoded image", param) from None  # their words
     return service.gallery.add_upload(owner, data, param)
 
 

@@ -285,8 +285,8 @@ def _a1111() -> dict[str, Schema]:
 
 
 @cache
-def describe_api() -> dict[str, Any]:
-    """Return the description of the API."""
+def describe_api(needs_key: bool = False) -> dict[str, Any]:
+    """Return the description of the API of a server, which needs a key or does not."""
     paths = {**_jobs(), **_system(), **_openai(), **_a1111()}
     for name, operations in paths.items():
         if name in OPEN:
@@ -307,5 +307,5 @@ def describe_api() -> dict[str, Any]:
                 "cookie": {"type": "apiKey", "in": "cookie", "name": "fluxonnx_session"},
             },
         },
-        "security": [{"bearer": []}, {"cookie": []}],
+        "security": [{"bearer": []}, {"cookie": []}] if needs_key else [],
     }

@@ -153,7 +153,7 @@ def end_session(request: Request) -> Response:
 
 def api(request: Request) -> Response:
     """Return the description of the API."""
-    return JSONResponse(describe_api(), headers=FRESH)
+    return JSONResponse(describe_api(service_of(request).keys.required), headers=FRESH)
 
 
 def page(request: Request) -> Response:

@@ -1,4 +1,4 @@
-"""One server for each file of tests; the bundled model is exported once."""
+"""A server for all tests; the bundled model is exported once."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the module's server."""
+    """The folder of the server."""
     return tmp_path_factory.mktemp("data")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(model: Path, data: Path) -> Iterator[Server]:
-    with serving(model, data) as server:
+    """A server that tests share: they leave no job in it, and count only what they add."""
+    with serving(model, data, "--lora-dir", str(TINY.parent)) as server:
         yield server

@@ -59,7 +59,7 @@ def test_what_there_is(client):
     assert client.util_get_scheduler_names() == ["normal", "simple"]
     assert client.util_get_model_names() == ["tiny-klein"]
     assert client.util_get_current_model() == "tiny-klein"
-    assert client.get_loras() == []
+    assert [lora["path"] for lora in client.get_loras()] == ["stripes.safetensors"]
     assert client.get_sd_models()[0]["filename"] == "tiny-klein"
     client.set_options({"sd_model_checkpoint": "tiny-klein"})
     for sampler in ("Euler", "Heun", "DPM++ 2M"):

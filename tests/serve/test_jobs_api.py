@@ -12,7 +12,7 @@ pytest.importorskip("starlette")
 
 import fluxonnx
 from fluxonnx.runtime.metadata import read_parameters
-from tests.serving import Server, serving
+from tests.serving import Server
 
 pytestmark = pytest.mark.slow
 
@@ -88,6 +88,20 @@ def test_the_newest_preview(server):
     assert server.json("DELETE", f"/jobs/{job}")["state"] == "cancelled"
     server.draw()  # the worker has left it
     assert server.request("GET", f"/jobs/{job}/preview")[0] == 404
+
+
+def test_cancelling_one_job_of_a_batch_leaves_the_others(server):
+    long = server.json("POST", "/jobs", {**SMALL, "prompt": "x", "steps": 300})["id"]
+    next(told for name, told in server.events("/events") if name == "preview")
+    first, second, third = (server.json("POST", "/jobs", {**SMALL, "steps": 30, "seed": i})["id"] for i in range(3))
+    server.json("DELETE", f"/jobs/{long}")
+    for name, told in server.events("/events"):
+        if name == "preview" and told["job"] == first:
+            break
+    for job in (first, third):
+        assert server.json("DELETE", f"/jobs/{job}")["state"] == "cancelled"
+    assert server.finished(second)["state"] == "done"
+    assert [len(server.json("GET", f"/jobs/{job}")["pictures"]) for job in (first, second, third)] == [0, 1, 0]
 
 
 def test_cancelling_a_job_that_waits_or_has_ended(server):
@@ -184,26 +198,15 @@ def test_warnings_belong_to_their_job(server):
     assert server.draw()["warnings"] == []
 
 
-def test_lora_files(model, tmp_path):
-    import shutil
-    from pathlib import Path
-
-    folder = tmp_path / "loras"
-    folder.mkdir()
-    shutil.copy(Path(__file__).parent.parent.parent / "models/stripes.safetensors", folder)
-    with serving(model, tmp_path / "data", "--lora-dir", str(folder)) as server:
-        assert server.json("GET", "/info")["loras"] == ["stripes"]
-        plain, lora = (
-            server.draw(seed=1, steps=2, lora=wanted)["pictures"][0]["url"]
-            for wanted in ([], [{"name": "stripes", "scale": 1.5}])
-        )
-        plain_again = server.draw(seed=1, steps=2)["pictures"][0]["url"]
-        found = [server.request("GET", url)[2] for url in (plain, lora, plain_again)]
-        assert found[0] == found[2] != found[1]
-        for name in ("../loras/stripes", "none", str(folder / "stripes.safetensors")):
-            status, _, text = server.request("POST", "/jobs", {**SMALL, "lora": [{"name": name}]})
-            assert status == 422
-            assert b"lora" in text
+def test_lora_files(server):
+    assert server.json("GET", "/info")["loras"] == ["stripes"]
+    wanted = ([], [{"name": "stripes", "scale": 1.5}], [])
+    urls = [server.draw(seed=1, steps=2, lora=lora)["pictures"][0]["url"] for lora in wanted]
+    found = [server.request("GET", url)[2] for url in urls]
+    assert found[0] == found[2] != found[1]
+    for name in ("../models/stripes", "none", "/etc/passwd", ""):
+        status, _, text = server.request("POST", "/jobs", {**SMALL, "lora": [{"name": name}]})
+        assert (status, b"lora" in text) == (422, True)
 
 
 @pytest.mark.parametrize(
