@@ -75,6 +75,7 @@ def base(checkpoints, tmp_path, monkeypatch) -> Callable[[str, str], list[str]]:
             "download": {"": "nobody"},
             "info": {},
             "inspect": {"": f"{model}/conditioning.onnx"},
+            "serve": {"--dir": "empty", "--port": "0", "--data": "data"},
         }[command]
         if flag in ("--prompt-file", "--from"):
             known.pop("--prompt")

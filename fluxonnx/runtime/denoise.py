@@ -10,6 +10,7 @@ from PIL import Image
 
 from fluxonnx.contract import REFERENCE_T, grid_ids, pack
 from fluxonnx.errors import UsageError
+from fluxonnx.runtime.events import StepEnded
 from fluxonnx.runtime.fields import FITTED_SIDE
 from fluxonnx.runtime.models import Models, Transformer
 from fluxonnx.runtime.noise import flux2c_randn, randn, size_independent_randn
@@ -82,6 +83,15 @@ def _velocity(transformer: Transformer, prepared: Prepared, batch: int) -> Veloc
         return unconditional + np.float32(request.guidance_scale) * (conditional - unconditional)
 
     return velocity
+
+
+def step_ended(state: SolverStep, draw: Callable[[np.ndarray], Image.Image]) -> StepEnded:
+    """Tell of a step of a batch; `draw` makes a small picture of f32 [1, image_seq, channels]."""
+
+    def preview(i: int) -> Image.Image:
+        return draw(state.estimate()[i : i + 1])
+
+    return StepEnded(state.index, state.steps, len(state.latents), preview)
 
 
 class Step:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,25 @@ class OperatorsTimed:
     operators: tuple[Operator, ...]
 
 
-Event = PhaseBegan | GraphRan | OperatorsTimed
+@dataclass(frozen=True)
+class StepEnded:
+    """A denoising step of the pictures that are made in one pass ended; `Flux.pictures` tells of it.
+
+    Attributes:
+        index: 1 after the first step.
+        steps: How many there are.
+        count: How many pictures are in the pass.
+        preview: preview(i) draws a small version of the i-th of them as it is expected to be: RGB, see `Step.preview`.
+            It may be called until the next step.
+    """
+
+    index: int
+    steps: int
+    count: int
+    preview: Callable[[int], Image.Image]
+
+
+Event = PhaseBegan | GraphRan | OperatorsTimed | StepEnded
 Watch = Callable[[Event], None]
 
 

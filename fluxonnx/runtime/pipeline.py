@@ -8,7 +8,6 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from fluxonnx.contract import Architecture, unpack
 from fluxonnx.errors import Cancelled, UsageError
 from fluxonnx.machine import usable_cores
 from fluxonnx.runtime.adapters import Adapters
-from fluxonnx.runtime.denoise import Step, denoise, draw_noise
+from fluxonnx.runtime.denoise import Step, denoise, draw_noise, step_ended
 from fluxonnx.runtime.engine import SessionOptions
 from fluxonnx.runtime.engines import name_of
 from fluxonnx.runtime.events import Event, PhaseBegan
@@ -58,6 +57,8 @@ class Flux:
     Attributes:
         name: The model's name.
         is_distilled: Whether it was distilled to run in a few steps without guidance.
+        builds: The precision and flavour of its graphs, as pictures store them.
+        defaults: The width, height and max_sequence_length of a request that names none.
         text_encoder_out_layers: The hidden states that make up prompt embeddings.
         phases: The phases of the last run and the seconds they took.
         watch: Called with every event, see `events`; may be set between runs.
@@ -86,8 +87,7 @@ class Flux:
             static: Static builds of the same precision and flavour, for the sizes that they draw.
         """
         options = options or SessionOptions()
-        self.name = checkpoint.name
-        self.is_distilled = checkpoint.is_distilled
+        self.name, self.is_distilled = checkpoint.name, checkpoint.is_distilled
         self.text_encoder_out_layers = tuple(manifest.text_encoder_out_layers or ())
         self.watch = options.watch
         self.phases = Phases(self._phase_began)
@@ -106,7 +106,8 @@ class Flux:
         self._prompts = Prompts(Tokenizer(checkpoint.root / "tokenizer"), self._models, cache)
         adapters = self._adapters = Adapters(checkpoint, build, encoder or build, self._sizes, options, self._lock)
         self.load_lora, self.set_lora_scale, self.unload_lora = adapters.attach(self._models, self._prompts)
-        self._defaults = {**DEFAULTS, **manifest.defaults, **self._models.defaults()}
+        self.builds = self._models.builds()
+        self.defaults = self._defaults = {**DEFAULTS, **manifest.defaults, **self._models.defaults()}
 
     def _resolve(self, request: Request, **options: Any) -> ResolvedRequest:
         resolved = resolve(request, self.is_distilled, self._unit, self._defaults, **options)
@@ -309,6 +310,7 @@ class Flux:
             with closing(denoise(self._models, phases, prepared, noise)) as steps:
                 for step in steps:
                     latents = step.latents
+                    self._emit(step_ended(step, partial(self._fast_preview, prepared, seed=0, phases=phases)))
                     if callback and callback(step.index, step.steps, step.sigma, latents) is False:
                         raise Cancelled(f"stopped by the callback after step {step.index} of {step.steps}")
             # 4. Decode the pictures.
@@ -408,9 +410,7 @@ class Flux:
     def __enter__(self) -> Flux:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
