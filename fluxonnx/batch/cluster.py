@@ -81,6 +81,7 @@ def _ray() -> Any:
         UsageError: It is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
         import ray.data
@@ -115,9 +116,11 @@ def _connected(address: str) -> Iterator[Any]:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, **options)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        hint = "; this machine has to be a node of the cluster: ray start --address HOST:PORT" if options == {} else ""
-        raise FluxonnxError(f"can't connect to Ray at {address}: {reason}{hint}") from None
+        if address == LOCAL:
+            raise FluxonnxError(f"Ray can't be started here: {_reason(error)}") from None
+        where = "this machine belongs to no cluster of Ray" if address == AUTO else f"can't connect to Ray at {address}"
+        why = "" if address == AUTO else f" ({_reason(error)})"
+        raise FluxonnxError(f"{where}{why}: make it a node with ray start --address HOST:PORT") from None
     try:
         yield ray
     finally:
@@ -149,7 +152,7 @@ def _pool(ray: Any, painter: Painter, workers: int | None, cpus: int | None) -> 
     fits = {node: count // cpus for node, count in nodes.items() if count >= cpus}
     if not fits:
         raise FluxonnxError(
-            f"no node of the cluster has {cpus} processors, the largest has {max(found)}: --threads {max(found)}"
+            f"no node of the cluster has {cpus} processors: give workers at most --threads {max(found)}"
         )
     _check_nodes(ray, painter, list(fits))
     size = min(sum(fits.values()), workers or MOST_THREADS * len(fits))
@@ -215,7 +218,6 @@ def _pass(ray: Any, pool: Pool, rows: Sequence[Values]) -> Iterator[Result]:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.log_internal_stack_trace_to_stdout = False
     blocks = max(pool.size * BLOCKS_PER_WORKER, len(rows) // PROMPTS_AHEAD)
     size = max(1, -(-len(rows) // min(blocks, MOST_BLOCKS)))
     schema = _schema(pyarrow)

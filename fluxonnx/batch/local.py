@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import queue
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import IO, Any
 
 from fluxonnx.batch.painter import PROMPTS_AHEAD, Painter
@@ -21,6 +23,10 @@ from fluxonnx.machine import MOST_THREADS, usable_cores
 Values = Mapping[str, Any]
 Result = Mapping[str, Any]
 
+# The folder that `fluxonnx` is imported from.
+PACKAGE = str(Path(__file__).parents[2])
+# Seconds in which a process that has closed its output ends.
+END_TIME = 10
 # A row in whose time the worker was killed is tried once more: memory may have been short for another reason.
 MOST_DEATHS = 2
 
@@ -164,7 +170,7 @@ class Worker:
                 return
             how = self._ended()
             if (row := self._todo.give_back(list(left))) is not None:
-                error = f"the worker that drew it {how} {MOST_DEATHS} times"
+                error = f"the worker that drew it {how}, and so did the next one"
                 self._done.put({"row": row["row"], "error": error})
 
     def _started(self) -> subprocess.Popen[bytes]:
@@ -172,9 +178,14 @@ class Worker:
             if self._process is None:
                 if self._todo.stopped:
                     raise EOFError
-                command = [sys.executable, "-m", "fluxonnx.batch.worker"]
+                # -P: files in the current folder must not take the place of modules.
+                command = [sys.executable, "-P", "-m", "fluxonnx.batch.worker"]
+                paths = [PACKAGE, *filter(None, [os.environ.get("PYTHONPATH")])]
+                environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
                 try:
-                    self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                    self._process = subprocess.Popen(
+                        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+                    )
                 except OSError as error:
                     raise FluxonnxError(f"a worker can't be started: {error.strerror or error}") from None
                 assert self._process.stdin is not None
@@ -185,10 +196,13 @@ class Worker:
         """Return how the process ended."""
         with self._lock:
             assert self._process is not None
-            self._process.kill()
-            code = self._process.wait()
+            try:
+                code = self._process.wait(END_TIME)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                code = self._process.wait()
             self._process = None
-        return "was killed, most likely because memory ran out," if code == -9 else f"ended with code {code}"
+        return "was killed (most likely because memory ran out)" if code == -9 else f"ended with code {code}"
 
 
 def _send(stream: IO[bytes], value: object) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from fluxonnx.batch.painter import Painter
 from fluxonnx.batch.rows import Row
 from fluxonnx.batch.table import NAME, Table, arrow
+from fluxonnx.checkpoint.reading import exists
 from fluxonnx.errors import FluxonnxError, UsageError
 from fluxonnx.files import describe_os_error, exclusive
 from fluxonnx.runtime.outputs import write_output
@@ -165,7 +166,7 @@ def _check_folder(folder: Path, rows: Sequence[Row]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / NAME).exists():
             return
-        there = next((row.file for row in rows if row.file and (folder / row.file).exists()), None)
+        there = next((row.file for row in rows if row.file and exists(folder / row.file)), None)
     except FileExistsError:
         raise UsageError(f"{folder} is a file: choose a folder with -o") from None
     except NotADirectoryError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from fluxonnx.runtime.prompt_file import KEYS
 ID = Field(name="id", kind=str)
 ROW = Field(name="row", kind=int, low=1)
 ROW_KEYS = {**KEYS, ID.name: ID, ROW.name: ROW}
+# The bytes that a part of a path may have on most file systems.
+LONGEST = 255
 # What can't be part of a file's name somewhere.
 UNSAFE = frozenset('/\\:*?"<>|')
 
@@ -68,6 +71,8 @@ def file_name(values: Mapping[str, Any], format: str) -> str | None:
         inside = not path.is_absolute() and ".." not in path.parts and not path.drive and "\\" not in name
         if not inside or path.name.startswith(".") or not is_text(name):
             raise UsageError(f"output {shown(name)} must be a name inside the folder of the pictures")
+        if any(len(os.fsencode(part)) > LONGEST for part in path.parts):
+            raise UsageError(f"output {shown(name)} is too long: {LONGEST} bytes are possible")
         return path.as_posix()
     if "id" in values:
         name = str(values["id"])
@@ -79,5 +84,7 @@ def file_name(values: Mapping[str, Any], format: str) -> str | None:
             or name != name.strip()
         ):
             raise UsageError(f"id {shown(name)} can't be the name of a file: use letters, digits, - and _")
+        if len(os.fsencode(f"{name}.{format}")) > LONGEST:
+            raise UsageError(f"id {shown(name)} is too long: {LONGEST} bytes are possible, ending included")
         return f"{name}.{format}"
     return f"{values['row']:06}.{format}" if "row" in values else None

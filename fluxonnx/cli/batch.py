@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -238,16 +240,18 @@ def batch(options: Options) -> None:
             warned = f"; warning: {result['warning']}" if result.get("warning") else ""
             say(f"{options.output / str(row.file)} ({result['seconds']:.1f} s, {result['worker']}{warned})")
 
-    summary = make_pictures(
-        rows,
-        options.output,
-        painter,
-        engine,
-        again=options.again,
-        parquet=options.parquet,
-        begin=begin,
-        watch=watch,
-    )
+    # Ray prints the logs of nodes that go away on standard output, which is for results.
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # noqa: PTH123
+        summary = make_pictures(
+            rows,
+            options.output,
+            painter,
+            engine,
+            again=options.again,
+            parquet=options.parquet,
+            begin=begin,
+            watch=watch,
+        )
     seconds = time.perf_counter() - start
     tables = " and ".join(map(str, summary.files))
     say(f"{summary.made} made, {summary.kept} were there, {summary.failed} failed ({seconds:.1f} s): {tables}")
