@@ -114,7 +114,8 @@ def _connected(address: str) -> Iterator[Any]:
         _check_answer(address)
     options = {"include_dashboard": False} if address == LOCAL else {}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, **options)
+        with _silent():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, **options)
     except Exception as error:
         if address == LOCAL:
             raise FluxonnxError(f"Ray can't be started here: {_reason(error)}") from None
@@ -125,6 +126,19 @@ def _connected(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep what Ray's C++ part says about its own settings from standard error."""
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 
 def _check_answer(address: str) -> None:

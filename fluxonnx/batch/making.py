@@ -13,7 +13,7 @@ from typing import Any
 from fluxonnx.batch.painter import Painter
 from fluxonnx.batch.rows import Row
 from fluxonnx.batch.table import NAME, Table, arrow
-from fluxonnx.checkpoint.reading import exists
+from fluxonnx.checkpoint.reading import exists, is_folder, is_name
 from fluxonnx.errors import FluxonnxError, UsageError
 from fluxonnx.files import describe_os_error, exclusive
 from fluxonnx.runtime.outputs import write_output
@@ -72,7 +72,11 @@ def make_pictures(
     """
     if parquet:
         arrow()
-    _check_folder(folder, rows)
+    check_folder(folder, rows)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FluxonnxError(describe_os_error(error, folder)) from None
     with exclusive(folder, on_wait=lambda: _refuse(folder)), Table(folder) as table:
         summary = Summary(len(rows))
         waiting = _sort(rows, table, summary, again)
@@ -160,21 +164,22 @@ def located(row: Row, error: str) -> str:
     return error if error.startswith(row.where) else f"{row.where}: {error}"
 
 
-def _check_folder(folder: Path, rows: Sequence[Row]) -> None:
-    """Make the folder; pictures in it that have the name of one of these, and no table, are someone else's."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / NAME).exists():
-            return
-        there = next((row.file for row in rows if row.file and exists(folder / row.file)), None)
-    except FileExistsError:
-        raise UsageError(f"{folder} is a file: choose a folder with -o") from None
-    except NotADirectoryError:
-        raise UsageError(f"{folder} is inside of a file: choose another folder with -o") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError):
-            raise FluxonnxError(describe_os_error(error, folder)) from None
-        raise UsageError(f"{folder} can't be the name of a folder: choose another with -o") from None
+def check_folder(folder: Path, rows: Sequence[Row]) -> None:
+    """Check before a long run whether a folder can be that of a batch, without changing anything.
+
+    Raises:
+        UsageError: It is a file, or in one, or can't be a name. Or it holds pictures of the names of these rows and no
+            table: they are someone else's.
+    """
+    if not is_name(str(folder)):
+        raise UsageError(f"{str(folder)!r} can't be the name of a folder: choose another with -o")
+    for place in (folder, *folder.absolute().parents):
+        if exists(place) and not is_folder(place):
+            what = "is a file" if place == folder else f"is inside of {place}, which is a file"
+            raise UsageError(f"{folder} {what}: choose a folder with -o")
+    if exists(folder / NAME):
+        return
+    there = next((row.file for row in rows if row.file and exists(folder / row.file)), None)
     if there is not None:
         raise UsageError(
             f"{folder} holds {there}, and no {NAME} that says what made it: choose an empty folder with -o"

@@ -204,9 +204,10 @@ def options_of(arguments: argparse.Namespace) -> Options:
 def batch(options: Options) -> None:
     """Make the pictures, and tell what became of them."""
     from fluxonnx.api import is_shipped
-    from fluxonnx.batch.making import located, make_pictures
+    from fluxonnx.batch.making import check_folder, located, make_pictures
     from fluxonnx.batch.painter import Painter
     from fluxonnx.batch.rows import read_rows
+    from fluxonnx.batch.table import arrow
     from fluxonnx.runtime.fields import FIELD
 
     say = speaker(options.quiet)
@@ -222,7 +223,10 @@ def batch(options: Options) -> None:
     painter = Painter(
         None if everywhere else str(model.absolute()), **settings, threads=options.threads, format=options.format
     )
+    if options.parquet:
+        arrow()
     rows = read_rows(options.table, painter, options.seed, values, model)
+    check_folder(options.output, rows)
     if options.engine == "local" and any(row.error is None for row in rows):
         _open(painter, options, say)
     start = time.perf_counter()

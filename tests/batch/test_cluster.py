@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -69,7 +68,6 @@ def nodes(monkeypatch):
     import ray
     from ray.cluster_utils import Cluster
 
-    place = tempfile.mkdtemp(prefix="r")  # short, because it holds sockets
     # A node that is killed is noticed after two seconds, not after half a minute.
     health = {
         "health_check_initial_delay_ms": 0,
@@ -77,14 +75,14 @@ def nodes(monkeypatch):
         "health_check_timeout_ms": 2000,
         "health_check_failure_threshold": 3,
     }
-    node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False, "temp_dir": place}
+    node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
     running = Cluster(initialize_head=True, head_node_args={**node, "_system_config": health})
     try:
         yield running, running.add_node(**node)
     finally:
         ray.shutdown()
         running.shutdown()
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(running.head_node.get_session_dir_path(), ignore_errors=True)
 
 
 @pytest.mark.slow
