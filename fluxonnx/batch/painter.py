@@ -71,7 +71,7 @@ class Painter:
             in the place of `picture`. None to return the pictures.
     """
 
-    model: str | None = None
+    model: str | Path | None = None
     precision: str | None = None
     text_encoder_precision: str | None = None
     provider: str | None = None
@@ -80,13 +80,13 @@ class Painter:
     threads: int | None = None
     low_memory: bool = False
     keep_loaded: bool | None = None
-    cache_dir: str | None = None
-    transformer: str | None = None
-    text_encoder: str | None = None
-    vae: str | None = None
+    cache_dir: str | Path | None = None
+    transformer: str | Path | None = None
+    text_encoder: str | Path | None = None
+    vae: str | Path | None = None
     lora: tuple[str, ...] = ()
     format: str = "png"
-    folder: str | None = None
+    folder: str | Path | None = None
 
     def __post_init__(self) -> None:
         """Give the settings their plain types, and check those that can be checked anywhere."""

@@ -77,12 +77,13 @@ def nodes(monkeypatch):
     }
     node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
     running = Cluster(initialize_head=True, head_node_args={**node, "_system_config": health})
+    session = running.head_node.get_session_dir_path()
     try:
         yield running, running.add_node(**node)
     finally:
         ray.shutdown()
         running.shutdown()
-        shutil.rmtree(running.head_node.get_session_dir_path(), ignore_errors=True)
+        shutil.rmtree(session, ignore_errors=True)
 
 
 @pytest.mark.slow
