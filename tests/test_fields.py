@@ -14,13 +14,13 @@ from fluxonnx import contract
 from fluxonnx.cli import build_parser
 from fluxonnx.cli.generate import options_of
 from fluxonnx.cli.jobs import Job, plan, read_source
-from fluxonnx.cli.prompt_file import read_prompt_file
 from fluxonnx.errors import ImageError, UsageError
 from fluxonnx.runtime.field import Field
 from fluxonnx.runtime.fields import FIELD, FIELDS
 from fluxonnx.runtime.images import digest, load_image
 from fluxonnx.runtime.metadata import read_values
 from fluxonnx.runtime.noise import check_seed
+from fluxonnx.runtime.prompt_file import read_prompt_file
 from fluxonnx.runtime.request import DEFAULTS, PICTURES, Request, ResolvedRequest, resolve
 from fluxonnx.runtime.sampler import SOLVERS
 from fluxonnx.runtime.saving import save_image

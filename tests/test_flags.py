@@ -61,12 +61,20 @@ def base(checkpoints, tmp_path, monkeypatch) -> Callable[[str, str], list[str]]:
     monkeypatch.chdir(tmp_path)
     model = str(checkpoints.exported(Case("odd-heads")))
     Path("empty").mkdir()
+    Path("prompts.txt").write_text("x")
 
     def base(command: str, flag: str) -> list[str]:
         # Almost any value of these is a good one. They are checked before the size, so that nothing is drawn.
         size = "70" if flag in ("--prompt", "--negative-prompt", "--cache-dir") else "64"
         known = {
             "generate": {"--dir": model, "--prompt": "x", "--width": size, "--height": "64", "--steps": "1"},
+            # Pictures are made only where that depends on the flag.
+            "batch": {
+                "": "prompts.txt",
+                "--output": "pictures",
+                "--dir": model,
+                **({"--width": "64", "--steps": "1"} if flag == "--output" else {"--precision": "none"}),
+            },
             "export": {"--dir": model, "--output": "copy", "--component": "conditioning"},
             # What these would measure takes long, so that they get no model.
             "bench": {"--dir": "empty", "--precision": "none"},

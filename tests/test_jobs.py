@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from fluxonnx.cli import main
-from fluxonnx.cli.inputs import Inputs, load_inputs, loader
 from fluxonnx.errors import ImageError
 from fluxonnx.runtime.images import digest
+from fluxonnx.runtime.input_files import Inputs, load_inputs, loader
 from fluxonnx.runtime.metadata import read_parameters
 from tests.support import Case
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fluxonnx.cli.prompt_file import read_prompt_file
 from fluxonnx.errors import UsageError
+from fluxonnx.runtime.prompt_file import read_prompt_file
 
 
 def read(tmp_path, content: bytes) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fluxonnx.cli import build_parser
-from fluxonnx.cli.prompt_file import KEYS
+from fluxonnx.runtime.prompt_file import KEYS
 
 PAGE = Path(__file__).parent.parent / "docs/cli.md"
 WIDTH = 120

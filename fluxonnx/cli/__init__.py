@@ -10,13 +10,37 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from fluxonnx.cli import bench, check, compare, download, export, generate, info, inspect, providers, serve
+from fluxonnx.cli import (
+    batch,
+    bench,
+    check,
+    compare,
+    download,
+    export,
+    generate,
+    info,
+    inspect,
+    providers,
+    serve,
+)
 from fluxonnx.cli.messages import complain, escaped, finish, occupy_streams, shortened
 from fluxonnx.cli.signals import Terminated, ending_cleanly
 from fluxonnx.errors import FluxonnxError, UsageError
 from fluxonnx.version import __version__
 
-COMMANDS = (generate, serve, export, download, info, inspect, check, providers, bench, compare)
+COMMANDS = (
+    generate,
+    serve,
+    batch,
+    export,
+    download,
+    info,
+    inspect,
+    check,
+    providers,
+    bench,
+    compare,
+)
 # If set, errors that nobody foresaw keep their traceback.
 TRACEBACK = "FLUXONNX_TRACEBACK"
 EMPTY_VALUE = re.compile(r"--?[A-Za-z-]+=--")

@@ -9,20 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluxonnx.cli.inputs import Load, load_inputs, loader
-from fluxonnx.cli.prompt_file import prompt_file_name, read_prompt_file
 from fluxonnx.errors import UsageError
-from fluxonnx.runtime.fields import FIELD, FIELDS
+from fluxonnx.runtime.fields import FIELD
+from fluxonnx.runtime.input_files import Load, loader
+from fluxonnx.runtime.lines import combined, request_of
 from fluxonnx.runtime.metadata import read_values
+from fluxonnx.runtime.prompt_file import prompt_file_name, read_prompt_file
 from fluxonnx.runtime.providers import CPU, OPENBLAS, available
 from fluxonnx.runtime.request import Request
 from fluxonnx.runtime.saving import check_output_path
 from fluxonnx.runtime.seeds import random_seed
-
-# The flags that name pictures, several each.
-PICTURE_FILES = ("input", "reference")
-# The values that say that the input is painted over, and not only looked at.
-PAINTS_OVER = ("strength", "expand")
 
 # Values by the names of the table of fields, with its types.
 Values = Mapping[str, Any]
@@ -170,45 +166,28 @@ def choose_build(
 
 def _job(wanted: Wanted, known: Values, source: Path | None, numbered: bool, load: Load, where: str = "") -> Job:
     """Combine the flags with the values of a line of a prompt file, or of the picture to make again."""
-    values = {field.name: known[field.name] for field in FIELDS if "request" in field.places and field.name in known}
-    if "size" in wanted.values:
-        values = {name: value for name, value in values.items() if name not in ("width", "height")}
-    elif {"width", "height"} & wanted.values.keys():
-        values.pop("size", None)
-    values.update(wanted.values)
-    if "expand" in values:
-        values["expand"] = tuple(values["expand"])
+    values = combined(known, wanted.values)
     if "sigmas" in values:
-        values["sigmas"] = tuple(values["sigmas"])
         if "sigmas" in wanted.values and "schedule" not in wanted.values:
             values["schedule"] = "custom"
         values.setdefault("schedule", "custom")
         if "steps" not in wanted.values:
             values.pop("steps", None)
-    # A line of a prompt file has the paths of its pictures; the picture to make again has names to look for.
-    files = {name: wanted.files.get(name) or [Path(file) for file in known.get(name, ())] for name in PICTURE_FILES}
-    mask = wanted.mask or (Path(known["mask"]) if "mask" in known else None)
-    said = wanted.values if source else values
-    inputs = load_inputs(
-        files["input"],
-        files["reference"],
-        mask is not None or any(name in said for name in PAINTS_OVER),
+    request, inputs = request_of(
+        values,
         known,
-        source,
-        wanted.absolute_paths,
         load,
-        mask,
+        files=wanted.files,
+        mask=wanted.mask,
+        source=source,
+        said=wanted.values if source else values,
+        absolute_paths=wanted.absolute_paths,
     )
-    if inputs.image and known.get("strength") == 0 and inputs.image.size == (known.get("width"), known.get("height")):
-        # A copy of the input, which has sizes that can't be drawn, and again has its size if none is given.
-        for name in {"width", "height"} - wanted.values.keys():
-            values.pop(name, None)
-    request = Request(**values, **inputs.pictures)
     seeds = _seeds(wanted, known)
     output = Path(known.get("output") or wanted.output or FIELD["output"].default)
     numbered = (numbered and "output" not in known) or len(seeds) > 1
     check_output_path(output, numbered)
-    return Job(request, seeds, output, numbered, inputs.metadata, where)
+    return Job(request, seeds, output, numbered, inputs, where)
 
 
 def _seeds(wanted: Wanted, known: Values) -> list[int]:

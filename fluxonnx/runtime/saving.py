@@ -76,11 +76,28 @@ def save_image(
     """
     path = Path(path)
     check_output_path(path, numbered)
-    options = FORMATS[path.suffix.lower()]
+    return _written(path, numbered, encoded(image, path.suffix, parameters, path))
+
+
+def encoded(
+    image: Image.Image, suffix: str, parameters: Mapping[Any, Any] | None = None, name: object = "the picture"
+) -> bytes:
+    """Return the content of a picture's file; see `save_image`.
+
+    Args:
+        image: RGB.
+        suffix: .png, .jpg, .jpeg, .webp or .ppm.
+        parameters: What made the picture.
+        name: What messages call the file.
+
+    Raises:
+        ImageError: The format can't hold such a picture.
+    """
+    options = FORMATS[suffix.lower()]
     extra = metadata.embed(options["format"], parameters) if parameters else {}
     clean = image.copy()
     clean.info = {}
-    return _save(clean, path, numbered, **options, **extra)
+    return _content(clean, name, **options, **extra)
 
 
 def save_animation(frames: Sequence[Image.Image], path: Path, numbered: bool = False) -> Path:
@@ -104,18 +121,24 @@ def save_animation(frames: Sequence[Image.Image], path: Path, numbered: bool = F
     for frame in clean:
         frame.info = {}
     options = ANIMATIONS[path.suffix.lower()]
-    return _save(clean[0], path, numbered, save_all=True, append_images=clean[1:], duration=times, loop=0, **options)
+    content = _content(clean[0], path, save_all=True, append_images=clean[1:], duration=times, loop=0, **options)
+    return _written(path, numbered, content)
 
 
-def _save(image: Image.Image, path: Path, numbered: bool, **options: Any) -> Path:
+def _content(image: Image.Image, name: object, **options: Any) -> bytes:
     buffer = io.BytesIO()
     try:
         image.save(buffer, **options)
+    except (OSError, ValueError) as error:  # too large for the format, such as a WebP of 16384 pixels
+        raise ImageError(f"can't write {name}: {error}") from None
+    return buffer.getvalue()
+
+
+def _written(path: Path, numbered: bool, content: bytes) -> Path:
+    try:
         if numbered:
-            return write_numbered(path, buffer.getvalue())
-        write_output(path, buffer.getvalue())
+            return write_numbered(path, content)
+        write_output(path, content)
     except OSError as error:
         raise ImageError(describe_os_error(error, path)) from None
-    except ValueError as error:  # a picture that is too large for the format, such as a WebP of 16384 pixels
-        raise ImageError(f"can't write {path}: {error}") from None
     return path

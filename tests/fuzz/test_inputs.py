@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, PngImagePlugin
 
-from fluxonnx.cli.prompt_file import read_prompt_file
 from fluxonnx.runtime.images import load_image
 from fluxonnx.runtime.metadata import embed, read_parameters, read_values
+from fluxonnx.runtime.prompt_file import read_prompt_file
 from tests.fuzz.support import damaged_bytes, damaged_json, fuzzed, only_our_errors
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
