@@ -10,13 +10,37 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from fluxonnx.cli import bench, check, compare, download, export, generate, info, inspect, providers
+from fluxonnx.cli import (
+    bench,
+    check,
+    compare,
+    completion,
+    download,
+    export,
+    generate,
+    info,
+    inspect,
+    providers,
+    repl,
+)
 from fluxonnx.cli.messages import complain, escaped, finish, occupy_streams, shortened
 from fluxonnx.cli.signals import Terminated, ending_cleanly
 from fluxonnx.errors import FluxonnxError, UsageError
 from fluxonnx.version import __version__
 
-COMMANDS = (generate, export, download, info, inspect, check, providers, bench, compare)
+COMMANDS = (
+    generate,
+    repl,
+    export,
+    download,
+    info,
+    inspect,
+    check,
+    providers,
+    bench,
+    compare,
+    completion,
+)
 # If set, errors that nobody foresaw keep their traceback.
 TRACEBACK = "FLUXONNX_TRACEBACK"
 EMPTY_VALUE = re.compile(r"--?[A-Za-z-]+=--")
@@ -30,7 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     occupy_streams()
     try:
-        arguments = build_parser().parse_args(argv)
+        words = sys.argv[1:] if argv is None else argv
+        if not words and repl.is_possible():
+            words = [repl.NAME]
+        arguments = build_parser().parse_args(words)
         quiet = getattr(arguments, "quiet", False)
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
@@ -106,4 +133,5 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_command(subparsers)
+    parser.set_defaults(parser=parser)
     return parser
