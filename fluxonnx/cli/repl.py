@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import threading
 from collections.abc import Mapping
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from fluxonnx.cli.jobs import Job
 
 NAME = "repl"
+# The value of --show where nothing is said about pictures.
+UNASKED = "on"
 GREETING = f"fluxonnx {__version__}: type what to draw; !help lists commands, Ctrl-D ends."
 
 
@@ -76,7 +79,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--show",
-        default="on",
+        default=UNASKED,
         metavar="HOW",
         help="how pictures are shown in the terminal: auto, kitty, iterm2, sixel, blocks, or off (default: auto, where "
         "the terminal can)",
@@ -122,8 +125,6 @@ def repl(options: Options) -> None:
     from fluxonnx.terminal.session import Session
     from fluxonnx.terminal.studio import Choice, Studio
 
-    # What a first picture needs is imported while that is typed.
-    threading.Thread(target=_warm_up, name="imports").start()
     bar = Progress()
     choice = Choice(
         dir=options.dir,
@@ -143,17 +144,23 @@ def repl(options: Options) -> None:
         tell(text)
 
     studio = Studio(choice, lambda directory: find_model(directory, told), told, lambda event: session.watch(event))
-    session = Session(plan=_plan, say=told, complain=complain, bar=bar, studio=studio)
+    session = Session(plan=plan_values, say=told, complain=complain, bar=bar, studio=studio)
     if options.output is not None:
         command(session, f"out {options.output}")
-    tell(GREETING)
     if options.show != "off":
         _show(session, options.show)
-    with bar:
-        talk(session)
+    tell(GREETING)
+    # What a first picture needs is imported while that is typed.
+    imports = threading.Thread(target=_warm_up, name="imports")
+    imports.start()
+    try:
+        with bar:
+            talk(session)
+    finally:
+        imports.join()  # modules can't be imported any more while Python shuts down
 
 
-def _plan(values: Mapping[str, Any]) -> Job:
+def plan_values(values: Mapping[str, Any]) -> Job:
     """Plan pictures as `generate` does for the flags of these values."""
     from fluxonnx.cli.jobs import Wanted, plan
 
@@ -184,14 +191,18 @@ def _check_model(directory: str) -> None:
 
 
 def _show(session: Any, wanted: str) -> None:
-    """Show pictures, if the terminal can; only if that was asked for, it is an error if it can't."""
+    """Show pictures; unasked only on a terminal that can, and as blocks only where colours are welcome."""
+    from fluxonnx.terminal.detection import detect
     from fluxonnx.terminal.pictures import open_show
 
+    if wanted != UNASKED:
+        session.show = open_show(wanted)
+        return
     try:
-        session.show = open_show("auto" if wanted == "on" else wanted)
+        found = detect()
+        if found.protocol and not (found.protocol == "blocks" and os.environ.get("NO_COLOR")):
+            session.show = open_show(terminal=found)
     except FluxonnxError as error:
-        if wanted != "on":
-            raise
         session.complain(f"pictures are not shown: {error}")
 
 

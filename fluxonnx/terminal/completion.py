@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "--component": ("text_encoder", "conditioning", "transformer", "vae_encoder", "vae_decoder"),
     "--preview-method": ("fast", "vae"),
     "--show": (AUTO, *PROTOCOLS),
+    "shell": SHELLS,
 }
 
 # Where huggingface_hub keeps what it has downloaded, in a folder models--OWNER--NAME each (its constants.py).
@@ -74,7 +76,9 @@ function _fluxonnx_models
   __fish_complete_directories (commandline -ct)
 end
 function _fluxonnx_loras
-  __fish_complete_suffix .safetensors
+  for found in (__fish_complete_path (commandline -ct))
+    string match -qr '^[^\\t]*(\\.safetensors|/)(\\t|$)' -- $found; and printf '%s\\n' $found
+  end
   set -l files loras/*.safetensors
   string join \\n -- $files
 end
@@ -139,9 +143,11 @@ def _describe(action: Any, shtab: Any) -> None:
     """Tell shtab what the value of an argument can be."""
     if isinstance(action, argparse._SubParsersAction) or action.choices or action.nargs == 0:
         return
-    flag = action.option_strings[-1] if action.option_strings else ""
+    flag = action.option_strings[-1] if action.option_strings else action.dest
     values = providers() if flag == "--provider" else VALUES.get(flag) or _field_choices(action.dest)
     metavar = action.metavar if isinstance(action.metavar, str) else ""
+    # To zsh, a colon in the name of a value ends it.
+    action.metavar = re.sub(r"\W+", " ", metavar) or None
     if values:
         action.choices = values
     elif flag == "--dir" and metavar == "DIR":

@@ -89,18 +89,19 @@ class Show:
         return f"{removal}\r\x1b[{last[1]}A{wipe}"
 
 
-def open_show(wanted: str = AUTO, method: str | None = None) -> Show:
+def open_show(wanted: str = AUTO, method: str | None = None, terminal: Terminal | None = None) -> Show:
     """Find out what the terminal understands, and return what shows pictures on it.
 
     Args:
         wanted: "auto" or a protocol, see `detect`.
         method: How previews are drawn, see `Step.preview`.
+        terminal: What is known of the terminal, if it was asked already.
 
     Raises:
         UsageError: Standard output is no terminal, or the terminal can't show pictures.
         FluxonnxError: The package that draws them is missing.
     """
-    terminal = detect(wanted)
+    terminal = terminal or detect(wanted)
     if terminal.protocol is None:
         raise UsageError(f"--show: this terminal (TERM={os.environ.get('TERM', '')}) shows no pictures: leave it out")
     require()
@@ -123,7 +124,7 @@ def fit(size: tuple[int, int], protocol: str, cell: tuple[int, int], window: tup
     """Return how many columns and rows a picture takes.
 
     It is shown in its size, but no larger than the window. Blocks are two pixels to a character, so they fill the
-    window.
+    window as far as the picture has that many.
 
     Args:
         size: Width and height of the picture in pixels.
@@ -135,8 +136,7 @@ def fit(size: tuple[int, int], protocol: str, cell: tuple[int, int], window: tup
     most_rows = max(1, min(window[1] - LINES_AROUND, MOST_CELLS))
     width, height = size[0] / cell[0], size[1] / cell[1]  # in characters
     scale = min(most_columns / width, most_rows / height)
-    if protocol != "blocks":
-        scale = min(scale, 1)
+    scale = min(scale, *((cell[0], cell[1] / 2) if protocol == "blocks" else (1,)))
     columns, rows = math.floor(width * scale + 1e-6), math.floor(height * scale + 1e-6)
     return min(max(columns, 1), most_columns), min(max(rows, 1), most_rows)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -119,12 +120,17 @@ class Session:
 
     def _drawn(self, flux: Flux, job: Planned, seed: int) -> Image:
         last = None
-        for step in flux.steps(job.request, seed):
-            self._stop.check()
-            if self.show:
-                self.show.step(step)
-            self.bar.step(step.index, step.steps, step.sigma, step.latents)
-            last = step
+        with closing(flux.steps(job.request, seed)) as steps:
+            try:
+                for step in steps:
+                    self._stop.check()
+                    if self.show:
+                        self.show.step(step)
+                    self.bar.step(step.index, step.steps, step.sigma, step.latents)
+                    last = step
+            finally:
+                if last is None or last.index < last.steps:
+                    self._stop.asked = False  # a run that is closed reports phases, too
         if last is None:  # at strength 0 there are no steps
             return flux.run(job.request, [seed])[0]
         return last.image()
