@@ -16,7 +16,9 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         run,
         "print the script that completes words in a shell",
         "SHELL",
-        'eval "$(fluxonnx completion bash)"  # in ~/.bashrc; see docs/terminal.md for zsh and fish',
+        "fluxonnx completion bash > ~/.local/share/bash-completion/completions/fluxonnx",
+        "fluxonnx completion zsh > ~/.zfunc/_fluxonnx           # with fpath=(~/.zfunc $fpath) before compinit",
+        "fluxonnx completion fish > ~/.config/fish/completions/fluxonnx.fish",
     )
     parser.add_argument("shell", metavar="SHELL", help="bash, zsh or fish")
 
