@@ -66,7 +66,7 @@ def open_previews(
         ImageError: There is no permission.
     """
     if method is not None and place is None and animation is None and not shown:
-        raise UsageError("--preview-method says how previews are drawn: give --preview, --animate or --show")
+        raise UsageError("--preview-method says how previews are drawn: give --preview or --animate, or --show")
     if method not in (None, *METHODS):
         raise UsageError(f"preview method {method!r} is unknown: choose one of {', '.join(METHODS)}")
     if place is None and animation is None:
