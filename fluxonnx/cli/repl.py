@@ -202,6 +202,7 @@ def _show(session: Any, wanted: str) -> None:
         found = detect()
         if found.protocol and not (found.protocol == "blocks" and os.environ.get("NO_COLOR")):
             session.show = open_show(terminal=found)
+        session.typed = found.typed
     except FluxonnxError as error:
         session.complain(f"pictures are not shown: {error}")
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import base64
 import io
+from typing import TYPE_CHECKING
 
-from PIL import Image
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def sequence(image: Image.Image, columns: int, rows: int) -> str:

@@ -9,14 +9,16 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any, TextIO
 
 from fluxonnx.errors import FluxonnxError, UsageError
-from fluxonnx.runtime.denoise import Step
 from fluxonnx.terminal import iterm2
 from fluxonnx.terminal.detection import AUTO, Terminal, detect
+
+if TYPE_CHECKING:  # a prompt is there before they are
+    from PIL import Image
+
+    from fluxonnx.runtime.denoise import Step
 
 # The lines that a picture leaves to what is around it: what was typed, the seed, the file, the next prompt.
 LINES_AROUND = 4

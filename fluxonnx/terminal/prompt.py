@@ -62,7 +62,12 @@ def reader(session: Session, **options: Any) -> Callable[[], str]:
         mouse_support=False,
         **options,
     )
-    return lambda: prompt.prompt(f"${len(session.made) + 1} ")
+
+    def read() -> str:
+        typed, session.typed = session.typed, ""
+        return prompt.prompt(f"${len(session.made) + 1} ", default=typed)
+
+    return read
 
 
 def _history(session: Session) -> History:

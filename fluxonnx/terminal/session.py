@@ -62,6 +62,7 @@ class Session:
         made: The pictures so far; $1 is the first.
         show: Shows pictures; None for not.
         last_line: The last prompt, as it was typed.
+        typed: What was typed before there was a prompt: the beginning of the next line.
     """
 
     plan: Callable[[Mapping[str, Any]], Planned]
@@ -73,6 +74,7 @@ class Session:
     made: list[Made] = field(default_factory=list)
     show: Show | None = None
     last_line: str = ""
+    typed: str = ""
     _stop: Stop = field(default_factory=Stop)
 
     def watch(self, event: Event) -> None:

@@ -75,10 +75,10 @@ class Terminal:
         self.sent += data
         if self._answers and b"\x1b[c" in data:
             self.child.send(self._answers)
-        # pyte knows no application commands, and would print Kitty's.
-        data = re.sub(rb"\x1b_[^\x1b]*\x1b\\", b"", self._held + data)
-        start = data.find(b"\x1b_")
-        end = len(data) if start < 0 else start
+        # pyte does not know the strings in which pictures are sent by Kitty's protocol and Sixel, and would print them.
+        data = re.sub(rb"\x1b[_P][^\x1b]*\x1b\\", b"", self._held + data)
+        start = re.search(rb"\x1b([_P]|$)", data)
+        end = start.start() if start else len(data)
         self._held = data[end:]
         self._stream.feed(data[:end])
 

@@ -77,8 +77,8 @@ class Drawing:
         return self.stream.getvalue()
 
     def update(self) -> None:
-        # pyte knows no application commands, and would print Kitty's.
-        pyte.Stream(self.screen).feed(re.sub(r"\x1b_[^\x1b]*\x1b\\", "", self.sent[self._seen :]))
+        # pyte does not know the strings of Kitty's protocol and of Sixel, and would print them.
+        pyte.Stream(self.screen).feed(re.sub(r"\x1b[_P][^\x1b]*\x1b\\", "", self.sent[self._seen :]))
         self._seen = len(self.sent)
 
 
