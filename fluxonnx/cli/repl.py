@@ -118,9 +118,9 @@ def repl(options: Options) -> None:
         )
     if find_spec("prompt_toolkit") is None:
         raise UsageError('the prompt needs prompt_toolkit: pip install "fluxonnx[terminal]"; see also fluxonnx --help')
-    if options.dir is not None:
-        _check_model(options.dir)
-    from fluxonnx.terminal.commands import command
+    if directory := options.dir or os.environ.get("FLUXONNX_MODEL"):
+        _check_model(directory)
+    from fluxonnx.terminal.gallery import save_to
     from fluxonnx.terminal.prompt import talk
     from fluxonnx.terminal.session import Session
     from fluxonnx.terminal.studio import Choice, Studio
@@ -146,7 +146,7 @@ def repl(options: Options) -> None:
     studio = Studio(choice, lambda directory: find_model(directory, told), told, lambda event: session.watch(event))
     session = Session(plan=plan_values, say=told, complain=complain, bar=bar, studio=studio)
     if options.output is not None:
-        command(session, f"out {options.output}")
+        save_to(session, options.output)
     if options.show != "off":
         _show(session, options.show)
     tell(GREETING)

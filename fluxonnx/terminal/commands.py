@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +10,9 @@ from typing import Any
 
 from fluxonnx.errors import Cancelled, FluxonnxError, UsageError
 from fluxonnx.runtime.fields import FIELD
-from fluxonnx.terminal.detection import AUTO, PROTOCOLS
-from fluxonnx.terminal.references import Made, numbered
+from fluxonnx.terminal import gallery
+from fluxonnx.terminal.gallery import one_name, path_of
+from fluxonnx.terminal.references import numbered
 from fluxonnx.terminal.session import Session
 from fluxonnx.terminal.settings import (
     BOOLEANS,
@@ -141,16 +138,6 @@ def found_name(name: str) -> str:
     raise UsageError(f"!{name} is unknown: {nearest(lowered, known_names())}")
 
 
-def path_of(session: Session, word: str) -> Path:
-    """Return the file that a word names: $3 for the third picture, ~ for the home folder."""
-    if word.startswith("$") and word[1:].isdigit():
-        return numbered(session.made, word).path
-    try:
-        return Path(word).expanduser()
-    except RuntimeError:  # no such user
-        return Path(word)
-
-
 def _set_field(session: Session, name: str, text: str) -> None:
     field = SETTABLE[name]
     if not text:
@@ -258,14 +245,9 @@ def _set_model(session: Session, name: str, text: str) -> None:
                 raise UsageError(f"threads is {text[:60]!r}, expected an integer")
             value = int(text)
         elif name == "model" and value is not None:
-            value = str(path_of(session, _one_name(text)))
+            value = str(path_of(session, one_name(text)))
         session.studio.change(**{MODEL[name]: value})
     session.say(f"{name}: {_model_shown(session, name)}")
-
-
-def _one_name(text: str) -> str:
-    """Return a name that may be quoted; one with spaces need not be."""
-    return text if Path(text).exists() or len(found := words(text)) != 1 else found[0]
 
 
 def _lora(session: Session, text: str) -> None:
@@ -277,99 +259,6 @@ def _lora(session: Session, text: str) -> None:
 
 def _again(session: Session, text: str) -> None:
     session.again(numbered(session.made, text) if text else None)
-
-
-def _out(session: Session, text: str) -> None:
-    from fluxonnx.files import describe_os_error
-    from fluxonnx.runtime.saving import FORMATS, check_output_path
-
-    current: Path = session.values.get("output", FIELD["output"].default)
-    if text:
-        path = path_of(session, _one_name(text))
-        if path.suffix.lower() not in FORMATS or path.is_dir():
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UsageError(describe_os_error(error, path, "choose another folder")) from None
-            path /= current.name
-        check_output_path(path, numbered=True)
-        session.values["output"] = current = path
-    session.say(f"Pictures go to {current.with_name(f'{current.stem}-NUMBER{current.suffix}')}")
-
-
-def _show(session: Session, text: str) -> None:
-    from fluxonnx.runtime.images import load_image
-    from fluxonnx.terminal.pictures import open_show
-
-    if text in ("on", AUTO, *PROTOCOLS):
-        session.show = open_show(AUTO if text == "on" else text)
-    elif text == "off":
-        session.show = None
-    elif text:
-        found = _picture(session, text)
-        show = session.show or open_show()
-        show.finish(load_image(found.path))
-        return
-    session.say(f"show: {'on' if session.show else 'off'}")
-
-
-def _picture(session: Session, text: str) -> Made:
-    """Return the picture of a number, or the last one if there is none."""
-    return numbered(session.made, text or str(len(session.made)))
-
-
-def _list(session: Session, text: str) -> None:
-    if not session.made:
-        session.say("There is no picture yet: type a prompt")
-    for number, made in enumerate(session.made, 1):
-        line = made.line if len(made.line) <= 60 else f"{made.line[:57]}..."
-        session.say(f"${number}: {made.path} {made.size[0]}x{made.size[1]}, seed {made.seed}: {line}")
-
-
-def _save(session: Session, text: str) -> None:
-    """Copy a picture under a name of one's own, with its parameters, and never over another file."""
-    from fluxonnx.runtime.images import load_image
-    from fluxonnx.runtime.metadata import read_parameters
-    from fluxonnx.runtime.outputs import write_output
-    from fluxonnx.runtime.saving import check_output_path, save_image
-
-    first, _, rest = text.partition(" ")
-    is_number = first.removeprefix("$").isdigit() and bool(rest.strip())
-    found = _picture(session, first if is_number else "")
-    name = rest.strip() if is_number else text
-    if not name:
-        raise UsageError("!save needs a name: !save 3 cat.png, or !save cat.png for the last picture")
-    path = path_of(session, _one_name(name))
-    if os.path.lexists(path):
-        raise UsageError(f"{path} is there already: choose another name")
-    check_output_path(path)
-    if path.suffix.lower() == found.path.suffix.lower():
-        try:
-            write_output(path, found.path.read_bytes())
-        except OSError as error:
-            raise UsageError(f"{found.path} can't be copied to {path}: {error.strerror or error}") from None
-    else:
-        save_image(load_image(found.path), path, read_parameters(found.path))
-    session.say(f"Saved {path}")
-
-
-def _open(session: Session, text: str) -> None:
-    path = _picture(session, text).path
-    if not path.is_file():
-        raise UsageError(f"{path} is gone: !list shows what was made")
-    if sys.platform == "win32":
-        os.startfile(path)
-        return
-    program = "open" if sys.platform == "darwin" else "xdg-open"
-    if shutil.which(program) is None:
-        raise UsageError(f"there is no {program} here to open pictures with: open {path} yourself, or see !show")
-    subprocess.Popen(
-        [program, str(path)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is not for the viewer
-    )
 
 
 def _help(session: Session, text: str) -> None:
@@ -402,10 +291,10 @@ COMMANDS = {
     "lora": Command(_lora, "FILE[:SCALE]...", "use these LoRA files, or none"),
     "set": Command(_set, "[NAME VALUE]", "set a value; alone: show all"),
     "reset": Command(_reset, "[NAME]", "take a value back to its default; alone: all"),
-    "out": Command(_out, "[DIR or FILE]", "where pictures are saved, under numbers"),
-    "list": Command(_list, "", "the pictures so far"),
-    "show": Command(_show, "on|off|N", "show pictures here, or picture N"),
-    "open": Command(_open, "[N]", "open picture N, or the last one, in a viewer"),
-    "save": Command(_save, "[N] FILE", "copy picture N, or the last one, to a file"),
+    "out": Command(gallery.out, "[DIR or FILE]", "where pictures are saved, under numbers"),
+    "list": Command(gallery.list_made, "", "the pictures so far"),
+    "show": Command(gallery.show, "on|off|N", "show pictures here, or picture N"),
+    "open": Command(gallery.open_picture, "[N]", "open picture N, or the last one, in a viewer"),
+    "save": Command(gallery.save, "[N] FILE", "copy picture N, or the last one, to a file"),
     "quit": Command(_quit, "", "end, as Ctrl-D"),
 }

@@ -33,12 +33,11 @@ def talk(session: Session, read: Callable[[], str] | None = None) -> None:
     try:
         while True:
             try:
-                line = read()
+                obey(session, read())
             except KeyboardInterrupt:
                 continue  # the line is gone, and a new one begins
             except EOFError:
                 break
-            obey(session, line)
     except Ended:
         pass
     finally:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fluxonnx.checkpoint.reading import is_file
 from fluxonnx.errors import UsageError
 from fluxonnx.runtime.field import Field
 from fluxonnx.runtime.fields import FIELD, FIELDS
@@ -64,7 +65,7 @@ def parse(field: Field, text: str, path: Callable[[str], Path]) -> Any:
         return BOOLEANS[text.lower()]
     convert: Callable[[str], Any] = path if field.kind is Path else field.flag_options.get("type", field.kind)
     several = field.flag_options.get("nargs") == "+" or field.flag_options.get("action") == "append"
-    whole = field.kind is str or (field.kind is Path and not several and Path(text).is_file())
+    whole = field.kind is str or (field.kind is Path and not several and is_file(Path(text)))
     values = [_converted(title, convert, field, word) for word in ([text] if whole else words(text))]
     if not several and len(values) > 1:
         raise UsageError(f"{title} takes one value, and {_short(text)} are {len(values)}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxonnx.errors import FluxonnxError
+from fluxonnx.machine import available_memory
 
 if TYPE_CHECKING:
     from fluxonnx.runtime.events import Event
@@ -69,6 +70,7 @@ class Studio:
         find_model: Callable[[str | None], Path],
         say: Callable[[str], None],
         watch: Callable[[Event], None],
+        free_memory: Callable[[], int] = available_memory,
     ) -> None:
         """Load nothing yet.
 
@@ -77,9 +79,11 @@ class Studio:
             find_model: Returns the directory for `Choice.dir`.
             say: Told what happens.
             watch: Called with each event of a run.
+            free_memory: Returns how many bytes of memory are free.
         """
         self.choice = choice
         self._find_model, self._say, self._watch = find_model, say, watch
+        self._free_memory = free_memory
         self._flux: Flux | None = None
         self._text_encoder_stays = True
 
@@ -133,7 +137,6 @@ class Studio:
 
     def _opened(self, choice: Choice) -> Flux:
         from fluxonnx import api
-        from fluxonnx.machine import available_memory
         from fluxonnx.runtime.memory import WORKING_MEMORY
 
         model = self._find_model(choice.dir)
@@ -158,7 +161,7 @@ class Studio:
             )
 
         flux = opened(True)  # which loads no graph yet, but has all of them exported
-        keep = keeping(_model_bytes(model), available_memory(), WORKING_MEMORY)
+        keep = keeping(_model_bytes(model), self._free_memory(), WORKING_MEMORY)
         if not keep.model:
             self._say("The model does not fit into free memory as a whole: its parts are loaded for each picture")
             flux = opened(False)

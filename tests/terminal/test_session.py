@@ -49,7 +49,7 @@ class Bar:
 class Talk:
     """A session, and what it said."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, free: int = 2**40) -> None:
         self.said: list[str] = []
         self.bar = Bar()
         studio = Studio(
@@ -57,6 +57,7 @@ class Talk:
             lambda directory: find_model(directory, self.said.append),
             self.said.append,
             lambda event: self.session.watch(event),
+            lambda: free,
         )
         self.session = Session(
             plan=plan_values, say=self.said.append, complain=self.said.append, bar=self.bar, studio=studio
@@ -317,6 +318,28 @@ def test_a_second_ctrl_c_stops_at_once(say):
     assert say("a dog").endswith("Stopped.")
     say.bar.at_step = lambda step: None
     assert "$1:" in say("a bird")
+
+
+def test_the_text_encoder_is_kept_by_memory(checkpoints, tmp_path, monkeypatch):
+    """The model fits, but nothing besides: the text encoder is freed before the transformer runs."""
+    monkeypatch.chdir(tmp_path)
+    model = checkpoints.exported(CASE)
+    size = sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
+    talk = Talk(model, size)
+    released = []
+    flux = talk.session.studio.flux()
+    monkeypatch.setattr(flux, "release_text_encoder", lambda: released.append(True))
+    assert "$1:" in talk("!steps 1", "!size 64", "a cat")
+    assert released
+    assert "does not fit" not in talk("!again")
+
+
+def test_a_model_that_does_not_fit_is_loaded_part_by_part(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    talk = Talk(checkpoints.exported(CASE), 1000)
+    said = talk("!steps 1", "!size 64", "a cat", "a dog")
+    assert said.count("does not fit into free memory") == 1
+    assert "$2:" in said
 
 
 def test_what_stays_in_memory():
