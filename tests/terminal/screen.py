@@ -76,8 +76,8 @@ class Terminal:
         if self._answers and b"\x1b[c" in data:
             self.child.send(self._answers)
         # pyte does not know the strings in which pictures are sent by Kitty's protocol and Sixel, and would print them.
-        data = re.sub(rb"\x1b[_P][^\x1b]*\x1b\\", b"", self._held + data)
-        start = re.search(rb"\x1b([_P]|$)", data)
+        data = re.sub(rb"\x1b([_P][^\x1b]*\x1b\\|\]1337;[^\x07]*\x07)", b"", self._held + data)
+        start = re.search(rb"\x1b([_P]|]1337|$)", data)
         end = start.start() if start else len(data)
         self._held = data[end:]
         self._stream.feed(data[:end])

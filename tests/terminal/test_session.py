@@ -51,7 +51,6 @@ class Talk:
 
     def __init__(self, model: Path, free: int = 2**40) -> None:
         self.said: list[str] = []
-        self.bar = Bar()
         studio = Studio(
             Choice(dir=str(model)),
             lambda directory: find_model(directory, self.said.append),
@@ -59,6 +58,11 @@ class Talk:
             lambda event: self.session.watch(event),
             lambda: free,
         )
+        self.begin(studio)
+
+    def begin(self, studio: Studio) -> None:
+        """Begin a session with the model of the last one."""
+        self.bar = Bar()
         self.session = Session(
             plan=plan_values, say=self.said.append, complain=self.said.append, bar=self.bar, studio=studio
         )
@@ -82,14 +86,25 @@ class Talk:
         return "\n".join(self.said)
 
 
+@pytest.fixture(scope="module")
+def shared(checkpoints):
+    """A session whose model stays loaded from one test to the next."""
+    found = Talk(checkpoints.exported(CASE))
+    yield found
+    found.session.studio.close()
+
+
 @pytest.fixture
-def say(checkpoints, tmp_path, monkeypatch):
+def say(shared, tmp_path, monkeypatch):
     """say(*lines) types them in a session in an empty folder, for small pictures of two steps."""
     monkeypatch.chdir(tmp_path)
-    talk = Talk(checkpoints.exported(CASE))
-    talk("!size 64x96", "!steps 2")
-    yield talk
-    talk.session.studio.close()
+    studio = shared.session.studio
+    choice = studio.choice
+    shared.begin(studio)
+    shared("!size 64x96", "!steps 2")
+    yield shared
+    if studio.choice != choice:
+        studio.change(**vars(choice))
 
 
 def files() -> list[str]:
@@ -126,11 +141,11 @@ def test_the_same_picture_as_generate_makes(say, checkpoints):
     assert Path("out-0001.png").read_bytes() == Path("other.png").read_bytes()
 
 
-def test_the_model_stays_loaded_and_a_known_prompt_is_not_encoded_again(say):
+def test_the_model_stays_loaded_and_a_known_prompt_is_not_encoded_again(say, monkeypatch):
     say("a cat")
     flux = say.session.studio.flux()
     ran = []
-    flux.watch = lambda event: ran.append(getattr(event, "component", ""))
+    monkeypatch.setattr(flux, "watch", lambda event: ran.append(getattr(event, "component", "")))
     say("!again")
     assert say.session.studio.flux() is flux
     assert "text_encoder" not in ran
@@ -325,19 +340,19 @@ def test_the_text_encoder_is_kept_by_memory(checkpoints, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = checkpoints.exported(CASE)
     size = sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
-    talk = Talk(model, size)
+    say = Talk(model, size)
     released = []
-    flux = talk.session.studio.flux()
+    flux = say.session.studio.flux()
     monkeypatch.setattr(flux, "release_text_encoder", lambda: released.append(True))
-    assert "$1:" in talk("!steps 1", "!size 64", "a cat")
+    assert "$1:" in say("!steps 1", "!size 64", "a cat")
     assert released
-    assert "does not fit" not in talk("!again")
+    assert "does not fit" not in say("!again")
 
 
 def test_a_model_that_does_not_fit_is_loaded_part_by_part(checkpoints, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    talk = Talk(checkpoints.exported(CASE), 1000)
-    said = talk("!steps 1", "!size 64", "a cat", "a dog")
+    say = Talk(checkpoints.exported(CASE), 1000)
+    said = say("!steps 1", "!size 64", "a cat", "a dog")
     assert said.count("does not fit into free memory") == 1
     assert "$2:" in said
 
