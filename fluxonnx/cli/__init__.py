@@ -15,12 +15,14 @@ from fluxonnx.cli import (
     bench,
     check,
     compare,
+    completion,
     download,
     export,
     generate,
     info,
     inspect,
     providers,
+    repl,
     serve,
 )
 from fluxonnx.cli.messages import complain, escaped, finish, occupy_streams, shortened
@@ -30,6 +32,7 @@ from fluxonnx.version import __version__
 
 COMMANDS = (
     generate,
+    repl,
     serve,
     batch,
     export,
@@ -40,6 +43,7 @@ COMMANDS = (
     providers,
     bench,
     compare,
+    completion,
 )
 # If set, errors that nobody foresaw keep their traceback.
 TRACEBACK = "FLUXONNX_TRACEBACK"
@@ -54,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     occupy_streams()
     try:
-        arguments = build_parser().parse_args(argv)
+        words = sys.argv[1:] if argv is None else argv
+        if not words and repl.is_possible():
+            words = [repl.NAME]
+        arguments = build_parser().parse_args(words)
         quiet = getattr(arguments, "quiet", False)
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
@@ -130,4 +137,5 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_command(subparsers)
+    parser.set_defaults(parser=parser)
     return parser

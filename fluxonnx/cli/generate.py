@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fluxonnx.cli.jobs import Job, Wanted
     from fluxonnx.cli.previews import Previews
     from fluxonnx.runtime.pipeline import Flux
+    from fluxonnx.terminal.pictures import Show
 
 # Prompts that are encoded ahead together, so that the text encoder is loaded once for all of them.
 PROMPTS_AHEAD = 8
@@ -67,6 +68,7 @@ class Options:
         preview: Where previews of the steps are written.
         preview_method: How they are drawn.
         animate: The file of an animation of the steps.
+        show: How the steps and the picture are shown on the terminal; None for not.
         parts: The files that replace the weights of components, by the components' folders.
         verbose: Whether to print the seconds that phases take.
         quiet: Whether to print errors only.
@@ -87,6 +89,7 @@ class Options:
     preview: Path | None
     preview_method: str | None
     animate: Path | None
+    show: str | None
     parts: dict[str, Path | None]
     verbose: bool
     quiet: bool
@@ -128,6 +131,13 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         help="fast (default): blurred, and in no time; vae: by the decoder, see --verbose for the time that takes",
     )
     steps.add_argument("--animate", type=path_name, metavar="FILE", help="a .gif or .webp of the steps")
+    steps.add_argument(
+        "--show",
+        nargs="?",
+        const="auto",
+        metavar="HOW",
+        help="show the steps and the picture on the terminal: auto (alone), kitty, iterm2, sixel or blocks",
+    )
     groups["prompt"].add_argument(
         "--cache-dir",
         type=path_name,
@@ -232,6 +242,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         preview=arguments.preview,
         preview_method=arguments.preview_method,
         animate=arguments.animate,
+        show=arguments.show,
         parts={name: getattr(arguments, name) for name in ("transformer", "text_encoder", "vae")},
         verbose=arguments.verbose,
         quiet=arguments.quiet,
@@ -252,7 +263,13 @@ def generate(options: Options) -> None:
     source = read_source(options.source) if options.source else None
     jobs = plan(options.wanted, source)
     several = sum(len(job.seeds) for job in jobs) > 1
-    previews = open_previews(options.preview, options.preview_method, options.animate, several)
+    shown = options.show is not None
+    previews = open_previews(options.preview, options.preview_method, options.animate, several, shown)
+    show = None
+    if options.show is not None:
+        from fluxonnx.terminal.pictures import open_show
+
+        show = open_show(options.show, options.preview_method)
     model = find_model(options.dir, say)
     checkpoint = open_checkpoint(model, **options.parts)
     build = choose_build(options.precision, options.text_encoder_precision, options.provider, source, checkpoint.name)
@@ -260,6 +277,8 @@ def generate(options: Options) -> None:
     loras = chosen(options.lora, source.values if source else {}, options.source, checkpoint.root)
     start = time.perf_counter()
     with Progress(options.quiet) as bar:
+        if show:
+            show.clear = bar.close
         flux = api.load(
             model,
             precision=build.precision,
@@ -289,13 +308,14 @@ def generate(options: Options) -> None:
                 if len(jobs) > 1 and i % PROMPTS_AHEAD == 0:
                     ahead = jobs[i : i + PROMPTS_AHEAD]
                     flux.encode_prompts([item.request.prompt for item in ahead], job.request.max_sequence_length)
-                _make(flux, job, previews, bar, say, say_seconds)
+                _make(flux, job, previews, show, bar, say, say_seconds)
 
 
 def _make(
     flux: Flux,
     job: Job,
     previews: Previews | None,
+    show: Show | None,
     bar: Progress,
     say: Callable[[str], None],
     say_seconds: Callable[[str], None],
@@ -306,11 +326,16 @@ def _make(
     bar.close()
     say(f"Seed: {', '.join(map(str, job.seeds))}")
     start = time.perf_counter()
-    pictures = _watched(flux, job, previews, bar) if previews else flux.pictures(job.request, job.seeds, bar.step)
+    if previews or show:
+        pictures = _watched(flux, job, previews, show, bar)
+    else:
+        pictures = flux.pictures(job.request, job.seeds, bar.step)
     for _, image in pictures:
         bar.close()
         saving = time.perf_counter()
         path = save_image(image, job.output, {**image.info, **job.inputs}, job.numbered)
+        if show:
+            show.finish(image)
         say_seconds(phase_line("save", time.perf_counter() - saving))
         say(f"{path} {image.width}x{image.height} ({time.perf_counter() - start:.1f} s)")
         if previews and (animation := previews.finish(image)):
@@ -320,13 +345,18 @@ def _make(
         say_seconds(phase_line(name, seconds))
 
 
-def _watched(flux: Flux, job: Job, previews: Previews, bar: Progress) -> Iterator[tuple[int, Image]]:
+def _watched(
+    flux: Flux, job: Job, previews: Previews | None, show: Show | None, bar: Progress
+) -> Iterator[tuple[int, Image]]:
     """Make the pictures of a job one by one, with previews of their steps."""
     for seed in job.seeds:
         last = None
         for step in flux.steps(job.request, seed):
+            if show:
+                show.step(step)
             bar.step(step.index, step.steps, step.sigma, step.latents)
-            previews.step(step, f"{job.output.stem}-{seed}")
+            if previews:
+                previews.step(step, f"{job.output.stem}-{seed}")
             last = step
         if last is None:  # at strength 0 there are no steps
             yield from flux.pictures(job.request, [seed])

@@ -49,19 +49,28 @@ class Previews:
         return save_animation([*frames, picture], self.animation, self.numbered) if self.animation else None
 
 
-def open_previews(place: Path | None, method: str | None, animation: Path | None, numbered: bool) -> Previews | None:
-    """Check the flags; None if they ask for nothing.
+def open_previews(
+    place: Path | None, method: str | None, animation: Path | None, numbered: bool, shown: bool = False
+) -> Previews | None:
+    """Check the flags; None if they ask for no file.
+
+    Args:
+        place: That of --preview.
+        method: That of --preview-method.
+        animation: That of --animate.
+        numbered: Whether there are several pictures.
+        shown: Whether previews are shown on the terminal.
 
     Raises:
         UsageError: They can't be used.
         ImageError: There is no permission.
     """
-    if place is None and animation is None:
-        if method is not None:
-            raise UsageError("--preview-method says how previews are drawn: give --preview or --animate")
-        return None
+    if method is not None and place is None and animation is None and not shown:
+        raise UsageError("--preview-method says how previews are drawn: give --preview or --animate, or --show")
     if method not in (None, *METHODS):
         raise UsageError(f"preview method {method!r} is unknown: choose one of {', '.join(METHODS)}")
+    if place is None and animation is None:
+        return None
     if animation is not None:
         if animation.suffix.lower() not in ANIMATIONS:
             raise UsageError(f"{animation} can't be written: the name must end in one of {', '.join(ANIMATIONS)}")
