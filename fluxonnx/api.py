@@ -34,7 +34,7 @@ from fluxonnx.checkpoint.manifest import (
     is_current,
     read_manifest,
 )
-from fluxonnx.contract import COMPONENTS, GRAPH_FORMAT, open_checkpoint
+from fluxonnx.contract import COMPONENTS, FOLDERS, GRAPH_FORMAT, KV_COMPONENTS, open_checkpoint
 from fluxonnx.errors import CheckpointError, ExportError
 from fluxonnx.files import atomic_folder, atomic_write, describe_os_error, exclusive, require_text, user_caches
 from fluxonnx.runtime.engine import Engine, SessionOptions
@@ -143,6 +143,7 @@ def load(
     provider: str | None = None,
     provider_options: Mapping[str, str] | None = None,
     flavour: str | None = None,
+    kv: bool | None = None,
     threads: int | None = None,
     low_memory: bool = False,
     keep_loaded: bool = False,
@@ -172,6 +173,7 @@ def load(
             default "cpu", or what the precision "auto" chooses. "auto" for a GPU's where it works, else the CPU's.
         provider_options: Options of the provider, by the names that its documentation has; see docs/providers.md.
         flavour: "ort" or "portable"; by default likewise, or the one that suits the provider.
+        kv: Whether the graphs for `Request.kv` are needed; None for what the model was made for.
         threads: Threads per operator; None for one per core that this process may use.
         low_memory: Use less memory, and more time: pictures above 576x576 are encoded and decoded in tiles.
         keep_loaded: Keep all graphs loaded between pictures; by default each is freed as soon as it has run.
@@ -227,8 +229,11 @@ def load(
         flavour = flavour or traits(options.provider).flavour
         cache = Path(cache_dir) if cache_dir else None
         name = build_name(precision, flavour)
+        # without weights, a build stays as it was made
+        usual = checkpoint.keeps_references and checkpoint.has_weights("transformer")
+        optional = tuple(KV_COMPONENTS) if (usual if kv is None else kv) else ()
         if checkpoint.parts:
-            _export_parts(checkpoint, precision, text_encoder_precision, flavour, on_export)
+            _export_parts(checkpoint, precision, text_encoder_precision, flavour, kv, on_export)
         text_encoder_precision = text_encoder_precision or _other_encoder(checkpoint, name)
         if text_encoder_precision in (None, precision):
             static, broken = static_builds(checkpoint, precision, flavour)
@@ -240,11 +245,11 @@ def load(
             if static and name not in (read_manifest(checkpoint.root) or Manifest()).builds:
                 manifest = _up_to_date(checkpoint, static[0], on_export)
                 return Flux(checkpoint, manifest, manifest.builds[static[0].name], options, cache, static=static[1:])
-            manifest = _up_to_date(checkpoint, Build(precision, flavour, 0), on_export)
+            manifest = _up_to_date(checkpoint, Build(precision, flavour, 0), on_export, (*COMPONENTS, *optional))
             return Flux(checkpoint, manifest, manifest.builds[name], options, cache, static=static)
         # First, because it is the smaller part of what may be wrong.
         _up_to_date(checkpoint, Build(text_encoder_precision, flavour, 0), on_export, [ENCODER])
-        manifest = _up_to_date(checkpoint, Build(precision, flavour, 0), on_export, WITHOUT_ENCODER)
+        manifest = _up_to_date(checkpoint, Build(precision, flavour, 0), on_export, (*WITHOUT_ENCODER, *optional))
         encoder = manifest.builds[build_name(text_encoder_precision, flavour)]
         return Flux(checkpoint, manifest, manifest.builds[name], options, cache, encoder)
     except OSError as error:
@@ -256,6 +261,7 @@ def _export_parts(
     precision: str,
     text_encoder_precision: str | None,
     flavour: str,
+    kv: bool | None,
     on_export: Callable[[Path], None] | None,
 ) -> None:
     """Export what is not yet made from the files that replace weights; whatever is, is left alone."""
@@ -271,6 +277,7 @@ def _export_parts(
         precision=precision,
         text_encoder_precision=text_encoder_precision,
         flavour=flavour,
+        kv=kv,
         renew=True,
     )
 
@@ -361,14 +368,14 @@ def _to_export(checkpoint: Checkpoint, name: str, parts: Sequence[str]) -> tuple
 def _cure(root: Path, build: Build) -> str:
     """Return what makes a build again that can't be exported from its own directory."""
     if parts := build.parsed_settings.parts:
-        flags = " ".join(sorted({f"--{COMPONENTS[name].replace('_', '-')} FILE" for name in parts}))
+        flags = " ".join(sorted({f"--{FOLDERS[name].replace('_', '-')} FILE" for name in parts}))
         return f"make it again with fluxonnx export -d {root} {build.flags} {flags}"
     return f"make it again with fluxonnx export -d CHECKPOINT -o {root} {build.flags}"
 
 
 def _not_exportable(checkpoint: Checkpoint, build: Build, part: str) -> str | None:
     """Return why a component can't be exported here; None if it can."""
-    folder = COMPONENTS[part]
+    folder = FOLDERS[part]
     # without the graph, the setting is of an export that never ended
     replaced = build.parsed_settings.parts.get(part) if part in build.components else None
     if replaced:

@@ -6,16 +6,18 @@ into a product; the activations of 8-bit products are rounded before it, and tho
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from fluxonnx.contract import FIRST_ROWS
 from fluxonnx.errors import CheckpointError
 
 PRODUCTS = ("Gemm", "MatMul", "MatMulNBits", "MatMulIntegerToFloat", "MatMulInteger")
@@ -67,6 +69,8 @@ class Layout:
     def __init__(self, model: onnx.ModelProto) -> None:
         """Look at a graph."""
         graph = model.graph
+        facts = {item.key: item.value for item in model.metadata_props}
+        self._first_rows = first_rows(facts)
         self.producer = {name: node for node in graph.node for name in node.output}
         self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in graph.node:
@@ -87,7 +91,7 @@ class Layout:
         """
         start = 0
         for _, name in sorted(self._weights.get(path, ())):
-            size = 0
+            start, size = self._first_rows.get(name, start), 0
             for node, offset, rows, narrow in self._uses(name):
                 size = max(size, offset + rows)
                 yield self._product(node, narrow, name, start + offset, rows)
@@ -175,6 +179,18 @@ class Layout:
         if node is None or (op_type and node.op_type != op_type):
             raise CheckpointError(f"the graph is not as fluxonnx wrote it ({value}): export again with --force")
         return node
+
+
+def first_rows(facts: Mapping[str, str]) -> dict[str, int]:
+    """Return at which row of a layer's weight the parts begin of which a graph lacks those before, by their names.
+
+    Raises:
+        CheckpointError: What the graph says of itself is damaged.
+    """
+    try:
+        return {name: int(row) for name, row in json.loads(facts.get(FIRST_ROWS, "{}")).items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f'the graph has damaged metadata ("{FIRST_ROWS}"): export again with --force') from None
 
 
 def attribute(node: onnx.NodeProto, name: str) -> Any:
