@@ -167,8 +167,7 @@ def load(
             this machine; by default that of the build that the directory holds (see `auto.held_build` for the order of
             several), and in one without builds bf16 on the CPU and what suits other providers. Nothing is exported
             into a directory with a build that works unless this or `flavour` asks for another one.
-        text_encoder_precision: The precision of the text encoder, by default as `precision`: the text encoder of one
-            build is used beside the other graphs of another.
+        text_encoder_precision: That of the text encoder, by default the same; else another build's encoder is used.
         provider: The execution provider, by onnxruntime's names without their ending, such as "cuda" or "coreml"; by
             default "cpu", or what the precision "auto" chooses. "auto" for a GPU's where it works, else the CPU's.
         provider_options: Options of the provider, by the names that its documentation has; see docs/providers.md.
@@ -209,23 +208,22 @@ def load(
     try:
         checkpoint = open_checkpoint(model, transformer, text_encoder=text_encoder, vae=vae)
         require_text(checkpoint.root)
-        held = None
+        held, choice = None, None
         if not checkpoint.parts and (precision is None or not checkpoint.has_weights("transformer")):
             asked = None if precision == AUTO else precision
             held = held_build(checkpoint, options.provider, asked, flavour, text_encoder_precision is not None)
         if held:
             precision, flavour = held.build.precision, held.build.flavour
             text_encoder_precision = text_encoder_precision or held.encoder
-            if on_choice and (choice := _unusual(checkpoint, held.build, options.provider)):
-                on_choice(choice)
+            choice = _unusual(checkpoint, held.build, options.provider)
         elif precision == AUTO:
             choice = choose(checkpoint, provider)
             precision, options = choice.precision, replace(options, provider=choice.provider)
-            if on_choice:
-                on_choice(choice)
         precision = precision or default_precision(checkpoint, options.provider)
-        if why and on_choice:
-            on_choice(Choice(precision, options.provider, why))
+        if why:
+            choice = Choice(precision, options.provider, "; ".join([why, *([choice.reason] if choice else [])]))
+        if choice and on_choice:
+            on_choice(choice)
         flavour = flavour or traits(options.provider).flavour
         cache = Path(cache_dir) if cache_dir else None
         name = build_name(precision, flavour)

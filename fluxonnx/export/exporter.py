@@ -270,7 +270,7 @@ def _export_components(
             found = current[component]
             reports.append(Report(component, file, found.nodes, found.parameters, 0, None))
             continue
-        start = time.perf_counter()
+        start, before = time.perf_counter(), recorded.components.get(component) if recorded else None
         say(component, 0, 0)
         if withdraw(build, component, replaced) or withdrawn:
             manifest.save(root)
@@ -283,7 +283,7 @@ def _export_components(
         build.settings = {key: value for key, value in build.settings.items() if key != component}
         build.settings |= {key: value for key, value in replaced.items() if key == component}
         manifest.save(root)
-        remove_replaced(root, manifest, recorded.components.get(component) if recorded else None)
+        remove_replaced(root, manifest, before)
         seconds = time.perf_counter() - start
         reports.append(Report(component, file, done.nodes, done.parameters, done.bytes_written, seconds))
     if set(COMPONENTS) <= set(names):
