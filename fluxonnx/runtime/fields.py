@@ -253,6 +253,7 @@ FIELDS = (
     Field(
         name="kv",
         kind=bool,
+        default=False,
         flags=("--kv",),
         group="input",
         help="look at references once instead of in each step, which is faster: for models made for it, such as "
