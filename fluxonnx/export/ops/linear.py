@@ -27,7 +27,7 @@ Activations = str | Slices
 def embedding(g: ModelBuilder, ids: str, name: str, entries: int, dim: int) -> str:
     """Look up rows of the checkpoint's embedding `name` by int64 `ids`."""
     with g.scope(name):
-        return g.precision.embedding(g, ids, g.tensor("weight", (entries, dim)))
+        return g.precision.embedding(g, ids, g.tensor("weight", (entries, dim), integers=False))
 
 
 def linear(
