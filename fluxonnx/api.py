@@ -34,7 +34,7 @@ from fluxonnx.checkpoint.manifest import (
     is_current,
     read_manifest,
 )
-from fluxonnx.contract import COMPONENTS, GRAPH_FORMAT, open_checkpoint
+from fluxonnx.contract import COMPONENTS, FOLDERS, GRAPH_FORMAT, KV_COMPONENTS, open_checkpoint
 from fluxonnx.errors import CheckpointError, ExportError
 from fluxonnx.files import atomic_folder, atomic_write, describe_os_error, exclusive, require_text, user_caches
 from fluxonnx.runtime.engine import Engine, SessionOptions
@@ -143,6 +143,7 @@ def load(
     provider: str | None = None,
     provider_options: Mapping[str, str] | None = None,
     flavour: str | None = None,
+    kv: bool | None = None,
     threads: int | None = None,
     low_memory: bool = False,
     keep_loaded: bool = False,
@@ -166,12 +167,12 @@ def load(
             this machine; by default that of the build that the directory holds (see `auto.held_build` for the order of
             several), and in one without builds bf16 on the CPU and what suits other providers. Nothing is exported
             into a directory with a build that works unless this or `flavour` asks for another one.
-        text_encoder_precision: The precision of the text encoder, by default as `precision`: the text encoder of one
-            build is used beside the other graphs of another.
+        text_encoder_precision: That of the text encoder, by default the same; else another build's encoder is used.
         provider: The execution provider, by onnxruntime's names without their ending, such as "cuda" or "coreml"; by
             default "cpu", or what the precision "auto" chooses. "auto" for a GPU's where it works, else the CPU's.
         provider_options: Options of the provider, by the names that its documentation has; see docs/providers.md.
         flavour: "ort" or "portable"; by default likewise, or the one that suits the provider.
+        kv: Whether the graphs for `Request.kv` are needed; None for what the model was made for.
         threads: Threads per operator; None for one per core that this process may use.
         low_memory: Use less memory, and more time: pictures above 576x576 are encoded and decoded in tiles.
         keep_loaded: Keep all graphs loaded between pictures; by default each is freed as soon as it has run.
@@ -207,28 +208,30 @@ def load(
     try:
         checkpoint = open_checkpoint(model, transformer, text_encoder=text_encoder, vae=vae)
         require_text(checkpoint.root)
-        held = None
+        held, choice = None, None
         if not checkpoint.parts and (precision is None or not checkpoint.has_weights("transformer")):
             asked = None if precision == AUTO else precision
             held = held_build(checkpoint, options.provider, asked, flavour, text_encoder_precision is not None)
         if held:
             precision, flavour = held.build.precision, held.build.flavour
             text_encoder_precision = text_encoder_precision or held.encoder
-            if on_choice and (choice := _unusual(checkpoint, held.build, options.provider)):
-                on_choice(choice)
+            choice = _unusual(checkpoint, held.build, options.provider)
         elif precision == AUTO:
             choice = choose(checkpoint, provider)
             precision, options = choice.precision, replace(options, provider=choice.provider)
-            if on_choice:
-                on_choice(choice)
         precision = precision or default_precision(checkpoint, options.provider)
-        if why and on_choice:
-            on_choice(Choice(precision, options.provider, why))
+        if why:
+            choice = Choice(precision, options.provider, "; ".join([why, *([choice.reason] if choice else [])]))
+        if choice and on_choice:
+            on_choice(choice)
         flavour = flavour or traits(options.provider).flavour
         cache = Path(cache_dir) if cache_dir else None
         name = build_name(precision, flavour)
+        # without weights, a build stays as it was made
+        usual = checkpoint.keeps_references and checkpoint.has_weights("transformer")
+        optional = tuple(KV_COMPONENTS) if (usual if kv is None else kv) else ()
         if checkpoint.parts:
-            _export_parts(checkpoint, precision, text_encoder_precision, flavour, on_export)
+            _export_parts(checkpoint, precision, text_encoder_precision, flavour, kv, on_export)
         text_encoder_precision = text_encoder_precision or _other_encoder(checkpoint, name)
         if text_encoder_precision in (None, precision):
             static, broken = static_builds(checkpoint, precision, flavour)
@@ -240,11 +243,11 @@ def load(
             if static and name not in (read_manifest(checkpoint.root) or Manifest()).builds:
                 manifest = _up_to_date(checkpoint, static[0], on_export)
                 return Flux(checkpoint, manifest, manifest.builds[static[0].name], options, cache, static=static[1:])
-            manifest = _up_to_date(checkpoint, Build(precision, flavour, 0), on_export)
+            manifest = _up_to_date(checkpoint, Build(precision, flavour, 0), on_export, (*COMPONENTS, *optional))
             return Flux(checkpoint, manifest, manifest.builds[name], options, cache, static=static)
         # First, because it is the smaller part of what may be wrong.
         _up_to_date(checkpoint, Build(text_encoder_precision, flavour, 0), on_export, [ENCODER])
-        manifest = _up_to_date(checkpoint, Build(precision, flavour, 0), on_export, WITHOUT_ENCODER)
+        manifest = _up_to_date(checkpoint, Build(precision, flavour, 0), on_export, (*WITHOUT_ENCODER, *optional))
         encoder = manifest.builds[build_name(text_encoder_precision, flavour)]
         return Flux(checkpoint, manifest, manifest.builds[name], options, cache, encoder)
     except OSError as error:
@@ -256,6 +259,7 @@ def _export_parts(
     precision: str,
     text_encoder_precision: str | None,
     flavour: str,
+    kv: bool | None,
     on_export: Callable[[Path], None] | None,
 ) -> None:
     """Export what is not yet made from the files that replace weights; whatever is, is left alone."""
@@ -271,6 +275,7 @@ def _export_parts(
         precision=precision,
         text_encoder_precision=text_encoder_precision,
         flavour=flavour,
+        kv=kv,
         renew=True,
     )
 
@@ -361,14 +366,14 @@ def _to_export(checkpoint: Checkpoint, name: str, parts: Sequence[str]) -> tuple
 def _cure(root: Path, build: Build) -> str:
     """Return what makes a build again that can't be exported from its own directory."""
     if parts := build.parsed_settings.parts:
-        flags = " ".join(sorted({f"--{COMPONENTS[name].replace('_', '-')} FILE" for name in parts}))
+        flags = " ".join(sorted({f"--{FOLDERS[name].replace('_', '-')} FILE" for name in parts}))
         return f"make it again with fluxonnx export -d {root} {build.flags} {flags}"
     return f"make it again with fluxonnx export -d CHECKPOINT -o {root} {build.flags}"
 
 
 def _not_exportable(checkpoint: Checkpoint, build: Build, part: str) -> str | None:
     """Return why a component can't be exported here; None if it can."""
-    folder = COMPONENTS[part]
+    folder = FOLDERS[part]
     # without the graph, the setting is of an export that never ended
     replaced = build.parsed_settings.parts.get(part) if part in build.components else None
     if replaced:

@@ -27,7 +27,7 @@ import onnx
 from onnx import TensorProto
 from safetensors.numpy import load_file, save_file
 
-from fluxonnx.contract import COMPONENTS
+from fluxonnx.contract import COMPONENTS, KV_COMPONENTS
 from fluxonnx.export.exporter import export
 from fluxonnx.export.precisions import PRECISIONS, Int8, Precision, make_precision
 from tests import comfyui
@@ -85,6 +85,8 @@ class Variant:
         return f"{self.precision}-{self.label}" if self.label else self.precision
 
 
+# References that are looked at once, by graphs with the transformer's weights.
+KV = ("transformer", *KV_COMPONENTS)
 VARIANTS = [
     Variant("bf16"),
     Variant("fp32"),
@@ -101,6 +103,7 @@ VARIANTS = [
     Variant("fp16", "static", build={"shape": (96, 64), "text_seq": 24}),
     Variant("int8", "static", build={"shape": (96, 64), "text_seq": 24}),
     Variant("fp32", "shards", build={"shard_size": 500_000}),
+    *(Variant(name, "kv", build={"components": KV}) for name in ("bf16", "fp16", "int8")),
 ]
 
 
@@ -137,7 +140,7 @@ def digests(root: Path, name: str, variant: Variant, flavour: str) -> dict[str, 
             found[file.name.split(".")[0]] = _digest(graph_text(onnx.load(file, load_external_data=False)))
         elif file.suffix == ".safetensors":
             found[file.relative_to(model).as_posix()] = _digest(weights_text(file))
-    assert set(COMPONENTS) <= found.keys()
+    assert set(variant.build.get("components", COMPONENTS)) <= found.keys()
     return {f"{name}/{variant.id}/{flavour}/{key}": value for key, value in found.items()}
 
 

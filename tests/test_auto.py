@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+import fluxonnx
 from fluxonnx import api
 from fluxonnx.auto import Surroundings, choose, choose_for, fastest_provider
 from fluxonnx.checkpoint.manifest import read_manifest
@@ -101,3 +102,11 @@ def test_provider_auto_draws_and_says_why(checkpoints, tmp_path, capsys):
     assert "provider cpu: there is no cuda here" in capsys.readouterr().err
     assert main(["info", output]) == 0
     assert '"provider": "cpu"' in capsys.readouterr().out
+
+
+def test_both_auto_are_one_line(checkpoints, tmp_path):
+    said = []
+    fluxonnx.load(checkpoints.get(CASE), provider="auto", precision="auto", on_choice=said.append).close()
+    (choice,) = said
+    assert "there is no cuda here" in choice.reason
+    assert "of weights cost nothing as they are" in choice.reason

@@ -88,6 +88,7 @@ def with_needed(field: Field, value: Any) -> dict[str, Any]:
         "strength": {"image": small},
         "size": {"image": small},
         "reference_area": {"references": (small,)},
+        "kv": {"references": (small,)},
     }
     return {"prompt": "a", **needed.get(field.name, {}), field.name: tuple(value) if field.many else value}
 
@@ -173,6 +174,7 @@ def test_a_picture_holds_nothing_without_effect():
     idle = {
         "size",
         "reference_area",
+        "kv",
         "step_cache",
         "negative_prompt",
         "mask_blur",

@@ -21,6 +21,7 @@ LAYERS = [
     "auto",
     ("export", "runtime"),
     ("openblas", "lora"),
+    "ports",
     "contract",
     "checkpoint",
     "files",

@@ -10,8 +10,6 @@ from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.contract import Architecture
 
 SUBJECT = "configs"
-# Transformers whose references attend to themselves only.
-KV_CLASS = "Flux2KleinKVPipeline"
 
 # vocab, hidden, layers, heads, kv_heads, head_dim, intermediate (config.json of Qwen/Qwen3-4B and Qwen/Qwen3-8B)
 TEXT_ENCODERS = {
@@ -74,7 +72,7 @@ def recognise(checkpoint: Checkpoint, sizes: Architecture) -> Known:
         ),
         VAES.get((vae.latent_channels, vae.encoder_channels, vae.decoder_channels)),
         distilled,
-        checkpoint.index.values.get("_class_name") == KV_CLASS,
+        checkpoint.keeps_references,
     )
 
 

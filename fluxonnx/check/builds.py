@@ -18,7 +18,7 @@ from fluxonnx.checkpoint.manifest import (
     is_current,
 )
 from fluxonnx.checkpoint.safetensors import read_header
-from fluxonnx.contract import COMPONENTS, GRAPH_FORMAT, OLDEST_RUNNABLE_FORMAT, Architecture
+from fluxonnx.contract import COMPONENTS, FOLDERS, GRAPH_FORMAT, OLDEST_RUNNABLE_FORMAT, Architecture
 from fluxonnx.errors import FluxonnxError
 from fluxonnx.machine import has_exact_int8_dot
 from fluxonnx.runtime.engine import SessionOptions
@@ -45,10 +45,11 @@ def _check_build(root: Path, manifest: Manifest, name: str, build: Build) -> Fin
     stale: list[str] = []
     lacking: list[str] = []
     opened: list[str] = []
-    for part in COMPONENTS:
+    for part in FOLDERS:
         component = build.components.get(part)
         if component is None:
-            lacking.append(part)
+            if part in COMPONENTS:
+                lacking.append(part)
             continue
         why, is_failure = _state(root, component, manifest.text_encoder_out_layers)
         if why:

@@ -20,6 +20,8 @@ from fluxonnx.errors import CheckpointError
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # What describes a model: a pipeline of diffusers, or a modular one.
 INDEXES = ("model_index.json", "modular_model_index.json")
+# The pipeline of models that keep what they read of references; diffusers takes them to be distilled.
+KEEPING = "Flux2KleinKVPipeline"
 # The modular pipeline of distilled models, whose index may not say so.
 DISTILLED = "Flux2KleinModularPipeline"
 # Classes whose weights hold another's: the bare model of a language model.
@@ -106,10 +108,15 @@ class Checkpoint:
             return path.parent.parent.name.split("--")[-1]
         return path.name
 
+    @property
+    def keeps_references(self) -> bool:
+        """Whether the model was made to look at references once, and keep their keys and values for all steps."""
+        return self.index.values.get("_class_name") == KEEPING
+
     @cached_property
     def is_distilled(self) -> bool:
         """Whether the model was distilled to run in a few steps without guidance."""
-        return self.index.flag("is_distilled", self.index.values.get("_class_name") == DISTILLED)
+        return self.index.flag("is_distilled", self.index.values.get("_class_name") in (DISTILLED, KEEPING))
 
     def config_path(self, component: str) -> Path:
         """Return the config.json of `component`: the one beside the weights that replace it, else the directory's."""

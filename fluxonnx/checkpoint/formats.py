@@ -1,4 +1,4 @@
-"""Quantised transformers as ComfyUI's tools write them (`int8_tensorwise`).
+"""Quantised weights as ComfyUI's tools write them (`int8_tensorwise`), of any part of a model.
 
 A quantised layer is three tensors (`_load_quantized_module` of comfy/ops.py in Comfy-Org/ComfyUI;
 comfy_kitchen/tensor/int8.py and backends/eager/quantization.py in Comfy-Org/comfy-kitchen):
@@ -14,6 +14,8 @@ marker: whether their weights are rotated can't be told, and they are taken for 
 were multiplied by a Hadamard matrix, one group of inputs at a time; the inputs of the layer must be rotated, too.
 Activations are rounded to 8 bits row by row, by their own largest value: an `input_scale` is not used
 ("quantize_input": False of "int8_tensorwise", comfy/quant_ops.py).
+
+Embeddings and the kernels of convolutions may be such integers, too, though not rotated.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ def resolve(
             _refuse_needless(tensors[f"{layer}.weight"], layer, tensor, formats)
             continue
         if parameter == "weight":
-            tensor = _weight(tensors, layer, tensor, formats.get(layer), component)
+            tensor = _weight(tensors, layer, tensor, formats.get(layer))
         elif is_float8(tensor):
             tensor = unscaled(tensor)
         for part in renamed(name, tensor, tensors):
@@ -95,9 +97,7 @@ def _refuse_needless(weight: Tensor, layer: str, scale: Tensor, formats: Mapping
         )
 
 
-def _weight(
-    tensors: Mapping[str, Tensor], layer: str, tensor: Tensor, settings: dict[str, Any] | None, component: str
-) -> Tensor:
+def _weight(tensors: Mapping[str, Tensor], layer: str, tensor: Tensor, settings: dict[str, Any] | None) -> Tensor:
     """Return a layer's weight with its scales, if it has any."""
     if isinstance(tensor, Encoded):  # blocks of a GGUF file
         return tensor
@@ -108,11 +108,6 @@ def _weight(
         return decoded(tensors, layer, settings)
     if settings is None and tensor.dtype != "I8":
         return tensor
-    if component != "transformer":
-        raise CheckpointError(
-            f"{tensor.file} is quantised to 8-bit integers ({tensor.name}), which fluxonnx reads only of transformers: "
-            f"{READABLE}"
-        )
     scales = [tensors[f"{layer}.{name}"] for name in SCALES if f"{layer}.{name}" in tensors]
     return replace(tensor, quantisation=_quantisation(tensor, settings, scales))
 
@@ -168,9 +163,11 @@ def _formats(tensors: Mapping[str, Tensor], metadata: Iterable[dict[str, Any]]) 
     Raises:
         CheckpointError: They can't be read, contradict each other, or leave integers out.
     """
+    # headers name layers with or without the prefix of the tensors
+    layers = {tensor.name.rpartition(".")[0]: name.rpartition(".")[0] for name, tensor in tensors.items()}
     listed: dict[str, dict[str, Any]] = {}
     for item in metadata:
-        listed |= {_bare(layer): settings for layer, settings in _formats_in(item, tensors).items()}
+        listed |= {layers.get(name, _bare(name)): value for name, value in _formats_in(item, tensors).items()}
     formats = dict(listed)
     for name, tensor in tensors.items():
         layer, _, parameter = name.rpartition(".")
@@ -194,7 +191,7 @@ def _formats(tensors: Mapping[str, Tensor], metadata: Iterable[dict[str, Any]]) 
 
 
 def _bare(layer: str) -> str:
-    """Return a layer's name as `resolve` sees it: headers name layers with or without the prefix of the tensors."""
+    """Return a layer's name without the prefixes of transformers."""
     return next((layer.removeprefix(prefix) for prefix in names.PREFIXES if layer.startswith(prefix)), layer)
 
 
@@ -254,32 +251,40 @@ def _quantisation(tensor: Tensor, settings: dict[str, Any] | None, scales: list[
     # The first markers had no format, when there was only one for integers.
     if found != FORMAT and not (found is None and tensor.dtype == "I8"):
         raise _unknown(tensor, found)
-    if tensor.dtype != "I8" or len(tensor.shape) != 2:
+    if tensor.dtype != "I8" or len(tensor.shape) not in (2, 4):
         raise CheckpointError(f"{where} is {tensor.dtype} {list(tensor.shape)}, but {FORMAT} is I8 [out, in]")
     if settings.get("symmetric") is False:
         raise CheckpointError(
             f"{where} is quantised around another number than 0, which fluxonnx can't read: {READABLE}"
         )
-    n_out, n_in = tensor.shape
+    n_out, n_in = tensor.shape[:2]
     if not scales:
         raise CheckpointError(f"{where} is I8, but has no scale ({tensor.name}_scale): download it again")
     if len(scales) > 1:
         names = " and ".join(scale.name for scale in scales)
         raise CheckpointError(f"{where} has two scales, {names}: download it again")
     (scale,) = scales
-    if scale.dtype not in ("F32", "F16", "BF16") or scale.shape not in ((), (1,), (1, 1), (n_out,), (n_out, 1)):
+    if scale.dtype not in ("F32", "F16", "BF16") or scale.shape not in _shapes_of_scale(tensor):
         raise CheckpointError(
             f"{scale.file}: {scale.name} is {scale.dtype} {list(scale.shape)}, expected F32 [] or [{n_out}, 1]"
         )
     group = _rotation(settings)
     if group == 0:
         return Quantisation(scale, marked=marked)
+    if len(tensor.shape) != 2:
+        raise CheckpointError(f"{where} {list(tensor.shape)} is rotated, but it is no matrix: {READABLE}")
     if not isinstance(group, int) or group < 4 or 4 ** round(math.log(group, 4)) != group or n_in % group:
         raise CheckpointError(
             f"{where} [{n_out}, {n_in}] is rotated in groups of {shown(group)}, which is no power of four that "
             f"divides {n_in}"
         )
     return Quantisation(scale, group, marked)
+
+
+def _shapes_of_scale(tensor: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of one scale for all of a tensor, and of one for each of its rows."""
+    n_out, dimensions = tensor.shape[0], len(tensor.shape)
+    return (), (1,), (1,) * dimensions, (n_out,), (n_out, *(1,) * (dimensions - 1))
 
 
 def _unknown(tensor: Tensor, stated: Any) -> CheckpointError:

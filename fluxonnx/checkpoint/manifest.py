@@ -26,8 +26,8 @@ from fluxonnx.files import atomic_write
 FILE_NAME = "fluxonnx.json"
 FORMAT_VERSION = 1
 
-# The graphs whose weights may come from another file (those of `contract.COMPONENTS` that have weights).
-GRAPHS = ("text_encoder", "transformer", "vae_encoder", "vae_decoder")
+# The graphs whose weights may come from another file (those of `contract.FOLDERS` that have weights).
+GRAPHS = ("text_encoder", "transformer", "vae_encoder", "vae_decoder", "references", "transformer_cached")
 
 DEFAULT_PRECISION = "bf16"
 DEFAULT_FLAVOUR = "ort"
@@ -316,7 +316,8 @@ def exporter_digest() -> str:
     """Return a digest of the source files that decide what graphs look like."""
     package = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for path in sorted([package / "contract.py", *package.glob("export/**/*.py"), *package.glob("checkpoint/*.py")]):
+    named = (package / "contract.py", package / "ports.py")
+    for path in sorted([*named, *package.glob("export/**/*.py"), *package.glob("checkpoint/*.py")]):
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -40,6 +40,7 @@ class Options:
     block: int | None
     flavour: str
     component: list[str] | None
+    kv: bool | None
     opset: int | None
     shape: tuple[int, int] | None
     text_seq: int | None
@@ -107,7 +108,14 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         "--component",
         action="append",
         metavar="NAME",
-        help="only this graph (text_encoder, conditioning, transformer, vae_encoder, vae_decoder); can be repeated",
+        help="only this graph (text_encoder, conditioning, transformer, vae_encoder, vae_decoder, references, "
+        "transformer_cached); can be repeated",
+    )
+    parser.add_argument(
+        "--kv",
+        action=argparse.BooleanOptionalAction,
+        help="also the graphs references and transformer_cached, with which generate --kv looks at references once "
+        "instead of in each step (default: for models made for it, such as FLUX.2-klein-9b-kv)",
     )
     parser.add_argument("--opset", type=int, metavar="N", help="default: 23 for ort, 17 for portable")
     parser.add_argument(
@@ -191,6 +199,7 @@ def export(options: Options) -> None:
             rotate=options.rotate,
             flavour=options.flavour,
             components=options.component,
+            kv=options.kv,
             opset=options.opset,
             shape=options.shape,
             text_seq=options.text_seq,

@@ -286,6 +286,7 @@ def generate(options: Options) -> None:
             provider=build.provider,
             provider_options=dict(options.provider_option),
             flavour=build.flavour,
+            kv=True if any(job.request.kv for job in jobs) else None,
             threads=options.threads,
             low_memory=options.low_memory,
             keep_loaded=options.keep_loaded,

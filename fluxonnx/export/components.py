@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.checkpoint.manifest import Shape
 from fluxonnx.checkpoint.safetensors import Tensor
-from fluxonnx.contract import COMPONENT_CLASSES, COMPONENTS, MAX_SEQUENCE_LENGTH, Architecture, fixed_dims, graph_ports
+from fluxonnx.contract import COMPONENT_CLASSES, COMPONENTS, FOLDERS, KV_COMPONENTS, MAX_SEQUENCE_LENGTH, Architecture
 from fluxonnx.errors import CheckpointError, UsageError
 from fluxonnx.export import conditioning, text_encoder, transformer, vae
 from fluxonnx.export.balance import Coupling
 from fluxonnx.export.graph import Graph
 from fluxonnx.export.ops import ModelBuilder
-from fluxonnx.export.precisions import Precision, make_precision
+from fluxonnx.export.precisions import Precision, Prepared, make_precision
+from fluxonnx.ports import fixed_dims, graph_ports
 from fluxonnx.version import __version__
 
 # Opset 23 has RMSNormalization; 17 is the oldest with LayerNormalization, and the newest that all other runtimes load.
@@ -82,16 +83,24 @@ def make_target(
     return Target(chosen, flavour, opset, shape, shard_size)
 
 
-def select(components: Sequence[str] | None) -> list[str]:
+def select(components: Sequence[str] | None, kv: bool, shape: object = None) -> list[str]:
     """Return the components to export, in order.
 
+    Args:
+        components: Their names; None for all.
+        kv: Whether those that keep keys and values of references are among all.
+        shape: What a static build draws, which has no references; None for a build of any size.
+
     Raises:
-        UsageError: One of them does not exist.
+        UsageError: One of them does not exist, or not in a static build.
     """
     for name in components or ():
-        if name not in COMPONENTS:
-            raise UsageError(f"component {name!r} is unknown: choose from {', '.join(COMPONENTS)}")
-    return [name for name in COMPONENTS if not components or name in components]
+        if name not in FOLDERS:
+            raise UsageError(f"component {name!r} is unknown: choose from {', '.join(FOLDERS)}")
+        if name in KV_COMPONENTS and shape:
+            raise UsageError(f"component {name} is for references, but static builds take none: leave out --shape")
+    whole = FOLDERS if kv and not shape else COMPONENTS
+    return [name for name in FOLDERS if (name in components if components else name in whole)]
 
 
 def make_passes(
@@ -185,22 +194,41 @@ def read_architecture(checkpoint: Checkpoint, out_layers: tuple[int, ...] | None
 _CONFIGS = [(name, COMPONENT_CLASSES[name]) for name in ("text_encoder", "transformer", "vae")]
 
 
-def build_graph(
-    component: str, sizes: Architecture, target: Target, tensors: dict[str, Tensor], metadata: Mapping[str, str]
-) -> Graph:
-    """Build a graph and check that it uses every tensor of the checkpoint that it should.
-
-    Raises:
-        CheckpointError: A tensor is missing, left over, or of the wrong shape.
-    """
+def prepare(component: str, sizes: Architecture, target: Target, tensors: dict[str, Tensor]) -> Prepared:
+    """Return what a precision makes of the weights of a graph; of all graphs of the transformer it is the same."""
     couplings: list[Coupling] = []
     unused: tuple[str, ...] = ()
-    if component == "transformer":
+    if component in ("transformer", *KV_COMPONENTS):
         couplings = transformer.couplings(sizes.transformer)
     elif component == "text_encoder":
         couplings, unused = text_encoder.couplings(sizes.text_encoder), text_encoder.unused(sizes.text_encoder)
     used = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
-    prepared = target.precision.prepared(used, couplings)
+    return target.precision.prepared(used, couplings)
+
+
+def build_graph(
+    component: str,
+    sizes: Architecture,
+    target: Target,
+    tensors: dict[str, Tensor],
+    metadata: Mapping[str, str],
+    prepared: Prepared | None = None,
+) -> Graph:
+    """Build a graph and check that it uses every tensor of the checkpoint that it should.
+
+    Args:
+        component: One of `contract.FOLDERS`.
+        sizes: The model's.
+        target: What it is built for.
+        tensors: The checkpoint's weights of its part.
+        metadata: What it says about itself.
+        prepared: What `prepare` returned; None for doing that here.
+
+    Raises:
+        CheckpointError: A tensor is missing, left over, or of the wrong shape.
+    """
+    unused: tuple[str, ...] = ()
+    prepared = prepared or prepare(component, sizes, target, tensors)
     opset = target.precision.opset(component, target.opset)
     dims = fixed_dims(sizes, target.shape) if target.shape else None
     g = ModelBuilder(component, prepared.precision, target.flavour, opset, {**tensors, **prepared.tensors}, dims)
@@ -210,8 +238,14 @@ def build_graph(
         unused = ("",)  # it has no weights
     elif component == "transformer":
         transformer.build(g, sizes.transformer, ports)
+    elif component == "transformer_cached":
+        transformer.build_cached(g, sizes.transformer, ports)
+    elif component == "references":
+        transformer.build_references(g, sizes.transformer, ports)
+        unused = ("",)  # it has those of one stream, which the transformer has, too
     elif component == "text_encoder":
         text_encoder.build(g, sizes.text_encoder, ports)
+        unused = text_encoder.unused(sizes.text_encoder)
     elif component == "vae_encoder":
         vae.build_encoder(g, sizes.vae, ports)
         unused = vae.UNUSED_BY_ENCODER
@@ -226,4 +260,5 @@ def build_graph(
             "that config.json describes: config.json and weights do not belong together"
         )
     doc = f"{component} of {metadata['model']}, exported by fluxonnx {__version__}"
-    return replace(g.finish(doc, dict(metadata)), errors=prepared.errors, kept=prepared.kept)
+    graph = g.finish(doc, dict(metadata))
+    return graph if component in KV_COMPONENTS else replace(graph, errors=prepared.errors, kept=prepared.kept)

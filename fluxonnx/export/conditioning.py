@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from fluxonnx.contract import Ports, TransformerConfig
+from fluxonnx.contract import TransformerConfig
 from fluxonnx.export.graph import GraphBuilder
+from fluxonnx.ports import Ports
 
 # Positions have two digits of this base, so they end below its square.
 POSITION_BASE = 64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,15 +25,23 @@ from fluxonnx.checkpoint.manifest import (
     read_manifest,
 )
 from fluxonnx.checkpoint.safetensors import Tensor
-from fluxonnx.contract import COMPONENTS, GRAPH_FORMAT, MAX_SEQUENCE_LENGTH, Architecture, open_checkpoint
+from fluxonnx.contract import (
+    COMPONENTS,
+    FOLDERS,
+    GRAPH_FORMAT,
+    KV_COMPONENTS,
+    MAX_SEQUENCE_LENGTH,
+    Architecture,
+    open_checkpoint,
+)
 from fluxonnx.errors import ExportError, UsageError
 from fluxonnx.export import links, weights
-from fluxonnx.export.components import Target, build_graph, make_passes, read_architecture, select
+from fluxonnx.export.components import Target, build_graph, make_passes, prepare, read_architecture, select
 from fluxonnx.export.conditioning import POSITION_BASE
 from fluxonnx.export.copying import copy_model, prepare_copy
 from fluxonnx.export.graph import Graph
 from fluxonnx.export.parts import notices, replaced_parts, without_parts
-from fluxonnx.export.precisions import Precision
+from fluxonnx.export.precisions import Precision, Prepared
 from fluxonnx.export.record import (
     is_as_made,
     known_files,
@@ -80,6 +88,7 @@ def export(
     text_encoder_precision: str | None = None,
     flavour: str = "ort",
     components: Sequence[str] | None = None,
+    kv: bool | None = None,
     opset: int | None = None,
     keep: str | None = None,
     block: int | None = None,
@@ -114,6 +123,8 @@ def export(
             the build of that precision.
         flavour: "ort" for onnxruntime, with its fused operators; "portable" for any runtime.
         components: The graphs to export, by the names of their files; all by default.
+        kv: Whether all graphs are also those that look at references once, and keep their keys and values for all
+            steps; None for models that were made for it (FLUX.2-klein-9b-kv).
         opset: The ai.onnx opset; by default 23 for ort and 17 for portable (21 with int4).
         keep: For int8 and int4: linears whose names match this regular expression are not quantised.
         rotate: For int8: mix inputs by a Hadamard matrix, against outliers; a step takes a little longer.
@@ -137,10 +148,14 @@ def export(
     """
     if text_seq is not None and shape is None:
         raise UsageError("--text-seq is for a static build: say which size it draws with --shape")
+    if kv and shape is not None:
+        raise UsageError("--kv is for references, but static builds take none: leave out --kv, or --shape")
+    if kv is None and not components:
+        kv = open_checkpoint(directory).keeps_references
     passes = make_passes(
         precision,
         text_encoder_precision,
-        select(components),
+        select(components, bool(kv), shape),
         flavour,
         opset,
         keep=keep,
@@ -176,8 +191,8 @@ def export(
 def _copied_weights(passes: Sequence[tuple[Target, Sequence[str]]]) -> set[str]:
     """Return the folders whose weights a copy needs: all, but for those of graphs that have their own."""
     if len(passes) == 1:
-        return set(COMPONENTS.values()) if _reads(passes[0][0]) else set()
-    return {COMPONENTS[name] for target, names in passes for name in names if _reads(target)}
+        return set(FOLDERS.values()) if _reads(passes[0][0]) else set()
+    return {FOLDERS[name] for target, names in passes for name in names if _reads(target)}
 
 
 def _reads(target: Target) -> bool:
@@ -225,12 +240,13 @@ def _export_components(
 
     usable = {} if force else build.components
     current = {key: c for key, c in usable.items() if is_as_made(root, checkpoint, c, manifest)}
-    for component in COMPONENTS:
+    for component in FOLDERS:
         if build.settings.get(component) != replaced.get(component):
             current.pop(component, None)
     pending = [component for component in names if component not in current]
     # Whatever can be wrong with the checkpoint is found before anything is written.
-    graphs = {component: _build_graph(checkpoint, root, component, sizes, target) for component in pending}
+    prepared: dict[str, Prepared] = {}
+    graphs = {component: _build_graph(checkpoint, root, component, sizes, target, prepared) for component in pending}
     for notice in notices(checkpoint, root, graphs, target):
         warnings.warn(notice, stacklevel=3)
     for component, graph in graphs.items():
@@ -254,20 +270,23 @@ def _export_components(
             found = current[component]
             reports.append(Report(component, file, found.nodes, found.parameters, 0, None))
             continue
-        start = time.perf_counter()
+        start, before = time.perf_counter(), recorded.components.get(component) if recorded else None
         say(component, 0, 0)
         if withdraw(build, component, replaced) or withdrawn:
             manifest.save(root)
             withdrawn = False
-        done = _write_component(checkpoint, root, component, graphs.pop(component), sizes, target, known, force, say)
-        build.components[component] = done
+        sharing = current.get(KV_COMPONENTS.get(component, ""))
+        shared = weights.stored_in(root, sharing.weights if sharing else ())
+        graph = graphs.pop(component)
+        done = _write_component(checkpoint, root, component, graph, sizes, target, known, shared, force, say)
+        build.components[component] = current[component] = done
         build.settings = {key: value for key, value in build.settings.items() if key != component}
         build.settings |= {key: value for key, value in replaced.items() if key == component}
         manifest.save(root)
-        remove_replaced(root, manifest, recorded.components.get(component) if recorded else None)
+        remove_replaced(root, manifest, before)
         seconds = time.perf_counter() - start
         reports.append(Report(component, file, done.nodes, done.parameters, done.bytes_written, seconds))
-    if len(names) == len(COMPONENTS):
+    if set(COMPONENTS) <= set(names):
         _remove_leftovers(root)
     return reports
 
@@ -280,18 +299,30 @@ def _listed(layers: list[str]) -> str:
 
 def _remove_leftovers(root: Path) -> None:
     """Remove what killed exports left, which can be copies of all weights."""
-    for folder in {root, *(root / folder for folder in COMPONENTS.values())}:
+    for folder in {root, *(root / folder for folder in FOLDERS.values())}:
         for pattern in (".*.safetensors.partial", ".*.safetensors.*.tmp", ".*.onnx.*.tmp"):
             remove_leftovers(folder, pattern)
 
 
 def _weight_file(component: str, target: Target) -> str:
-    return weights.weight_file(component, COMPONENTS[component], target.precision.file_label(target.flavour))
+    return weights.weight_file(component, FOLDERS[component], target.precision.file_label(target.flavour))
 
 
-def _build_graph(checkpoint: Checkpoint, root: Path, component: str, sizes: Architecture, target: Target) -> Graph:
-    tensors: dict[str, Tensor] = {} if component == "conditioning" else checkpoint.tensors(COMPONENTS[component])
-    graph = build_graph(component, sizes, target, tensors, metadata_of(checkpoint, component, target, sizes))
+def _build_graph(
+    checkpoint: Checkpoint,
+    root: Path,
+    component: str,
+    sizes: Architecture,
+    target: Target,
+    prepared: dict[str, Prepared],
+) -> Graph:
+    """Build a graph; what a precision makes of weights is added to `prepared`, for other graphs of the same weights."""
+    tensors: dict[str, Tensor] = {} if component == "conditioning" else checkpoint.tensors(FOLDERS[component])
+    owner = KV_COMPONENTS.get(component, component)
+    if owner not in prepared:
+        prepared[owner] = prepare(component, sizes, target, tensors)
+    metadata = metadata_of(checkpoint, component, target, sizes)
+    graph = build_graph(component, sizes, target, tensors, metadata, prepared[owner])
     weights.check_places(graph, root, _weight_file(component, target))
     return graph
 
@@ -304,6 +335,7 @@ def _write_component(
     sizes: Architecture,
     target: Target,
     known: set[str],
+    shared: Mapping[str, Tensor],
     force: bool,
     say: Progress,
 ) -> Component:
@@ -321,12 +353,13 @@ def _write_component(
         not force,
         target.shard_size,
         checkpoint.may_link,
+        shared,
     )
     file = graph_file(component, precision.name, target.flavour, target.shape)
     with atomic_write(root / file) as temporary:
         onnx.save(graph.model, temporary)
         links.check(graph.model, temporary, file)
-    config = location(checkpoint.root, checkpoint.config_path(COMPONENTS[component]))
+    config = location(checkpoint.root, checkpoint.config_path(FOLDERS[component]))
     return Component(
         graph=file,
         exporter_version=__version__,

@@ -7,6 +7,7 @@ and every value of the finished graph has a type. The builder knows nothing of p
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,10 +19,11 @@ import onnx
 from onnx import TensorProto, helper, shape_inference
 
 from fluxonnx.checkpoint.safetensors import Tensor
-from fluxonnx.contract import Port, plain_symbol
+from fluxonnx.contract import FIRST_ROWS
 from fluxonnx.errors import CheckpointError
 from fluxonnx.export.folding import computed, needed
-from fluxonnx.export.initializers import Encode, Entry, Part, StoredWeight, View, onnx_dtype, scaled
+from fluxonnx.export.initializers import Encode, Entry, Part, StoredWeight, View, first_rows, onnx_dtype, scaled
+from fluxonnx.ports import Port, plain_symbol
 
 MICROSOFT = "com.microsoft"
 
@@ -396,7 +398,8 @@ class GraphBuilder:
             producer_version=metadata.get("version", ""),
             doc_string=doc,
         )
-        helper.set_model_props(model, metadata)
+        first = first_rows(self._weights.values())
+        helper.set_model_props(model, {**metadata, **({FIRST_ROWS: json.dumps(first)} if first else {})})
         # protobuf copies what it is given: from here on a weight's initializer is the one in the model
         copies = {tensor.name: tensor for tensor in model.graph.initializer}
         for weight in self._weights.values():

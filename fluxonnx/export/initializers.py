@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -114,6 +115,22 @@ class StoredWeight:
     entries: list[Entry]
     encode: Encode | None
     in_place: bool
+
+
+def first_rows(weights: Iterable[StoredWeight]) -> dict[str, int]:
+    """Return the first row of each part of a weight that begins behind rows which are not stored."""
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    for weight in weights:
+        if weight.source.whole is not None:
+            parts[weight.source.whole.name].append(weight.source)
+    found = {}
+    for sources in parts.values():
+        end = 0
+        for source in sorted(sources, key=lambda source: source.first_row):
+            if source.first_row > end:
+                found[source.name] = source.first_row
+            end = max(end, source.first_row + source.shape[0])
+    return found
 
 
 def float_rows(

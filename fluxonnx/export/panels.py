@@ -93,6 +93,22 @@ def same_layout(g: GraphBuilder, width: int, *values: str) -> list[str]:
     return [_sequence(g, row, width, 1, value, width) for row, value in zip(rows, values, strict=True)]
 
 
+def without_panels(g: GraphBuilder, x: str, width: int) -> str:
+    """Return a sequence of `width` columns without panels: [batch, seq, width]."""
+    if g.width(x) == width:
+        return x
+    return _sequence(g, _row_major(g, rows_of(g, x, width)), width, 1, x, width)
+
+
+def in_panels(g: GraphBuilder, x: str, panels: int) -> str:
+    """[batch, seq, width] -> [panels * batch, seq, width / panels]."""
+    if panels == 1:
+        return x
+    width = g.width(x)
+    rows = g.op("Reshape", x, g.constant([-1, panels, width // panels], np.int64))
+    return _sequence(g, g.op("Transpose", rows, perm=[1, 0, 2]), width, panels, x, width)
+
+
 def _row_major(g: GraphBuilder, columns: Columns) -> str:
     """[panels, rows, n] -> [rows, panels, n]; a matrix without panels is returned unchanged."""
     return columns.value if columns.panels == 1 else g.op("Transpose", columns.value, perm=[1, 0, 2])

@@ -9,11 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 from fluxonnx.checkpoint.config import Config
-from fluxonnx.contract import MAX_SEQUENCE_LENGTH, OUT_LAYERS, Ports, TextEncoderConfig
+from fluxonnx.contract import MAX_SEQUENCE_LENGTH, OUT_LAYERS, TextEncoderConfig
 from fluxonnx.errors import CheckpointError
 from fluxonnx.export import ops
 from fluxonnx.export.balance import Coupling, Reader, Writer
 from fluxonnx.export.ops import ModelBuilder
+from fluxonnx.ports import Ports
 
 # cos and sin, f32 [positions, head_dim / 2]
 RopeTable = tuple[np.ndarray, np.ndarray]

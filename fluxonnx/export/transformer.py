@@ -14,12 +14,16 @@ import numpy as np
 from fluxonnx.checkpoint.config import Config
 from fluxonnx.checkpoint.reading import shown
 from fluxonnx.checkpoint.safetensors import Tensor
-from fluxonnx.contract import Ports, TransformerConfig
+from fluxonnx.contract import TransformerConfig
 from fluxonnx.errors import CheckpointError
 from fluxonnx.export import ops
 from fluxonnx.export.balance import Coupling, Reader, Writer
 from fluxonnx.export.initializers import float_rows
 from fluxonnx.export.ops import ModelBuilder
+from fluxonnx.ports import Ports
+
+# The keys, rotated, and the values of some tokens in one block.
+Kept = tuple[str, str]
 
 # Sigmas at which the magnitude of a modulation is measured.
 TIMESTEPS = np.linspace(0.05, 1, 8, dtype=np.float32)
@@ -160,10 +164,32 @@ def build(g: ModelBuilder, c: TransformerConfig, ports: Ports) -> None:
     g.output(ports.outputs[0], transformer(g, c, image, text, timestep, ops.rope_table(g, cos, sin, text, image)))
 
 
+def build_cached(g: ModelBuilder, c: TransformerConfig, ports: Ports) -> None:
+    """Add the transformer that attends to references by their keys and values, of `build_references`, to `g`."""
+    image, text, timestep, cos, sin, *kept = (g.input(port) for port in ports.inputs)
+    rope = ops.rope_table(g, cos, sin, text, image)
+    pairs = list(zip(kept[::2], kept[1::2], strict=True))
+    g.output(ports.outputs[0], transformer(g, c, image, text, timestep, rope, pairs))
+
+
+def build_references(g: ModelBuilder, c: TransformerConfig, ports: Ports) -> None:
+    """Add the pass over reference tokens, of which each block's keys and values are kept, to `g`."""
+    image, timestep, cos, sin = (g.input(port) for port in ports.inputs)
+    kept = [value for pair in references(g, c, image, timestep, ops.rope_table(g, cos, sin)) for value in pair]
+    for port, value in zip(ports.outputs, kept, strict=True):
+        g.output(port, ops.kept_heads(g, value, c.dim))
+
+
 def transformer(
-    g: ModelBuilder, c: TransformerConfig, image: str, text: str, timestep: str, rope: tuple[str, str]
+    g: ModelBuilder,
+    c: TransformerConfig,
+    image: str,
+    text: str,
+    timestep: str,
+    rope: tuple[str, str],
+    kept: Sequence[Kept] = (),
 ) -> str:
-    """Return the velocity [batch, image_seq, out_channels]."""
+    """Return the velocity [batch, image_seq, out_channels]; `kept` are those of references in each block, if any."""
     temb = ops.silu(g, timestep_embedding(g, c, timestep))
     image_mods = modulation(g, c, "double_stream_modulation_img", temb, sets=2)
     text_mods = modulation(g, c, "double_stream_modulation_txt", temb, sets=2)
@@ -174,13 +200,15 @@ def transformer(
     text = ops.linear(g, text, "context_embedder", c.text_dim, c.dim)
     for i in range(c.double_layers):
         with g.scope("transformer_blocks", i):
-            image, text = double_block(g, c, image, text, image_mods, text_mods, rope, text_seq)
+            beside = kept[i] if kept else None
+            image, text = double_block(g, c, image, text, image_mods, text_mods, rope, text_seq, beside)
 
     tokens = ops.concat(g, text, image, axis=1)
     for i in range(c.single_layers):
         last = i == c.single_layers - 1
         with g.scope("single_transformer_blocks", i):
-            tokens = single_block(g, c, tokens, single_mod, rope, text_seq if last else None)
+            beside = kept[c.double_layers + i] if kept else None
+            tokens, _ = single_block(g, c, tokens, single_mod, rope, text_seq if last else None, beside)
 
     image = tokens
     with g.scope("norm_out"):
@@ -226,11 +254,12 @@ def double_block(
     text_mods: list[Modulation],
     rope: tuple[str, str],
     text_seq: str,
+    kept: Kept | None = None,
 ) -> tuple[str, str]:
     """Attend jointly, then a feed-forward for each stream: image and text [batch, seq, dim]."""
     image_in = modulated_norm(g, c, image, image_mods[0], "norm1")
     text_in = modulated_norm(g, c, text, text_mods[0], "norm1_context")
-    image_out, text_out = joint_attention(g, c, image_in, text_in, rope, text_seq)
+    image_out, text_out = joint_attention(g, c, image_in, text_in, rope, text_seq, kept)
     image = gated_add(g, image, image_mods[0], image_out)
     text = gated_add(g, text, text_mods[0], text_out)
 
@@ -245,9 +274,15 @@ def gated_add(g: ModelBuilder, x: str, mod: Modulation, update: str) -> str:
 
 
 def joint_attention(
-    g: ModelBuilder, c: TransformerConfig, image: str, text: str, rope: tuple[str, str], text_seq: str
+    g: ModelBuilder,
+    c: TransformerConfig,
+    image: str,
+    text: str,
+    rope: tuple[str, str],
+    text_seq: str,
+    kept: Kept | None,
 ) -> tuple[str, str]:
-    """Let all text and image tokens attend to each other; each stream has its own projections."""
+    """Let all text and image tokens attend to each other, and to `kept`; each stream has its own projections."""
     with g.scope("attn"):
         layers = [(text, f"add_{kind}_proj") for kind in "qkv"] + [(image, f"to_{kind}") for kind in "qkv"]
         projections = ops.head_projections(g, layers, c.dim, c.dim, c.head_dim)
@@ -255,13 +290,22 @@ def joint_attention(
         q = ops.concat(g, heads(g, c, text_q, "norm_added_q"), heads(g, c, image_q, "norm_q"), axis=1)
         k = ops.concat(g, heads(g, c, text_k, "norm_added_k"), heads(g, c, image_k, "norm_k"), axis=1)
         v = ops.concat(g, text_v, image_v, axis=1)
-        mixed = ops.attention(g, ops.rope_interleaved(g, q, rope), ops.rope_interleaved(g, k, rope), v, c.head_dim)
+        q, k = (ops.rope_interleaved(g, value, rope) for value in (q, k))
+        mixed = ops.attention(g, q, *beside_kept(g, (k, v), kept), c.head_dim)
         text_out = ops.rows_from(g, mixed, 0, text_seq, "text_seq")
         image_out = rows_of_image(g, mixed, text_seq)
         return (
             ops.linear(g, image_out, "to_out.0", c.dim, c.dim),
             ops.linear(g, text_out, "to_add_out", c.dim, c.dim),
         )
+
+
+def beside_kept(g: ModelBuilder, own: Kept, kept: Kept | None) -> Kept:
+    """Return keys and values, and behind them those of references: the order of keys makes no difference."""
+    if kept is None:
+        return own
+    keys, values = (ops.beside_kept(g, mine, others) for mine, others in zip(own, kept, strict=True))
+    return keys, values
 
 
 def rows_of_image(g: ModelBuilder, x: str, text_seq: str, axis: int = 1) -> str:
@@ -281,8 +325,14 @@ def feed_forward(g: ModelBuilder, c: TransformerConfig, x: str, name: str) -> st
 
 
 def single_block(
-    g: ModelBuilder, c: TransformerConfig, x: str, mod: Modulation, rope: tuple[str, str], text_seq: str | None
-) -> str:
+    g: ModelBuilder,
+    c: TransformerConfig,
+    x: str,
+    mod: Modulation,
+    rope: tuple[str, str],
+    text_seq: str | None,
+    kept: Kept | None = None,
+) -> tuple[str, Kept]:
     """Attention and feed-forward side by side, sharing one projection in and one out.
 
     Args:
@@ -292,9 +342,10 @@ def single_block(
         mod: The modulation.
         rope: The tables of all tokens.
         text_seq: The number of text tokens, int64 [1], if only the tokens behind them are wanted; else None.
+        kept: What the tokens attend to besides; None for nothing.
 
     Returns:
-        [batch, seq, dim] of the wanted tokens, which attend to all tokens.
+        [batch, seq, dim] of the wanted tokens, which attend to all tokens, and the keys and values of all.
     """
     normal = modulated_norm(g, c, x, mod, "norm")
     wanted, rope_of_wanted = normal, rope
@@ -308,6 +359,49 @@ def single_block(
         )
         q = ops.rope_interleaved(g, heads(g, c, q, "norm_q"), rope_of_wanted)
         k = ops.rope_interleaved(g, heads(g, c, k, "norm_k"), rope)
-        mixed = ops.attention(g, q, k, v, c.head_dim)
+        mixed = ops.attention(g, q, *beside_kept(g, (k, v), kept), c.head_dim)
         update = ops.linear(g, [mixed, ops.swiglu(g, gate, value)], "to_out", [c.dim, c.mlp_dim], c.dim)
-    return gated_add(g, x, mod, update)
+    return gated_add(g, x, mod, update), (k, v)
+
+
+def references(g: ModelBuilder, c: TransformerConfig, image: str, timestep: str, rope: tuple[str, str]) -> list[Kept]:
+    """Return the keys and values of reference tokens [batch, reference_seq, in_channels] in each block.
+
+    They attend to nothing but themselves, and `timestep` is that of 0: so they depend on no prompt and on no step.
+
+    Source: Flux2KVAttnProcessor and Flux2Transformer2DModel.forward with kv_cache_mode="extract".
+    """
+    temb = ops.silu(g, timestep_embedding(g, c, timestep))
+    mods = modulation(g, c, "double_stream_modulation_img", temb, sets=2)
+    (single_mod,) = modulation(g, c, "single_stream_modulation", temb, sets=1)
+    tokens = ops.linear(g, image, "x_embedder", c.in_channels, c.dim)
+    found: list[Kept] = []
+    for i in range(c.double_layers):
+        with g.scope("transformer_blocks", i):
+            tokens, kept = lone_double_block(g, c, tokens, mods, rope)
+            found.append(kept)
+    for i in range(c.single_layers - 1):
+        with g.scope("single_transformer_blocks", i):
+            tokens, kept = single_block(g, c, tokens, single_mod, rope, None)
+            found.append(kept)
+    with g.scope("single_transformer_blocks", c.single_layers - 1):
+        normal = modulated_norm(g, c, tokens, single_mod, "norm")
+        with g.scope("attn"):
+            k, v = ops.keys_and_values(g, normal, "to_qkv_mlp_proj", c.dim, c.dim, c.mlp_dim, c.head_dim)
+            found.append((ops.rope_interleaved(g, heads(g, c, k, "norm_k"), rope), v))
+    return found
+
+
+def lone_double_block(
+    g: ModelBuilder, c: TransformerConfig, image: str, mods: list[Modulation], rope: tuple[str, str]
+) -> tuple[str, Kept]:
+    """Return the image stream of a `double_block` that attends to itself only, and its keys and values."""
+    normal = modulated_norm(g, c, image, mods[0], "norm1")
+    with g.scope("attn"):
+        layers = [(normal, f"to_{kind}") for kind in "qkv"]
+        q, k, v = ops.head_projections(g, layers, c.dim, c.dim, c.head_dim)
+        q, k = (ops.rope_interleaved(g, heads(g, c, x, f"norm_{kind}"), rope) for x, kind in ((q, "q"), (k, "k")))
+        update = ops.linear(g, ops.attention(g, q, k, v, c.head_dim), "to_out.0", c.dim, c.dim)
+    image = gated_add(g, image, mods[0], update)
+    update = feed_forward(g, c, modulated_norm(g, c, image, mods[1], "norm2"), "ff")
+    return gated_add(g, image, mods[1], update), (k, v)

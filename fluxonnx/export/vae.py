@@ -9,10 +9,11 @@ from __future__ import annotations
 import numpy as np
 
 from fluxonnx.checkpoint.config import Config
-from fluxonnx.contract import MAX_BLOCKS, Ports, VaeConfig
+from fluxonnx.contract import MAX_BLOCKS, VaeConfig
 from fluxonnx.errors import CheckpointError
 from fluxonnx.export import ops
 from fluxonnx.export.ops import ModelBuilder
+from fluxonnx.ports import Ports
 
 # Encoder and Decoder of diffusers' vae.py fix this for every norm.
 EPS = 1e-6

@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 import numpy as np
 
 from fluxonnx.checkpoint.digests import content_digest
 from fluxonnx.checkpoint.encoded import Encoded
-from fluxonnx.checkpoint.safetensors import DTYPES, Tensor
+from fluxonnx.checkpoint.safetensors import DTYPES, Tensor, read_header
 from fluxonnx.errors import ExportError
 from fluxonnx.export import links
 from fluxonnx.export.graph import Graph
-from fluxonnx.export.initializers import ROWS, StoredWeight
+from fluxonnx.export.initializers import ROWS, Entry, StoredWeight
 from fluxonnx.files import probe, resumable_write
 from fluxonnx.machine import usable_cores
 
@@ -75,6 +76,7 @@ def place(
     resume: bool = True,
     shard_size: int | None = None,
     link: bool = True,
+    shared: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Stored:
     """Write the weights that can't stay in the checkpoint, and point every initializer at its bytes.
 
@@ -88,6 +90,7 @@ def place(
         resume: Whether a file that an interrupted run left is completed.
         shard_size: The most bytes of a file, but for a single weight that is larger; None for one file.
         link: Whether files elsewhere, and files behind symbolic links, may become hard links beside the graph.
+        shared: Of `stored_in`: what another graph of the build has stored of the same weights, which is pointed at.
 
     Returns:
         The build's weight files; none if all weights stay in the checkpoint.
@@ -97,6 +100,7 @@ def place(
     """
     name = _reachable(root, name)
     made: list[StoredWeight] = []
+    used: set[Path] = set()
     linked: dict[Path, str | None] = {}
     for weight in graph.weights:
         where = links.stays(weight, root)
@@ -105,14 +109,20 @@ def place(
             if source not in linked:
                 linked[source] = links.hard_link(source, root, name)
             where = linked[source]
-        if where is None:
-            made.append(weight)
-        else:
+        if where is not None:
             weight.entries[0].point(where, weight.source.offset)
+        elif all(_is_in(shared, entry) for entry in weight.entries):
+            for entry in weight.entries:
+                tensor = shared[entry.initializer.name]
+                entry.point(tensor.file.relative_to(root).as_posix(), tensor.offset)
+                used.add(tensor.file)
+        else:
+            made.append(weight)
     shards = _shards(made, shard_size)
     plans = [_plan(shard, settings) for shard in shards]
     total, before, written = sum(size for _, _, size in plans), 0, 0
     names = sorted(where for where in linked.values() if where is not None)
+    names += sorted(file.relative_to(root).as_posix() for file in used)
     for i, (shard, (header, starts, size)) in enumerate(zip(shards, plans, strict=True)):
         file_name = name if len(shards) == 1 else _shard_name(name, i, len(shards))
         for weight, start in zip(shard, starts, strict=True):
@@ -135,6 +145,16 @@ def place(
         written += size
         before += size
     return Stored(names, written)
+
+
+def stored_in(root: Path, names: Collection[str]) -> dict[str, Tensor]:
+    """Return what weight files of a build hold, by the names of initializers."""
+    return {name: tensor for file in names for name, tensor in read_header(root / file).items()}
+
+
+def _is_in(shared: Mapping[str, Tensor], entry: Entry) -> bool:
+    found = shared.get(entry.initializer.name)
+    return found is not None and (found.dtype, found.shape) == (entry.dtype, tuple(entry.shape))
 
 
 def _shards(weights: list[StoredWeight], most: int | None) -> list[list[StoredWeight]]:

@@ -18,10 +18,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from fluxonnx.errors import UsageError
 from fluxonnx.lora.adapted import LOCATION, Adapted
 from fluxonnx.lora.deltas import Change, Hadamard, Kronecker, LowRank
-from fluxonnx.lora.products import Input, Layout, Product
+from fluxonnx.lora.products import Input, Layout, Product, ordered
 
 PREFIX = "lora"
 
@@ -54,7 +53,6 @@ def adapt(
         precision: The precision of the build, for messages.
 
     Raises:
-        UsageError: The weights of this precision can't be changed so.
         CheckpointError: The graph is not as the exporter wrote it.
     """
     surgery = _Surgery(model, precision)
@@ -64,6 +62,27 @@ def adapt(
                 product, scales.get(f"{path}.weight", Scales()), [item for item in active if item.strength != 0]
             )
     return surgery.finish()
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Where a change of a product is added.
+
+    Attributes:
+        place: The nodes behind the product, to which those of the change are added.
+        product: The product.
+        strength: How strongly the change is applied.
+        value: What the change is added to.
+        rows: What the outputs of the change are multiplied by, float32 [size]; None for nothing.
+        columns: Likewise its inputs, float32 [in].
+    """
+
+    place: list[onnx.NodeProto]
+    product: Product
+    strength: float
+    value: str
+    rows: np.ndarray | None
+    columns: np.ndarray | None
 
 
 @dataclass
@@ -166,9 +185,11 @@ class _Surgery:
                 start=np.float32(0),
             )
             if not by_rows:
-                self._change_weight(
-                    product, "Mul", self.weight(np.ascontiguousarray(total.T if product.flipped else total))
-                )
+                if product.floats:
+                    columns = np.ascontiguousarray(total.T if product.flipped else total)
+                    self._change_weight(product, "Mul", self.weight(columns))
+                else:
+                    self._scale_inputs(product, total.reshape(-1))
                 continue
             bias = product.node.input[2] if product.node.op_type == "Gemm" and len(product.node.input) > 2 else None
             if bias:
@@ -181,13 +202,19 @@ class _Surgery:
 
     def _change_weight(self, product: Product, type: str, operand: str) -> None:
         """Combine a weight of floats with another matrix before it is multiplied."""
-        if not product.floats:
-            raise UsageError(
-                f"a LoRA has magnitudes of columns (DoRA), which a build of {self.precision} can't apply: use "
-                "--precision bf16 or fp32"
-            )
         weight = product.node.input[1]
         product.node.input[1] = self.op(self.first, type, weight, operand)
+
+    def _scale_inputs(self, product: Product, columns: np.ndarray) -> None:
+        """Multiply the inputs of a product with a rounded weight, float32 [in], before they are rounded themselves."""
+        place, start = self.after[self._last_made(product.inputs)], 0
+        scaled: dict[str, str] = {}
+        for x in product.inputs:
+            width = x.width if len(product.inputs) > 1 else len(columns)
+            part = columns[start : start + width].reshape((x.panels, 1, -1) if x.panels > 1 else -1)
+            start += width
+            scaled[x.value] = self.op(place, "Mul", x.value, self.weight(np.ascontiguousarray(part)))
+        place += self.layout.read(product, scaled)
 
     def _added(
         self,
@@ -202,32 +229,24 @@ class _Surgery:
         delta, gain = item.change.delta, item.change.gain
         out_gain = None if gain is None or gain.shape[1] != 1 else gain.reshape(-1)
         in_gain = None if gain is None or gain.shape[1] == 1 else gain.reshape(-1)
-        rows, columns = _both(rows, out_gain), _both(columns, in_gain)
+        to = Branch(place, product, item.strength, value, _both(rows, out_gain), _both(columns, in_gain))
         if isinstance(delta, LowRank):
-            return self._low_rank(place, product, delta, item.strength, value, rows, columns)
+            return self._low_rank(to, delta)
         if isinstance(delta, Hadamard):
-            return self._hadamard(place, product, delta, item.strength, value, rows, columns)
-        return self._kronecker(place, product, delta, item.strength, value, rows, columns)
+            return self._hadamard(to, delta)
+        return self._kronecker(to, delta)
 
-    def _low_rank(
-        self,
-        place: list[onnx.NodeProto],
-        product: Product,
-        delta: LowRank,
-        strength: float,
-        value: str,
-        rows: np.ndarray | None,
-        columns: np.ndarray | None,
-    ) -> str:
-        scale = float(delta.scale * strength)
-        narrow = self._narrowed(product, delta, columns)
-        up = _scaled(delta.up, rows, 0)
+    def _low_rank(self, to: Branch, delta: LowRank) -> str:
+        product = to.product
+        scale = float(delta.scale * to.strength)
+        narrow = self._narrowed(product, delta, to.columns)
+        up = _scaled(delta.up, to.rows, 0)
         if product.panels == 1 and self.fused:
-            return self.op(place, "Gemm", narrow, self.weight(up), value, transB=1, alpha=scale)
-        narrow = self.op(place, "Mul", narrow, self.constant(scale, np.float32))
+            return self.op(to.place, "Gemm", narrow, self.weight(up), to.value, transB=1, alpha=scale)
+        narrow = self.op(to.place, "Mul", narrow, self.constant(scale, np.float32))
         up = up.reshape(product.panels, -1, up.shape[1]).transpose(0, 2, 1) if product.panels > 1 else up.T
-        wide = self.op(place, "MatMul", narrow, self.weight(np.ascontiguousarray(up)))
-        return self.op(place, "Add", value, wide)
+        wide = self.op(to.place, "MatMul", narrow, self.weight(np.ascontiguousarray(up)))
+        return self.op(to.place, "Add", to.value, wide)
 
     def _narrowed(self, product: Product, delta: LowRank, columns: np.ndarray | None) -> str:
         """Return down @ x, which fused layers and the parts of one share: [rows, rank]."""
@@ -256,21 +275,13 @@ class _Surgery:
         self.shared[known] = total
         return total
 
-    def _hadamard(
-        self,
-        place: list[onnx.NodeProto],
-        product: Product,
-        delta: Hadamard,
-        strength: float,
-        value: str,
-        rows: np.ndarray | None,
-        columns: np.ndarray | None,
-    ) -> str:
-        up = _scaled(delta.up.astype(np.float32) * np.float32(delta.scale * strength), rows, 0)
+    def _hadamard(self, to: Branch, delta: Hadamard) -> str:
+        place, product, value = to.place, to.product, to.value
+        up = _scaled(delta.up.astype(np.float32) * np.float32(delta.scale * to.strength), to.rows, 0)
         matrix = self.op(
             self.first,
             "Mul",
-            self.op(self.first, "MatMul", self.weight(up), self.weight(_scaled(delta.down, columns, 1))),
+            self.op(self.first, "MatMul", self.weight(up), self.weight(_scaled(delta.down, to.columns, 1))),
             self.op(self.first, "MatMul", self.weight(delta.other_up), self.weight(delta.other_down)),
         )
         if product.adds_to_weight:
@@ -285,21 +296,13 @@ class _Surgery:
             wide = self.op(place, "MatMul", x, self.op(self.first, "Transpose", matrix, perm=[1, 0]))
         return self.op(place, "Add", value, self._in_panels(place, product, wide))
 
-    def _kronecker(
-        self,
-        place: list[onnx.NodeProto],
-        product: Product,
-        delta: Kronecker,
-        strength: float,
-        value: str,
-        rows: np.ndarray | None,
-        columns: np.ndarray | None,
-    ) -> str:
+    def _kronecker(self, to: Branch, delta: Kronecker) -> str:
+        place, product, value = to.place, to.product, to.value
         (a, b), (c, d) = delta.left.shape, delta.right.shape
-        left = delta.left.astype(np.float32) * np.float32(delta.scale * strength)
+        left = delta.left.astype(np.float32) * np.float32(delta.scale * to.strength)
         x = self._joined(place, product)
-        if columns is not None:
-            x = self.op(place, "Mul", x, self.weight(columns))
+        if to.columns is not None:
+            x = self.op(place, "Mul", x, self.weight(to.columns))
         x = self.op(place, "Reshape", x, self.constant([-1, b, d]))
         inner = self.op(place, "MatMul", x, self.weight(np.ascontiguousarray(delta.right.T)))
         wide = self.op(place, "Reshape", self.op(place, "MatMul", self.weight(left), inner), self.constant([-1, a * c]))
@@ -310,8 +313,8 @@ class _Surgery:
             for start, end in delta.rows
         ]
         wide = pieces[0] if len(pieces) == 1 else self.op(place, "Concat", *pieces, axis=1)
-        if rows is not None:
-            wide = self.op(place, "Mul", wide, self.weight(rows))
+        if to.rows is not None:
+            wide = self.op(place, "Mul", wide, self.weight(to.rows))
         if product.panels == 1:
             wide = self.op(place, "Reshape", wide, self.op(place, "Shape", value))
         return self.op(place, "Add", value, self._in_panels(place, product, wide))
@@ -359,7 +362,7 @@ class _Surgery:
             nodes.append(node)
             for name in node.output:
                 nodes += self.after.get(name, ())
-        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in _ordered(nodes, graph)]
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in ordered(nodes)]
         del graph.node[:]
         graph.node.extend(copies)
         graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in self.constants.items())
@@ -370,26 +373,6 @@ class _Surgery:
                 tensor.external_data.add(key=key, value=str(text))
             graph.initializer.append(tensor)
         return Adapted(self.model, self.arrays)
-
-
-def _ordered(nodes: Sequence[onnx.NodeProto], graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """Sort nodes so that each comes behind those whose outputs it reads; others keep their order."""
-    makers = {name: i for i, node in enumerate(nodes) for name in node.output}
-    done: set[int] = set()
-    found: list[onnx.NodeProto] = []
-    for start in range(len(nodes)):
-        stack = [start]
-        while stack:
-            i = stack[-1]
-            waiting = [makers[name] for name in nodes[i].input if name in makers and makers[name] not in done]
-            if waiting:
-                stack += waiting
-                continue
-            stack.pop()
-            if i not in done:
-                done.add(i)
-                found.append(nodes[i])
-    return found
 
 
 def _both(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:

@@ -6,16 +6,18 @@ into a product; the activations of 8-bit products are rounded before it, and tho
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from fluxonnx.contract import FIRST_ROWS
 from fluxonnx.errors import CheckpointError
 
 PRODUCTS = ("Gemm", "MatMul", "MatMulNBits", "MatMulIntegerToFloat", "MatMulInteger")
@@ -44,6 +46,7 @@ class Product:
         size: How many rows.
         panels: In how many panels the output lies.
         inputs: What is multiplied, side by side.
+        completion: The nodes behind it that make the output, if the product alone does not.
         output: float32 [rows, size], or [panels, rows, size / panels].
         floats: Whether the weight, the second input of the node, is a float32 value: [size, in].
         flipped: Whether that value is [in, size].
@@ -55,6 +58,7 @@ class Product:
     size: int
     panels: int
     inputs: tuple[Input, ...]
+    completion: tuple[onnx.NodeProto, ...]
     output: str
     floats: bool
     flipped: bool
@@ -67,6 +71,8 @@ class Layout:
     def __init__(self, model: onnx.ModelProto) -> None:
         """Look at a graph."""
         graph = model.graph
+        facts = {item.key: item.value for item in model.metadata_props}
+        self._first_rows = first_rows(facts)
         self.producer = {name: node for node in graph.node for name in node.output}
         self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in graph.node:
@@ -87,11 +93,50 @@ class Layout:
         """
         start = 0
         for _, name in sorted(self._weights.get(path, ())):
-            size = 0
+            start, size = self._first_rows.get(name, start), 0
             for node, offset, rows, narrow in self._uses(name):
                 size = max(size, offset + rows)
                 yield self._product(node, narrow, name, start + offset, rows)
             start += size
+
+    def read(self, product: Product, inputs: Mapping[str, str]) -> list[onnx.NodeProto]:
+        """Have a product read other inputs; others that read the same ones are left alone.
+
+        Args:
+            product: The product.
+            inputs: What takes the place of its inputs, by their names.
+
+        Returns:
+            Copies of the nodes between its inputs and itself, which have to be added to the graph.
+        """
+        chain = (product.node, *product.completion)
+        known = {**inputs, **{value: value for node in chain for value in node.output}}
+        twins: list[onnx.NodeProto] = []
+
+        def copied(value: str) -> str:
+            """Return what a value is with these inputs: itself, if it does not depend on them."""
+            node = self.producer.get(value)
+            if value in known or node is None:
+                return known.get(value, value)
+            names = [copied(name) for name in node.input]
+            if names == list(node.input):
+                known[value] = value
+                return value
+            twin = onnx.NodeProto()
+            twin.CopyFrom(node)
+            twin.name = f"{node.name}/for{product.node.name}"
+            del twin.input[:], twin.output[:]
+            twin.input.extend(names)
+            twin.output.extend(f"{name}/for{product.node.name}" for name in node.output)
+            twins.append(twin)
+            known.update(zip(node.output, twin.output, strict=True))
+            return known[value]
+
+        for node in chain:
+            names = [copied(name) for name in node.input]
+            del node.input[:]
+            node.input.extend(names)
+        return twins
 
     def _uses(self, name: str) -> Iterator[tuple[onnx.NodeProto, int, int, bool]]:
         """Yield the products that a weight goes into: node, first row, rows, whether it is half."""
@@ -115,7 +160,7 @@ class Layout:
     def _product(self, node: onnx.NodeProto, narrow: bool, stored: str, start: int, size: int) -> Product:
         dims = self.initializers[stored].dims
         integer = node.op_type in COMPLETED_BY
-        output = self._followed(node, HALF_COMPLETED_BY if narrow else COMPLETED_BY.get(node.op_type, ()))
+        completion = self._followed(node, HALF_COMPLETED_BY if narrow else COMPLETED_BY.get(node.op_type, ()))
         inputs = self._float_inputs(node.input[0]) if integer or narrow else (Input(node.input[0], 0),)
         plain = not integer and not narrow and node.op_type in ("Gemm", "MatMul")
         return Product(
@@ -124,19 +169,22 @@ class Layout:
             size=size,
             panels=int(dims[0]) if integer and len(dims) == 3 else 1,
             inputs=inputs,
-            output=output,
+            completion=completion,
+            output=str((node, *completion)[-1].output[0]),
             floats=plain,
             flipped=node.op_type == "MatMul",
             adds_to_weight=plain,
         )
 
-    def _followed(self, node: onnx.NodeProto, types: tuple[str, ...]) -> str:
+    def _followed(self, node: onnx.NodeProto, types: tuple[str, ...]) -> tuple[onnx.NodeProto, ...]:
+        found = []
         for type in types:
             readers = self.readers[node.output[0]]
             if [reader.op_type for reader in readers] != [type]:
                 raise _foreign(node)
             node = readers[0]
-        return str(node.output[0])
+            found.append(node)
+        return tuple(found)
 
     def _float_inputs(self, rounded: str) -> tuple[Input, ...]:
         """Return what was rounded to integers or divided to float16, before it was rotated; side by side."""
@@ -175,6 +223,38 @@ class Layout:
         if node is None or (op_type and node.op_type != op_type):
             raise CheckpointError(f"the graph is not as fluxonnx wrote it ({value}): export again with --force")
         return node
+
+
+def ordered(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Sort nodes so that each comes behind those whose outputs it reads; others keep their order."""
+    makers = {name: i for i, node in enumerate(nodes) for name in node.output}
+    done: set[int] = set()
+    found: list[onnx.NodeProto] = []
+    for start in range(len(nodes)):
+        stack = [start]
+        while stack:
+            i = stack[-1]
+            waiting = [makers[name] for name in nodes[i].input if name in makers and makers[name] not in done]
+            if waiting:
+                stack += waiting
+                continue
+            stack.pop()
+            if i not in done:
+                done.add(i)
+                found.append(nodes[i])
+    return found
+
+
+def first_rows(facts: Mapping[str, str]) -> dict[str, int]:
+    """Return at which row of a layer's weight the parts begin of which a graph lacks those before, by their names.
+
+    Raises:
+        CheckpointError: What the graph says of itself is damaged.
+    """
+    try:
+        return {name: int(row) for name, row in json.loads(facts.get(FIRST_ROWS, "{}")).items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f'the graph has damaged metadata ("{FIRST_ROWS}"): export again with --force') from None
 
 
 def attribute(node: onnx.NodeProto, name: str) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 
 from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.checkpoint.manifest import Build, unpacked_scaling
-from fluxonnx.contract import COMPONENTS, Architecture, open_checkpoint
+from fluxonnx.contract import COMPONENTS, KV_COMPONENTS, Architecture, open_checkpoint
 from fluxonnx.errors import CheckpointError, UsageError
 from fluxonnx.lora.names import ENCODER, TRANSFORMER, Layers
 from fluxonnx.runtime.engine import SessionOptions
@@ -96,7 +96,7 @@ class Adapters:
 
         def changed(components: Collection[str]) -> None:
             for component in components:
-                models.close(component)
+                models.close(component, *(name for name, owner in KV_COMPONENTS.items() if owner == component))
             if ENCODER in components:
                 prompts.forget()
 
@@ -189,7 +189,8 @@ class Adapters:
             UsageError: The weights of this build can't be changed so.
             CheckpointError: The graph can't be read, or is not as the exporter wrote it.
         """
-        if not self.identity(component):
+        owner = KV_COMPONENTS.get(component, component)
+        if not self.identity(owner):
             return None
         import onnx
 
@@ -197,13 +198,13 @@ class Adapters:
 
         layers: dict[str, list[Active]] = {}
         for loaded in self._loaded.values():
-            for layer, change in loaded.lora.changes.get(component, {}).items():
+            for layer, change in loaded.lora.changes.get(owner, {}).items():
                 layers.setdefault(layer, []).append(Active(change, loaded.scale))
         try:
             model = onnx.load(str(path), load_external_data=False)
         except Exception:  # protobuf's errors have no base that it exports
             raise CheckpointError(f"{path} is no ONNX file: export again with --force") from None
-        build = self._builds[component]
+        build = self._builds[owner]
         packed = build.components[component].scaling or {}
         scales = {name: Scales(**unpacked_scaling(value)) for name, value in packed.items()}
         return adapt(model, layers, scales, build.precision)

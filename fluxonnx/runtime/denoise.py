@@ -8,14 +8,14 @@ from functools import cached_property
 import numpy as np
 from PIL import Image
 
-from fluxonnx.contract import REFERENCE_T, grid_ids, pack
+from fluxonnx.contract import grid_ids, pack
 from fluxonnx.errors import UsageError
 from fluxonnx.runtime.events import StepEnded
 from fluxonnx.runtime.fields import FITTED_SIDE
 from fluxonnx.runtime.models import Models, Transformer
 from fluxonnx.runtime.noise import flux2c_randn, randn, size_independent_randn
 from fluxonnx.runtime.phases import Phases
-from fluxonnx.runtime.prepare import Prepared
+from fluxonnx.runtime.prepare import Prepared, reference_ids
 from fluxonnx.runtime.sampler import SolverStep, Velocity, sample
 from fluxonnx.runtime.schedule import make_sigmas, start_step
 from fluxonnx.runtime.step_cache import cached
@@ -55,7 +55,7 @@ def denoise(models: Models, phases: Phases, prepared: Prepared, noise: np.ndarra
         The state after each step.
     """
     sigmas, mode = sigmas_of(prepared), prepared.mode
-    with phases("load transformer"), models.transformer(prepared.shape) as transformer:
+    with phases("load transformer"), models.transformer(prepared.shape, bool(prepared.kept)) as transformer:
         velocity = cached(_velocity(transformer, prepared, len(noise)), prepared.request.step_cache)
         with phases("denoise"):
 
@@ -67,12 +67,13 @@ def denoise(models: Models, phases: Phases, prepared: Prepared, noise: np.ndarra
 
 def _velocity(transformer: Transformer, prepared: Prepared, batch: int) -> Velocity:
     """Return the transformer as a function of latents and sigma, with references and guidance."""
-    request, references = prepared.request, prepared.references
-    grids = [(*prepared.grid, 0)]
-    grids += [(*reference.shape[2:], REFERENCE_T * (i + 1)) for i, reference in enumerate(references)]
-    img_ids = np.concatenate([grid_ids(rows, columns, t) for rows, columns, t in grids])
-    reference_tokens = [np.repeat(pack(reference), batch, axis=0) for reference in references]
-    passes = [transformer.velocity(np.repeat(embeds, batch, axis=0), img_ids) for embeds in prepared.embeds]
+    request, img_ids = prepared.request, grid_ids(*prepared.grid)
+    reference_tokens: list[np.ndarray] = []
+    kept = {name: values if batch == 1 else np.repeat(values, batch, axis=0) for name, values in prepared.kept.items()}
+    if prepared.references and not kept:
+        img_ids = np.concatenate([img_ids, reference_ids(prepared.references)])
+        reference_tokens = [np.repeat(pack(reference), batch, axis=0) for reference in prepared.references]
+    passes = [transformer.velocity(np.repeat(embeds, batch, axis=0), img_ids, kept) for embeds in prepared.embeds]
 
     def velocity(latents: np.ndarray, sigma: np.float32) -> np.ndarray:
         tokens = np.concatenate([latents, *reference_tokens], axis=1) if reference_tokens else latents

@@ -251,6 +251,17 @@ FIELDS = (
         matters=lambda request: bool(request.references),
     ),
     Field(
+        name="kv",
+        kind=bool,
+        default=False,
+        flags=("--kv",),
+        group="input",
+        help="look at references once instead of in each step, which is faster: for models made for it, such as "
+        "FLUX.2-klein-9b-kv (their default)",
+        flag_options={"action": BooleanOptionalAction},
+        matters=lambda request: request.looks_at_pictures,
+    ),
+    Field(
         name="steps",
         kind=int,
         default=4,

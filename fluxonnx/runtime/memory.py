@@ -35,15 +35,16 @@ def whole_bytes(pixels: int, channels: int) -> int:
     return BYTES_BESIDES + BYTES_PER_VALUE * channels * pixels
 
 
-def batch_size(tokens: int, width: int, free: int) -> int:
+def batch_size(tokens: int, width: int, free: int, kept: int = 0) -> int:
     """Return how many pictures the transformer can make in one pass: at least one, and half of the memory stays free.
 
     Args:
         tokens: Tokens per picture: text, picture and references.
         width: Width of the residual stream.
         free: Bytes of free memory.
+        kept: Bytes per picture of keys and values that are kept.
     """
-    each = tokens * width * BYTES_PER_TOKEN_AND_WIDTH
+    each = tokens * width * BYTES_PER_TOKEN_AND_WIDTH + kept
     return max(1, min(MOST_AT_ONCE, free // 2 // each))
 
 

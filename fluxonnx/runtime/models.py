@@ -1,4 +1,4 @@
-"""The five graphs of a build as functions of arrays, each loaded only while it is needed."""
+"""The graphs of a build as functions of arrays, each loaded only while it is needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.checkpoint.graphs import graph_architecture
 from fluxonnx.checkpoint.manifest import FILE_NAME, Build, Shape, depended_on
 from fluxonnx.checkpoint.reading import check_readable, shown
-from fluxonnx.contract import COMPONENTS, EMBEDDING_TABLE, Architecture, text_ids
+from fluxonnx.contract import COMPONENTS, EMBEDDING_TABLE, FOLDERS, KV_COMPONENTS, Architecture, text_ids
 from fluxonnx.errors import CheckpointError, UsageError
 from fluxonnx.lora.adapted import Adapted
 from fluxonnx.runtime.engine import Runner, SessionOptions
@@ -30,6 +30,8 @@ from fluxonnx.runtime.tiles import Tiling, in_tiles
 
 # graph(name=input, ...) -> outputs
 Graph = Callable[..., list[np.ndarray]]
+# The keys and values of reference tokens in each block, by the names of a graph's inputs.
+Kept = dict[str, np.ndarray]
 
 
 class Models:
@@ -68,13 +70,14 @@ class Models:
         Raises:
             CheckpointError: A graph of the build was never exported, or is of a model of other sizes.
         """
-        self._builds = {name: encoder if encoder and name == "text_encoder" else build for name in COMPONENTS}
-        missing = [(name, part) for name, part in self._builds.items() if name not in part.components]
+        self._builds = {name: encoder if encoder and name == "text_encoder" else build for name in FOLDERS}
+        missing = [(name, self._builds[name]) for name in COMPONENTS if name not in self._builds[name].components]
         for name, part in missing:
             raise CheckpointError(f"{root} lacks the {name} graph: run fluxonnx export -d {root} {part.flags}")
         self._static = [found for found in (build, *static) if found.shape]
         if sizes is not None:
-            _check_sizes(root, [*self._builds.items(), *((name, b) for b in static for name in b.components)], sizes)
+            known = [(name, part) for name, part in self._builds.items() if name in part.components]
+            _check_sizes(root, [*known, *((name, b) for b in static for name in b.components)], sizes)
         self._root, self._options = root, options
         self._engine = options.engine or engine_for(options.provider)
         self._resident, self._read_ahead, self._prefault = resident, read_ahead, prefault
@@ -95,6 +98,11 @@ class Models:
         """Whether there are only static builds, which draw nothing but their own sizes."""
         return self._builds["transformer"].shape is not None
 
+    @property
+    def keeps_references(self) -> bool:
+        """Whether there are the graphs that keep keys and values of references."""
+        return all(name in self._builds[name].components for name in KV_COMPONENTS)
+
     def defaults(self) -> dict[str, int]:
         """Return the width, height and max_sequence_length of a static build that is the only one; else nothing."""
         shape = self._builds["transformer"].shape
@@ -109,6 +117,11 @@ class Models:
             UsageError: There are only static builds, and it asks for something else than one of them draws.
         """
         encoder = self._builds["text_encoder"].shape
+        if request.kv and request.looks_at_pictures and not (self.only_static or self.keeps_references):
+            raise UsageError(
+                f"kv keeps what is read of references, but {self._root} has no graphs for that: add them with fluxonnx "
+                f"export {Checkpoint(self._root).export_place} {self._builds['transformer'].flags} --kv, or turn it off"
+            )
         if not self.only_static:
             if encoder and encoder.text_seq != request.max_sequence_length:
                 raise UsageError(self._unfit(f"a prompt of {request.max_sequence_length} tokens"))
@@ -250,21 +263,44 @@ class Models:
         return in_tiles(decode_tile, latents, tiling, 1, tiling.unit)
 
     @contextmanager
-    def transformer(self, shape: Shape | None = None) -> Iterator[Transformer]:
+    def transformer(self, shape: Shape | None = None, cached: bool = False) -> Iterator[Transformer]:
         """Load the transformer for the length of a `with` block.
 
         Args:
             shape: What is drawn, if that is one picture without references; its batches are drawn one by one by a
                 static build.
+            cached: Whether it is the one that attends to references by what `kept` returned.
         """
-        build = self._build_for("transformer", lambda known: known == shape)
+        name = "transformer_cached" if cached else "transformer"
+        build = self._builds[name] if cached else self._build_for(name, lambda known: known == shape)
         spans, free = self._spans("transformer"), self._options.free_memory()
         self._read_ahead(spans, free)
         with self._prefault(spans if self._transformer_is_new else (), free) as prefault:
             self._transformer_is_new = False
-            with self._loaded("conditioning", build) as conditioning, self._loaded("transformer", build) as graph:
+            with self._loaded("conditioning", build) as conditioning, self._loaded(name, build) as graph:
                 prefault.wait()
                 yield Transformer(conditioning, graph, static=build.shape is not None)
+
+    def kept(self, tokens: np.ndarray, ids: np.ndarray) -> Kept:
+        """Return the keys and values of reference tokens, for all steps of all pictures that look at them.
+
+        Args:
+            tokens: f32 [1, reference_seq, channels].
+            ids: int64 [reference_seq, 4].
+
+        Returns:
+            f32 [1, reference_seq, dim] each, by the names of the graph's outputs.
+        """
+        build = self._builds["references"]
+        self._read_ahead(self._spans("references"), self._options.free_memory())
+        with self._loaded("conditioning", build) as conditioning:
+            # no matter in which of the two inputs an id is, and few runtimes like empty ones
+            tables = conditioning(timestep=np.full(1, timestep(np.float32(0))), txt_ids=ids[:1], img_ids=ids[1:])
+        proj, cos, sin = tables
+        with self._loaded("references", build) as graph:
+            found = graph(hidden_states=tokens, timestep_proj=proj, rotary_cos=cos, rotary_sin=sin)
+        names = [f"{kind}_{i}" for i in range(len(found) // 2) for kind in ("key", "value")]
+        return dict(zip(names, found, strict=True))
 
     def _spans(self, component: str, input_ids: np.ndarray | None = None) -> list[Span]:
         """Return the parts of files that a graph needs, in the order in which it does.
@@ -301,7 +337,7 @@ def _check_sizes(root: Path, builds: Sequence[tuple[str, Build]], sizes: Archite
         for key, value in graph_architecture(root / graph).items():
             if key in expected and expected[key] != value:
                 raise CheckpointError(
-                    f"{root / FILE_NAME} says that {COMPONENTS[name]}.{key} is {shown(expected[key])}, but {graph} was "
+                    f"{root / FILE_NAME} says that {FOLDERS[name]}.{key} is {shown(expected[key])}, but {graph} was "
                     f"made for {shown(value)}: run fluxonnx export -d {root} {build.flags} --force"
                 )
 
@@ -313,12 +349,13 @@ class Transformer:
         """Wrap the graphs; static ones take one picture at a time, and tables of one size."""
         self._conditioning, self._graph, self._static = conditioning, graph, static
 
-    def velocity(self, prompt_embeds: np.ndarray, img_ids: np.ndarray) -> Velocity:
+    def velocity(self, prompt_embeds: np.ndarray, img_ids: np.ndarray, kept: Kept | None = None) -> Velocity:
         """Return the velocity as a function of latents and sigma.
 
         Args:
             prompt_embeds: f32 [batch, text_seq, 3 * hidden].
             img_ids: int64 [image_seq, 4] of the latent tokens.
+            kept: Of `Models.kept`, f32 [batch, reference_seq, dim] each; None for a transformer without.
         """
         txt_ids = text_ids(prompt_embeds.shape[1])
         rotary: list[np.ndarray] = []
@@ -334,7 +371,7 @@ class Transformer:
             tables = {"timestep_proj": timestep_proj, "rotary_cos": rotary[0], "rotary_sin": rotary[1]}
 
             def run(latents: np.ndarray, embeds: np.ndarray) -> np.ndarray:
-                return self._graph(hidden_states=latents, encoder_hidden_states=embeds, **tables)[0]
+                return self._graph(hidden_states=latents, encoder_hidden_states=embeds, **tables, **(kept or {}))[0]
 
             if not self._static:
                 return run(latents, prompt_embeds)

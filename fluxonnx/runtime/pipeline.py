@@ -107,7 +107,8 @@ class Flux:
         adapters = self._adapters = Adapters(checkpoint, build, encoder or build, self._sizes, options, self._lock)
         self.load_lora, self.set_lora_scale, self.unload_lora = adapters.attach(self._models, self._prompts)
         self.builds = self._models.builds()
-        self.defaults = self._defaults = {**DEFAULTS, **manifest.defaults, **self._models.defaults()}
+        kv = {"kv": checkpoint.keeps_references}
+        self.defaults = self._defaults = {**DEFAULTS, **kv, **manifest.defaults, **self._models.defaults()}
 
     def _resolve(self, request: Request, **options: Any) -> ResolvedRequest:
         resolved = resolve(request, self.is_distilled, self._unit, self._defaults, **options)
@@ -373,7 +374,8 @@ class Flux:
         width, threads = self._sizes.transformer.dim, self._options.threads or usable_cores()
         if self._options.low_memory or width // threads <= BITWISE_COLUMNS:
             return 1
-        return batch_size(prepared.tokens, width, self._options.free_memory())
+        kept = sum(values.nbytes for values in prepared.kept.values())
+        return batch_size(prepared.tokens, width, self._options.free_memory(), kept)
 
     def _sign(self, image: Image.Image, request: ResolvedRequest, seed: int) -> Image.Image:
         """Write into the picture's `info` what is needed to make it again."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from fluxonnx.checkpoint.manifest import Shape
-from fluxonnx.contract import Architecture, pack
+from fluxonnx.contract import REFERENCE_T, Architecture, grid_ids, pack
 from fluxonnx.runtime.engine import SessionOptions
 from fluxonnx.runtime.images import fit_start, image_to_sample
-from fluxonnx.runtime.models import Models
+from fluxonnx.runtime.models import Kept, Models
 from fluxonnx.runtime.modes import Inpaint, Mode, PaintOver
 from fluxonnx.runtime.phases import Phases
 from fluxonnx.runtime.prompts import Prompts
@@ -28,6 +29,7 @@ class Prepared:
         unit: Pixels along each side of a latent token.
         embeds: Embeddings of the prompt and, with guidance, of the negative prompt: f32 [1, text_seq, 3 * hidden] each.
         references: The references, f32 [1, channels, their rows, their columns] each.
+        kept: What is kept of the references, if the transformer does not read them in each step, see `Models.kept`.
         mode: What steers the loop.
     """
 
@@ -37,6 +39,7 @@ class Prepared:
     embeds: list[np.ndarray]
     references: list[np.ndarray]
     mode: Mode
+    kept: Kept = field(default_factory=dict)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -45,9 +48,9 @@ class Prepared:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the transformer gets for each picture: text, picture and references."""
+        """Tokens that the transformer gets for each picture: text, picture, and references that it reads."""
         rows, columns = self.grid
-        references = sum(reference[0, 0].size for reference in self.references)
+        references = 0 if self.kept else sum(reference[0, 0].size for reference in self.references)
         return self.request.max_sequence_length + rows * columns + references
 
     @property
@@ -100,4 +103,15 @@ def prepare(
         mode = Inpaint(pack(latents[0]), canvas.area(unit), canvas)
     elif start is not None:
         mode = PaintOver(pack(latents.pop(0)))
-    return Prepared(request, sizes.transformer.in_channels, unit, embeds, latents, mode)
+    kept: Kept = {}
+    if request.kv and latents:
+        with phases("read references"):
+            tokens = np.concatenate([pack(reference) for reference in latents], axis=1)
+            kept = models.kept(tokens, reference_ids(latents))
+    return Prepared(request, sizes.transformer.in_channels, unit, embeds, latents, mode, kept)
+
+
+def reference_ids(references: Sequence[np.ndarray]) -> np.ndarray:
+    """Return (t, y, x, 0) of the tokens of references, f32 [1, channels, rows, columns] each: int64 [their sum, 4]."""
+    sizes = [(item.shape[2], item.shape[3]) for item in references]
+    return np.concatenate([grid_ids(*size, t=REFERENCE_T * (i + 1)) for i, size in enumerate(sizes)])

@@ -55,6 +55,8 @@ class Request:
         expand: Pixels to add at the left, top, right and bottom of `image`, which are drawn like the mask's white part.
         references: Pictures to look at while drawing, at most 16.
         reference_area: To how many times 1024 * 1024 pixels they are scaled down, from 0.0625 to 4.
+        kv: Whether references are looked at once, for all steps, instead of in each step: what models like
+            FLUX.2-klein-9b-kv were made for, and faster. None for what the model was made for.
         schedule: "flow" (the model's own), "linear", "power" or "custom".
         sigmas: The noise levels of a custom schedule.
         power_alpha: Exponent of the power schedule.
@@ -84,6 +86,7 @@ class Request:
     expand: tuple[int, ...] | None = None
     references: Picture | Iterable[Picture] = ()
     reference_area: float = FIELD["reference_area"].default
+    kv: bool | None = None
     schedule: str = FIELD["schedule"].default
     sigmas: tuple[float, ...] | None = None
     power_alpha: float = FIELD["power_alpha"].default
@@ -119,6 +122,7 @@ class ResolvedRequest:
     expand: tuple[int, ...] | None
     references: tuple[Image.Image, ...]
     reference_area: float
+    kv: bool
     schedule: str
     sigmas: tuple[float, ...] | None
     power_alpha: float
@@ -127,6 +131,11 @@ class ResolvedRequest:
     noise: str
     max_sequence_length: int
     tile: int | None
+
+    @property
+    def looks_at_pictures(self) -> bool:
+        """Whether there are references; the picture of which a part is drawn is one, too."""
+        return bool(self.references) or self.canvas is not None
 
     @property
     def guided(self) -> bool:
@@ -152,7 +161,7 @@ def resolve(
         request: The request.
         is_distilled: Whether the model needs no guidance.
         multiple: The pixels along a side of a latent token, of which sides have to be multiples.
-        defaults: The model's width, height and max_sequence_length.
+        defaults: The model's width, height, max_sequence_length and kv.
         warn: Told about values that have no effect, and about pictures that are scaled.
 
     Raises:
@@ -208,6 +217,7 @@ def resolve(
         expand=request.expand,
         references=fitted,
         reference_area=request.reference_area,
+        kv=_kv(request, bool(references) or canvas is not None, defaults, warn),
         schedule=request.schedule,
         sigmas=request.sigmas,
         power_alpha=request.power_alpha,
@@ -232,6 +242,15 @@ def _references(request: Request) -> tuple[Any, ...]:
     if len(references) > MAX_REFERENCES:
         raise UsageError(f"{len(references)} reference images are too many: {MAX_REFERENCES} at most")
     return references
+
+
+def _kv(request: Request, looks: bool, defaults: Mapping[str, int], warn: Callable[[str], None]) -> bool:
+    usual = bool(defaults.get("kv"))
+    if request.kv and not looks:
+        warn("kv is about references, but there are none: it changes nothing")
+    elif request.kv and not usual:
+        warn("this model was not made to look at references only once (kv): expect another picture than without")
+    return usual if request.kv is None else request.kv
 
 
 def _check_noise(request: ResolvedRequest) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fluxonnx.checkpoint.manifest import Build
+from fluxonnx.contract import KV_COMPONENTS
 from fluxonnx.errors import FluxonnxError
 from fluxonnx.machine import has_exact_int8_dot, thread_limit
 from fluxonnx.runtime.engine import Runner, SessionOptions
@@ -30,7 +31,7 @@ ALWAYS_ON_CPU = ("conditioning",)
 
 # ConstantFolding would turn the casts of these graphs' bf16 weights into 16 GB of float32. The VAE is small, and its
 # convolutions are only laid out for the CPU's caches when their weights are constants.
-STREAMED = ("text_encoder", "transformer")
+STREAMED = ("text_encoder", "transformer", *KV_COMPONENTS)
 
 # Graphs with products of 8-bit weights. onnxruntime would first lay these weights out for the processor, as a copy in
 # memory that takes seconds to make. Weights stored in panels are multiplied about as fast without it. Each product

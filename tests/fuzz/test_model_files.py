@@ -16,9 +16,10 @@ from fluxonnx.checkpoint.config import read_json
 from fluxonnx.checkpoint.formats import NAMING, resolve
 from fluxonnx.checkpoint.manifest import FILE_NAME, is_current, is_usable, read_manifest
 from fluxonnx.checkpoint.safetensors import DTYPES, fingerprint, read_header, read_metadata
-from fluxonnx.contract import GRAPH_FORMAT, Architecture, graph_ports, open_checkpoint
+from fluxonnx.contract import GRAPH_FORMAT, Architecture, open_checkpoint
 from fluxonnx.export import export
 from fluxonnx.export.components import read_architecture
+from fluxonnx.ports import graph_ports
 from fluxonnx.runtime.text import Tokenizer
 from tests.fuzz.support import ODD, damaged_bytes, damaged_json, fuzzed, only_our_errors
 from tests.support import Case

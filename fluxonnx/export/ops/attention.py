@@ -26,22 +26,22 @@ def merge_heads(g: GraphBuilder, x: str) -> str:
     return reshape(g, x, [0, 0 if g.fused else -1, heads * head_dim])
 
 
-def rope_table(g: GraphBuilder, cos: str, sin: str, text: str, image: str) -> tuple[str, str]:
+def rope_table(g: GraphBuilder, cos: str, sin: str, *parts: str) -> tuple[str, str]:
     """Prepare interleaved cos and sin [seq, head_dim], each value twice in a row, for `rope_interleaved`.
 
     Args:
         g: The graph.
-        cos: The cosines of the tokens of `text`, then of those of `image`.
+        cos: The cosines of the tokens of all `parts`, in their order.
         sin: Likewise.
-        text: [batch, text_seq, any].
-        image: [batch, image_seq, any].
+        *parts: The sequences that are attended to side by side, [batch, text_seq, any] and [batch, image_seq, any];
+            none for a single one.
     """
     if not g.fused:
-        if g.static:
+        if g.static or not parts:
             return _by_head(g, cos), _by_head(g, sin)
         # The cut changes nothing, but tells runtimes that plan with symbols that seq is text_seq + image_seq. Few can
         # add sizes, so this is the size of something that has as many rows.
-        columns = [g.op("Slice", x, *(g.constant([n], np.int64) for n in (0, 1, 2))) for x in (text, image)]
+        columns = [g.op("Slice", x, *(g.constant([n], np.int64) for n in (0, 1, 2))) for x in parts]
         seq = size_of(g, concat(g, *columns, axis=1), 1)
         tables = (rows_from(g, table, 0, seq, "joint_seq", axis=0) for table in (cos, sin))
         cos, sin = (_by_head(g, table) for table in tables)

@@ -38,8 +38,13 @@ class ModelBuilder(GraphBuilder):
         super().__init__(name, flavour, opset, tensors, dims, precision.arithmetic(name))
         self.precision = precision
 
-    def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
+    def tensor(self, name: str, shape: Sequence[int], integers: bool = True) -> Tensor:
         """Take a weight of the module in scope out of the checkpoint.
+
+        Args:
+            name: The parameter.
+            shape: Its shape.
+            integers: Whether it is used for a product, which some precisions compute with the integers of the file.
 
         Raises:
             CheckpointError: It is missing, has another shape or dtype, or scales that are no numbers.
@@ -48,7 +53,8 @@ class ModelBuilder(GraphBuilder):
         if tensor.dtype not in FLOATS and not tensor.quantisation:
             raise CheckpointError(f"{self.name}: tensor {self.path(name)} is {tensor.dtype}, expected BF16, F16 or F32")
         check_scales(tensor)
-        if tensor.quantisation and not self.precision.takes_integers:
+        takes = self.precision.takes_integers and integers and len(tensor.shape) == 2
+        if tensor.quantisation and not takes:
             return dequantised(tensor, self.precision.integers_as)
         return tensor
 

@@ -8,8 +8,17 @@ from operator import itemgetter
 
 from fluxonnx.export.ops.builder import ModelBuilder
 from fluxonnx.export.ops.norm import silu
-from fluxonnx.export.panels import Slices, joined_sequence, panel_unit, rows_of, same_layout, sequence
-from fluxonnx.export.primitives import mul
+from fluxonnx.export.panels import (
+    Slices,
+    in_panels,
+    joined_sequence,
+    panel_unit,
+    rows_of,
+    same_layout,
+    sequence,
+    without_panels,
+)
+from fluxonnx.export.primitives import concat, mul
 
 # A sequence, or a wide one in slices.
 Activations = str | Slices
@@ -18,7 +27,7 @@ Activations = str | Slices
 def embedding(g: ModelBuilder, ids: str, name: str, entries: int, dim: int) -> str:
     """Look up rows of the checkpoint's embedding `name` by int64 `ids`."""
     with g.scope(name):
-        return g.precision.embedding(g, ids, g.tensor("weight", (entries, dim)))
+        return g.precision.embedding(g, ids, g.tensor("weight", (entries, dim), integers=False))
 
 
 def linear(
@@ -107,6 +116,29 @@ def qkv_and_gate(
     q, k, v, *halves = _parts(g, parts, name, n_in, head_dim)
     gate, value = _halves(halves, widths)
     return q, k, v, gate, value
+
+
+def keys_and_values(
+    g: ModelBuilder, rows: str, name: str, n_in: int, n_out: int, mlp_dim: int, head_dim: int
+) -> tuple[str, str]:
+    """Return only k and v of `qkv_and_gate`; the weight is divided as it is there, so that its bytes are the same."""
+    with g.scope(name):
+        tensor = g.tensor("weight", (3 * n_out + 2 * mlp_dim, n_in))
+        _, part, _ = tensor.split([n_out, 2 * n_out, 2 * mlp_dim])
+        unit = panel_unit(g, rows, head_dim)
+        products = g.precision.linear(g, [rows_of(g, rows, n_in)], part, None, [n_out, n_out], unit)
+        k, v = (sequence(g, product, rows, n_in) for product in products)
+        return k, v
+
+
+def kept_heads(g: ModelBuilder, x: str, width: int) -> str:
+    """Return keys or values as a graph hands them out: [batch, seq, width]."""
+    return without_panels(g, x, width)
+
+
+def beside_kept(g: ModelBuilder, x: str, kept: str) -> str:
+    """Return keys or values, and behind them those that another graph handed out, [batch, kept_seq, width]."""
+    return concat(g, x, in_panels(g, kept, g.width(kept) // g.width(x)), axis=1)
 
 
 def feed_forward(g: ModelBuilder, x: str, projections: Sequence[str], name: str, dim: int, mlp_dim: int) -> str:

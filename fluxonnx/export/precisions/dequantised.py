@@ -15,7 +15,7 @@ class Dequantised(Tensor):
     """A quantised tensor whose `dtype` is that of the floats; `offset` and `nbytes` are those of the integers."""
 
     def array(self) -> np.ndarray:
-        """Compute the weights, [out, in] of `dtype`."""
+        """Compute the weights, [out, in, ...] of `dtype`."""
         weights = np.empty(self.shape, DTYPES[self.dtype])
         for i in range(0, len(weights), ROWS):
             weights[i : i + ROWS] = self.rows(i, i + ROWS)
@@ -28,7 +28,7 @@ class Dequantised(Tensor):
         """
         assert self.quantisation is not None
         integers = Tensor.array(replace(self, dtype="I8"))[start:end]
-        scale = self.quantisation.scale.array().astype(np.float32).reshape(-1, 1)
+        scale = self.quantisation.scale.array().astype(np.float32).reshape(-1, *(1 for _ in self.shape[1:]))
         weights = integers.astype(np.float32) * (scale if len(scale) == 1 else scale[start:end])
         group = self.quantisation.rotation
         if group:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from onnx import TensorProto
 
 from fluxonnx.checkpoint.safetensors import Tensor
+from fluxonnx.contract import KV_COMPONENTS
 from fluxonnx.export.graph import GraphBuilder
 from fluxonnx.export.precisions.bf16 import NORMS_ON_GPUS, Precision
 
-TRANSFORMERS = ("text_encoder", "transformer")
+TRANSFORMERS = ("text_encoder", "transformer", *KV_COMPONENTS)
 
 
 class NativeBfloat16(Precision):
