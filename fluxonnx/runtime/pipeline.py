@@ -107,11 +107,10 @@ class Flux:
         adapters = self._adapters = Adapters(checkpoint, build, encoder or build, self._sizes, options, self._lock)
         self.load_lora, self.set_lora_scale, self.unload_lora = adapters.attach(self._models, self._prompts)
         self.builds = self._models.builds()
-        kv = {"kv": checkpoint.keeps_references}
-        self.defaults = self._defaults = {**DEFAULTS, **kv, **manifest.defaults, **self._models.defaults()}
+        self.defaults = {**DEFAULTS, "kv": checkpoint.keeps_references, **manifest.defaults, **self._models.defaults()}
 
     def _resolve(self, request: Request, **options: Any) -> ResolvedRequest:
-        resolved = resolve(request, self.is_distilled, self._unit, self._defaults, **options)
+        resolved = resolve(request, self.is_distilled, self._unit, self.defaults, **options)
         return self._models.fitted(resolved)
 
     def generate(
@@ -285,7 +284,7 @@ class Flux:
             FluxonnxError: The text encoder could not be loaded or run.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        length = self._defaults["max_sequence_length"] if max_sequence_length is None else max_sequence_length
+        length = self.defaults["max_sequence_length"] if max_sequence_length is None else max_sequence_length
         for name, value in (*(("prompt", prompt) for prompt in prompts), ("max_sequence_length", length)):
             FIELD[name].check(value)
         with self._lock, self.phases("encode prompt"):
