@@ -81,6 +81,8 @@ def test_a_phone_does_not_scroll_sideways(house, language):
         after(page, lambda: page.tap("#make"))
         assert page.locator("#stage").evaluate("(stage) => stage.getBoundingClientRect().top") < 200
         assert pages.overflow(page) <= 0
+        if language == "de":
+            screenshot(page, "phone")
         page.tap("[data-word=editThis]")
         page.get_by_role("radio").nth(1).check()
         page.tap("#more summary")
@@ -96,9 +98,6 @@ def test_a_phone_does_not_scroll_sideways(house, language):
         page.touchscreen.tap(box["x"] + 100, box["y"] + 100)
         page.tap("#mask-done")
         page.locator("#remove-mask").wait_for()
-        page.evaluate("scrollTo(0, 0)")
-        if language == "de":
-            screenshot(page, "phone")
 
 
 @in_browser
@@ -117,6 +116,7 @@ def test_dark_and_light(house):
         page.reload()
         connected(page)
         assert page.evaluate(bright) < 150
+        assert page.evaluate("getComputedStyle(document.querySelector('.shimmer')).animationName") == "none"
         page.get_by_label("Appearance").select_option("auto")
         assert page.evaluate(bright) > 600
         page.get_by_label("Appearance").select_option("dark")

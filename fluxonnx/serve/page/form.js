@@ -42,7 +42,9 @@ export function startForm(facts, onSubmit) {
   find("model").addEventListener("change", () => {
     modelDefaults();
     const { default_width: width, default_height: height } = model();
-    if (preset() !== "input" && width && height) setSize(width, height);
+    const { input } = storedSources();
+    startSizes({ ...info, defaults: { ...info.defaults, width, height } });
+    offerInputSize(Boolean(input));
   });
   find("form").addEventListener("input", () => (showSeed(), store()));
   find("form").addEventListener("change", store);
