@@ -35,7 +35,6 @@ def test_a_picture_grows_and_appears(house, model):
     with opened(house.url) as page:
         connected(page)
         assert page.locator("#stage-empty").is_visible()
-        screenshot(page, "empty")
         page.evaluate("""() => {
             window.seen = new Set();
             new MutationObserver(() => seen.add(preview.src)).observe(preview, { attributeFilter: ["src"] });
@@ -207,7 +206,12 @@ def test_pictures_that_are_dropped_and_pasted(house, model, tmp_path):
         )
         page.locator("#input-holder img").wait_for()
         page.locator("#pictures button").first.drag_to(page.locator("#prompt"))
+        page.locator(f"#input-holder img[src='pictures/{made}']").wait_for()
         assert shown(page) == made
+
+        save_image(image, tmp_path / "lora.png", {**image.info, "lora_files": ["gone.safetensors"], "lora_scales": [1]})
+        pages.drop(page, tmp_path / "lora.png", "[data-zone=parameters]")
+        page.get_by_text("This server lacks LoRAs of the picture: gone.safetensors").wait_for()
 
 
 @in_browser

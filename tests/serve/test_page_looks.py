@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 
@@ -206,6 +207,12 @@ def test_mistakes_are_shown_where_they_are(house, tmp_path):
         page.locator(".error[lang=en]:visible").wait_for()
         assert "1024x40" in page.inner_text(".error[lang=en]:visible")
         assert page.locator("#queue").is_hidden()
+        large = tmp_path / "large.png"
+        large.write_bytes(b"")
+        os.truncate(large, 2**26 + 1)
+        page.get_by_role("button", name="Remove the input picture").click()
+        page.set_input_files("#input-file", large)
+        page.get_by_text("The file is too large: this server takes at most 64 MB.").wait_for()
         page.get_by_role("button", name="Start over").click()
         assert page.locator(".error:visible").count() == 0
         assert page.input_value("#width") == "128"

@@ -2,7 +2,7 @@
 
 import { find, make, show } from "./dom.js";
 import { loras, setLoras, startLoras } from "./loras.js";
-import { fieldError, notify } from "./notices.js";
+import { fieldError } from "./notices.js";
 import { offerInputSize, preset, setSize, size, sizeErrors, startSizes } from "./sizes.js";
 import { restoreSources, sources, startSources, storedSources } from "./sources.js";
 import { known } from "./words.js";
@@ -212,7 +212,11 @@ export function refuse(error) {
   }
 }
 
-/** Fill in the parameters of a picture or a job, as the server lists them or as they lie in a file. */
+/**
+ * Fill in the parameters of a picture or a job, as the server lists them or as they lie in a file.
+ *
+ * Returns the names of LoRAs that this server lacks.
+ */
 export function fill(parameters) {
   clearErrors();
   put("model", parameters.model);
@@ -223,9 +227,9 @@ export function fill(parameters) {
   find("count").value = 1;
   if (parameters.width && parameters.height) setSize(parameters.width, parameters.height);
   const lacking = setLoras(parameters.lora ?? filedLoras(parameters));
-  if (lacking.length) notify("lorasLacking", { names: lacking.join(", ") });
   showSeed();
   store();
+  return lacking;
 }
 
 /** The LoRAs of a picture's metadata: its file names lack folders, the server's names may lack the ending. */

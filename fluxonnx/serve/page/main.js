@@ -159,11 +159,15 @@ async function another(picture) {
   return submit(request);
 }
 
+function filled(lacking, actions = []) {
+  if (lacking.length) notify("lorasLacking", { names: lacking.join(", ") }, { actions });
+  else notify("parametersFilled", {}, { actions });
+}
+
 async function useParameters(picture) {
   const [parameters] = await recipe(picture);
   fillSources(parameters);
-  fill(parameters);
-  notify("parametersFilled");
+  filled(fill(parameters));
   find("prompt").focus();
 }
 
@@ -191,8 +195,7 @@ async function take(zone, { files, picture }) {
     const asInput = () => setInput(upload.id, url);
     if (zone === "reference") addReference(upload.id, url);
     else if (zone !== "input" && upload.parameters) {
-      fill(upload.parameters);
-      notify("parametersFilled", {}, { actions: [["useAsInput", asInput]] });
+      filled(fill(upload.parameters), [["useAsInput", asInput]]);
     } else if (zone === "parameters") notify("noParameters", {}, { kind: "error", actions: [["useAsInput", asInput]] });
     else asInput();
   }

@@ -68,6 +68,7 @@ export default {
   badWidth: "Die Breite muss ein Vielfaches von {multiple} sein, von {low} bis {high}.",
   badHeight: "Die Höhe muss ein Vielfaches von {multiple} sein, von {low} bis {high}.",
   tooManyPixels: "Das ist zu groß: Dieser Server zeichnet höchstens {megapixels} Megapixel.",
+  tooLarge: "Die Datei ist zu groß: Dieser Server nimmt höchstens {megabytes} MB.",
   badSeed: "Ein Seed ist eine ganze Zahl von 0 bis 2⁶⁴ − 1. Leer heißt zufällig.",
   badNumber: "Bitte eine ganze Zahl von {low} bis {high}.",
   badNumberAny: "Bitte eine Zahl von {low} bis {high}.",

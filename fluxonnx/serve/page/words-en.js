@@ -68,6 +68,7 @@ export default {
   badWidth: "The width has to be a multiple of {multiple} from {low} to {high}.",
   badHeight: "The height has to be a multiple of {multiple} from {low} to {high}.",
   tooManyPixels: "That is too large: this server draws at most {megapixels} megapixels.",
+  tooLarge: "The file is too large: this server takes at most {megabytes} MB.",
   badSeed: "A seed is a whole number from 0 to 2⁶⁴ − 1. Empty means random.",
   badNumber: "A whole number from {low} to {high}, please.",
   badNumberAny: "A number from {low} to {high}, please.",

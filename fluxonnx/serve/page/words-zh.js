@@ -68,6 +68,7 @@ export default {
   badWidth: "宽度必须是 {multiple} 的倍数，范围 {low} 到 {high}。",
   badHeight: "高度必须是 {multiple} 的倍数，范围 {low} 到 {high}。",
   tooManyPixels: "尺寸太大：此服务器最多绘制 {megapixels} 百万像素。",
+  tooLarge: "文件太大：此服务器最多接受 {megabytes} MB。",
   badSeed: "种子是 0 到 2⁶⁴ − 1 的整数，留空表示随机。",
   badNumber: "请输入 {low} 到 {high} 的整数。",
   badNumberAny: "请输入 {low} 到 {high} 的数字。",
