@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -17,7 +18,7 @@ from fluxonnx.errors import FluxonnxError
 from fluxonnx.serve import a1111_api, jobs_api, openai_api, system_api
 from fluxonnx.serve.errors import ApiError, from_ours, response
 from fluxonnx.serve.gate import Gate
-from fluxonnx.serve.service import Service
+from fluxonnx.serve.service import RETRY, Service
 from fluxonnx.serve.web import service_of
 
 log = logging.getLogger("fluxonnx.serve")
@@ -35,7 +36,14 @@ def make_app(service: Service) -> ASGIApp:
         service.drain()
 
     routes = [*jobs_api.ROUTES, *openai_api.ROUTES, *a1111_api.ROUTES, *system_api.ROUTES]
-    handlers = {ApiError: _ours, FluxonnxError: _ours, HTTPException: _of_starlette, Exception: _unforeseen}
+    handlers = {
+        ApiError: _ours,
+        FluxonnxError: _ours,
+        HTTPException: _of_starlette,
+        sqlite3.Error: _of_database,
+        OSError: _of_database,
+        Exception: _unforeseen,
+    }
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
     app.router.redirect_slashes = False
     app.state.service = service
@@ -54,6 +62,12 @@ async def _of_starlette(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = MESSAGES.get(error.status_code, error.detail)
     return response(request.url.path, ApiError(error.status_code, message, headers=error.headers))
+
+
+async def _of_database(request: Request, error: Exception) -> Response:
+    log.error("the data can't be read or written", extra={"facts": {"path": request.url.path, "error": str(error)}})
+    message = "the server can't read or write its data, its disk may be full: try again later"
+    return response(request.url.path, ApiError(503, message, code="storage", headers=RETRY))
 
 
 async def _unforeseen(request: Request, error: Exception) -> Response:

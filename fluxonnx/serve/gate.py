@@ -89,6 +89,9 @@ class Gate:
                 await response(scope["path"], error)(scope, receive, answer)
         except ClientDisconnect:
             status = status or 499
+        except Exception:  # the application has answered and logged it
+            if not status:
+                raise
         finally:
             self._note(scope, status, time.perf_counter() - start)
 

@@ -140,7 +140,8 @@ class Worker:
                 self.broken = None
             except Exception as error:  # of the database or of ours: the server goes on, and says that it is not well
                 self.broken = type(error).__name__
-                log.exception("the queue can't be worked on")
+                known = isinstance(error, sqlite3.Error)
+                log.error("the queue can't be worked on", exc_info=not known, extra={"facts": {"error": str(error)}})
                 self._wait(RETRY)
 
     def _wait(self, seconds: float | None) -> None:

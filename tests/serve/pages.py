@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 MODULES = ("playwright", "greenlet", "program:chromium", "npm:axe-core")
 LACKING = [module for module in MODULES if not has(module)]
 # Milliseconds that the page gets for anything, a load of the model included.
-PATIENCE = 20_000
+PATIENCE = 30_000
 # The width of a picture, once it is loaded.
 LOADED_WIDTH = "(image) => image.decode().then(() => image.naturalWidth)"
 # A folder; where it is given, the tests write the screenshots of docs/page.md into it.

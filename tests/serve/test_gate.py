@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sqlite3
 
 import pytest
 from PIL import Image
@@ -222,6 +223,28 @@ def test_no_answer_and_no_label_tells_a_path(model, tmp_path):
         assert "Traceback" not in text
 
 
+def test_data_that_can_not_be_read(model, tmp_path):
+    """As with a full disk: an answer for each client, no traceback, and the server says that it is not well."""
+    with serving(model, tmp_path) as server:
+        server.draw()
+        with sqlite3.connect(tmp_path / "queue.sqlite3") as base:
+            base.execute("ALTER TABLE jobs RENAME TO gone")
+        for method, path, body in (
+            ("POST", "/jobs", SMALL),
+            ("GET", "/jobs", None),
+            ("POST", "/v1/images/generations", {"prompt": "x", "size": "64x64"}),
+            ("POST", "/sdapi/v1/txt2img", {"prompt": "x", "width": 64, "height": 64}),
+        ):
+            found, headers, data = server.request(method, path, body)
+            assert (found, headers["retry-after"]) == (503, "5")
+            assert b"disk may be full" in data
+        with sqlite3.connect(tmp_path / "queue.sqlite3") as base:
+            base.execute("ALTER TABLE gone RENAME TO jobs")
+        assert server.draw()["state"] == "done"  # it goes on by itself
+        assert server.json("GET", "/ready")["status"] == "ready"
+        assert "Traceback" not in server.stop()
+
+
 @pytest.mark.parametrize(
     ("flags", "pattern"),
     [
@@ -257,3 +280,11 @@ def test_a_port_that_is_taken(server, model, tmp_path, fails):
         "--data",
         tmp_path,
     )
+
+
+@pytest.mark.parametrize("package", ["starlette", "uvicorn", "sse_starlette", "python_multipart", "prometheus_client"])
+def test_a_package_that_is_missing(monkeypatch, tmp_path, fails, package):
+    import sys
+
+    monkeypatch.setitem(sys.modules, package, None)
+    fails(2, rf'needs {package}: pip install "fluxonnx\[serve\]"', "serve", "-d", tmp_path, "--port", "0")

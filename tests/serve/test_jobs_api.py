@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import socket
 
 import numpy as np
 import pytest
@@ -113,11 +115,17 @@ def test_cancelling_a_job_that_waits_or_has_ended(server):
     assert server.finished(second)["pictures"] == []
 
 
-def test_a_client_that_goes_away_cancels_its_job(server):
-    import socket
-
-    body = b'{"prompt": "gone", "steps": 900, "width": 64, "height": 64, "send_images": true}'
-    head = f"POST /sdapi/v1/txt2img HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+@pytest.mark.parametrize(
+    ("path", "values"),
+    [
+        ("/sdapi/v1/txt2img", {"width": 64, "height": 64}),
+        ("/v1/images/generations", {"size": "64x64"}),
+        ("/v1/images/generations", {"size": "64x64", "stream": True}),
+    ],
+)
+def test_a_client_that_goes_away_cancels_its_job(server, path, values):
+    body = json.dumps({"prompt": "gone", "steps": 900, **values}).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(head + body)
         for name, told in server.events("/events"):
@@ -254,8 +262,6 @@ def test_bad_jobs(server, body, param):
     known = {} if "prompt" in body or not body else SMALL
     status, headers, data = server.request("POST", "/jobs", {**known, **body})
     assert (status, headers["content-type"]) == (422, "application/json")
-    import json
-
     error = json.loads(data)["error"]
     assert (error["param"], error["type"]) == (param, "invalid_request_error")
     assert "\n" not in error["message"]

@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="processes are killed otherwise there"),
 ]
 
-KILLS = int(os.environ.get("FLUXONNX_KILLS", "4"))
+KILLS = int(os.environ.get("FLUXONNX_KILLS", "3"))
 # Moments between the start of a server and the end of the jobs below.
 MOMENTS = 170
 

@@ -11,7 +11,7 @@ pytest.importorskip("starlette")
 
 from fluxonnx.runtime.request import Request
 from fluxonnx.serve.errors import ApiError
-from fluxonnx.serve.models import Models
+from fluxonnx.serve.models import Models, Opened
 from fluxonnx.serve.settings import Settings
 
 pytestmark = pytest.mark.slow

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fluxonnx.runtime.fields import FIELDS
+
 FOLDER = resources.files("fluxonnx.serve") / "page"
 FILES = {path.name: path.read_text("utf-8") for path in FOLDER.iterdir()}
 SCRIPTS = {name: text for name, text in FILES.items() if name.endswith(".js")}
@@ -85,6 +87,14 @@ def test_every_word_that_is_said_is_known():
     calls = r'(?:say|speak|notify|confirmed)\((?:[^"(),]+(?:\([^)]*\))?, )?"(\w+)"|\b(?:word|label): \[?"(\w+)"'
     named = {a or b for text in SCRIPTS.values() for a, b in re.findall(calls, text)}
     assert named - {"label"} <= english.keys()
+
+
+@needs_node
+def test_every_parameter_has_a_name():
+    """Those of pictures, but for the prompt, names of files and their digests, which are not listed."""
+    hidden = re.compile(r"prompt|image_file|mask_file|.*_files|.*_sha256|lora_scales")
+    names = {field.name for field in FIELDS if "picture" in field.places and not hidden.fullmatch(field.name)}
+    assert {f"parameter_{name}" for name in names} <= words()["en"].keys()
 
 
 @needs_node

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 
@@ -81,6 +82,8 @@ def test_a_phone_does_not_scroll_sideways(house, language):
         after(page, lambda: page.tap("#make"))
         assert page.locator("#stage").evaluate("(stage) => stage.getBoundingClientRect().top") < 200
         assert pages.overflow(page) <= 0
+        if language == "de":
+            screenshot(page, "phone")
         page.tap("[data-word=editThis]")
         page.get_by_role("radio").nth(1).check()
         page.tap("#more summary")
@@ -96,9 +99,6 @@ def test_a_phone_does_not_scroll_sideways(house, language):
         page.touchscreen.tap(box["x"] + 100, box["y"] + 100)
         page.tap("#mask-done")
         page.locator("#remove-mask").wait_for()
-        page.evaluate("scrollTo(0, 0)")
-        if language == "de":
-            screenshot(page, "phone")
 
 
 @in_browser
@@ -117,6 +117,7 @@ def test_dark_and_light(house):
         page.reload()
         connected(page)
         assert page.evaluate(bright) < 150
+        assert page.evaluate("getComputedStyle(document.querySelector('.shimmer')).animationName") == "none"
         page.get_by_label("Appearance").select_option("auto")
         assert page.evaluate(bright) > 600
         page.get_by_label("Appearance").select_option("dark")
@@ -206,6 +207,12 @@ def test_mistakes_are_shown_where_they_are(house, tmp_path):
         page.locator(".error[lang=en]:visible").wait_for()
         assert "1024x40" in page.inner_text(".error[lang=en]:visible")
         assert page.locator("#queue").is_hidden()
+        large = tmp_path / "large.png"
+        large.write_bytes(b"")
+        os.truncate(large, 2**26 + 1)
+        page.get_by_role("button", name="Remove the input picture").click()
+        page.set_input_files("#input-file", large)
+        page.get_by_text("The file is too large: this server takes at most 64 MB.").wait_for()
         page.get_by_role("button", name="Start over").click()
         assert page.locator(".error:visible").count() == 0
         assert page.input_value("#width") == "128"

@@ -2,7 +2,7 @@
 
 import { find, make, show } from "./dom.js";
 import { loras, setLoras, startLoras } from "./loras.js";
-import { fieldError, notify } from "./notices.js";
+import { fieldError } from "./notices.js";
 import { offerInputSize, preset, setSize, size, sizeErrors, startSizes } from "./sizes.js";
 import { restoreSources, sources, startSources, storedSources } from "./sources.js";
 import { known } from "./words.js";
@@ -42,7 +42,9 @@ export function startForm(facts, onSubmit) {
   find("model").addEventListener("change", () => {
     modelDefaults();
     const { default_width: width, default_height: height } = model();
-    if (preset() !== "input" && width && height) setSize(width, height);
+    const { input } = storedSources();
+    startSizes({ ...info, defaults: { ...info.defaults, width, height } });
+    offerInputSize(Boolean(input));
   });
   find("form").addEventListener("input", () => (showSeed(), store()));
   find("form").addEventListener("change", store);
@@ -210,7 +212,11 @@ export function refuse(error) {
   }
 }
 
-/** Fill in the parameters of a picture or a job, as the server lists them or as they lie in a file. */
+/**
+ * Fill in the parameters of a picture or a job, as the server lists them or as they lie in a file.
+ *
+ * Returns the names of LoRAs that this server lacks.
+ */
 export function fill(parameters) {
   clearErrors();
   put("model", parameters.model);
@@ -221,9 +227,9 @@ export function fill(parameters) {
   find("count").value = 1;
   if (parameters.width && parameters.height) setSize(parameters.width, parameters.height);
   const lacking = setLoras(parameters.lora ?? filedLoras(parameters));
-  if (lacking.length) notify("lorasLacking", { names: lacking.join(", ") });
   showSeed();
   store();
+  return lacking;
 }
 
 /** The LoRAs of a picture's metadata: its file names lack folders, the server's names may lack the ending. */

@@ -5,6 +5,7 @@ import { find, make, show } from "./dom.js";
 import { confirmed, tell } from "./notices.js";
 
 const PAGE = 40;
+const MOST = 500; // of one answer of the server
 const STORED = "fluxonnx.picture";
 
 let pictures = [];
@@ -24,7 +25,7 @@ export function startGallery(choose) {
 
 /** Ask for the newest pictures; those that are gone on the server are gone here. */
 export async function refresh() {
-  const size = Math.max(PAGE, pictures.length);
+  const size = Math.min(MOST, Math.max(PAGE, pictures.length));
   const answer = await api.pictures(size);
   take(answer, size, []);
 }

@@ -27,8 +27,8 @@ function add(name, scale) {
   const value = make("output", { textContent: scale });
   const slider = make("input", {
     type: "range",
-    min: -2,
-    max: 2,
+    min: Math.min(-2, scale),
+    max: Math.max(2, scale),
     step: 0.05,
     value: scale,
     label: ["loraScale", { name }],

@@ -26,7 +26,11 @@ function connection(state) {
 
 async function submit(values) {
   try {
-    const job = await api.makeJob(values);
+    const made = await api.makeJob(values);
+    // A job can be done before the answer about its beginning is here.
+    const job = queue.get(made.id) ?? queue.latest(made);
+    stage.follow(job.id);
+    if (!queue.active(job)) return onJob(job);
     queue.put(job);
     watch(job);
     speak(job.state === "queued" && job.position > 0 ? "saidQueued" : "saidStarted", { n: job.position });
@@ -34,10 +38,12 @@ async function submit(values) {
     if (error.status === 0 || error.status === 429 || error.status >= 500) tell(error);
     else refuse(error);
   }
+  return undefined;
 }
 
 /** Show a job large, and its picture when it is done; jobs that were followed before come first, unless it was clicked. */
 function watch(job, first = false) {
+  if (!job) return undefined;
   if (job.state === "failed") return stage.showFailed(job);
   stage.follow(job.id, first);
   stage.showJob(queue.get(stage.followed()) ?? job);
@@ -47,7 +53,8 @@ function watch(job, first = false) {
 
 let quarter = 0;
 
-function onJob(job) {
+function onJob(news) {
+  const job = queue.latest(news);
   const before = queue.get(job.id)?.pictures?.length ?? 0;
   queue.put(job);
   const mine = job.id === stage.followed();
@@ -142,6 +149,7 @@ const jobs = new Map(); // promises, by id
 async function recipe({ id, job = id.replace(/-\d+$/, ""), seed, parameters }) {
   if (!jobs.has(job)) jobs.set(job, api.job(job).catch(() => null));
   const found = await jobs.get(job);
+  if (!found) jobs.delete(job);
   const given = Object.entries({ ...(found?.parameters ?? parameters), seed, count: 1 });
   return [Object.fromEntries(given.filter(([, value]) => value !== null && value !== undefined)), found?.warnings ?? []];
 }
@@ -151,11 +159,15 @@ async function another(picture) {
   return submit(request);
 }
 
+function filled(lacking, actions = []) {
+  if (lacking.length) notify("lorasLacking", { names: lacking.join(", ") }, { actions });
+  else notify("parametersFilled", {}, { actions });
+}
+
 async function useParameters(picture) {
   const [parameters] = await recipe(picture);
   fillSources(parameters);
-  fill(parameters);
-  notify("parametersFilled");
+  filled(fill(parameters));
   find("prompt").focus();
 }
 
@@ -183,8 +195,7 @@ async function take(zone, { files, picture }) {
     const asInput = () => setInput(upload.id, url);
     if (zone === "reference") addReference(upload.id, url);
     else if (zone !== "input" && upload.parameters) {
-      fill(upload.parameters);
-      notify("parametersFilled", {}, { actions: [["useAsInput", asInput]] });
+      filled(fill(upload.parameters), [["useAsInput", asInput]]);
     } else if (zone === "parameters") notify("noParameters", {}, { kind: "error", actions: [["useAsInput", asInput]] });
     else asInput();
   }

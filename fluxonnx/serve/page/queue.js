@@ -9,11 +9,16 @@ const ACTIVE = ["queued", "running"];
 const PAGE = 100;
 
 let jobs = new Map();
+// Jobs that have ended. An answer may be older than an event that came before it, and tell of them as running.
+const over = new Map();
 let onShow = () => {};
 
 export const active = (job) => ACTIVE.includes(job.state);
 export const all = () => [...jobs.values()];
 export const get = (id) => jobs.get(id);
+
+/** What is known of a job, which may be newer than an answer about it. */
+export const latest = (job) => over.get(job.id) ?? job;
 
 /** The job that Escape cancels: the one that runs, else the first that waits. */
 export const current = () => all().find(({ state }) => state === "running") ?? waiting()[0];
@@ -26,19 +31,17 @@ export function startQueue(shown) {
   onShow = shown;
 }
 
-/** Ask for all jobs; returns those that ended while nobody listened. */
+/** Ask for all jobs. */
 export async function refresh() {
   const answer = await api.jobs(PAGE);
-  const before = jobs;
-  jobs = new Map(answer.jobs.filter((job) => active(job) || before.has(job.id)).map((job) => [job.id, job]));
-  const ended = [...jobs.values()].filter((job) => !active(job) && active(before.get(job.id)));
-  for (const job of jobs.values()) if (!active(job) && job.state !== "failed") jobs.delete(job.id);
+  const told = answer.jobs.map(latest);
+  jobs = new Map(told.filter((job) => active(job) || (job.state === "failed" && jobs.has(job.id))).map((job) => [job.id, job]));
   draw();
-  return ended;
 }
 
 /** Take a job's new state. */
 export function put(job) {
+  if (!active(job)) over.set(job.id, job);
   if (active(job) || job.state === "failed") jobs.set(job.id, job);
   else jobs.delete(job.id);
   draw();

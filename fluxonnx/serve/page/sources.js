@@ -11,10 +11,12 @@ let input = null; // { id, url }
 let mask = null; // { id, url }
 let references = []; // [{ id, url }]
 let most = 16;
+let mostBytes = Infinity;
 let changed = () => {};
 
 export function startSources(info, onChange) {
   most = info.limits.max_references ?? most;
+  mostBytes = info.limits.max_body ?? mostBytes;
   changed = onChange;
   find("input-file").onchange = async (event) => {
     event.stopPropagation();
@@ -40,6 +42,10 @@ export function startSources(info, onChange) {
 /** Upload a file; what is wrong with it is shown below the field. Returns the upload, or null. */
 export async function uploaded(file, field) {
   fieldError(field, null);
+  if (file.size > mostBytes) {
+    fieldError(field, ["tooLarge", { megabytes: Math.floor(mostBytes / 2 ** 20) }]);
+    return null;
+  }
   try {
     return await api.upload(file);
   } catch (error) {
