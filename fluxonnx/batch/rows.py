@@ -18,6 +18,7 @@ from fluxonnx.errors import CheckpointError, UsageError
 from fluxonnx.runtime.lines import PICTURE_FILES, combined
 from fluxonnx.runtime.prompt_file import KEYS, Line, read_lines
 
+REQUEST_KEYS = frozenset(name for name, field in KEYS.items() if "request" in field.places)
 INPUT_KEYS = {**KEYS, ID.name: ID}
 # The settings of a painter that have no effect on what a picture looks like.
 WITHOUT_EFFECT = ("threads", "keep_loaded", "cache_dir", "folder", "format")
@@ -103,9 +104,6 @@ def _row(
     facts = [drawn, [_content(Path(name)) for name in names if name], suffix, about]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
     return Row(number, line.where, values, file, digest, error)
-
-
-REQUEST_KEYS = frozenset(name for name, field in KEYS.items() if "request" in field.places)
 
 
 def _settings(painter: Painter, model: Path | None) -> dict[str, Any]:
