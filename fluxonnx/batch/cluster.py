@@ -30,7 +30,7 @@ ANSWER_TIME = 10
 # Passes over rows for which nothing came back, such as those of a node that took the last copy of its pictures along.
 MOST_PASSES = 3
 # More blocks than this cost more to keep than they are good for.
-MOST_BLOCKS = 10_000
+MOST_BLOCKS = 100_000
 # So many blocks at least for each worker, so that all end about together.
 BLOCKS_PER_WORKER = 4
 

@@ -12,12 +12,18 @@ from typing import Any
 from fluxonnx.checkpoint.reading import is_text, shown
 from fluxonnx.errors import UsageError
 from fluxonnx.runtime.field import Field
+from fluxonnx.runtime.fields import FIELDS
 from fluxonnx.runtime.prompt_file import KEYS
 
-# What a row can hold besides what a line of a prompt file can.
+# What a row can hold: what a line of a prompt file can, what only flags can say of all, and what names it.
 ID = Field(name="id", kind=str)
 ROW = Field(name="row", kind=int, low=1)
-ROW_KEYS = {**KEYS, ID.name: ID, ROW.name: ROW}
+ROW_KEYS = {
+    **KEYS,
+    **{field.name: field for field in FIELDS if "request" in field.places},
+    ID.name: ID,
+    ROW.name: ROW,
+}
 # The bytes that a part of a path may have on most file systems.
 LONGEST = 255
 # What can't be part of a file's name somewhere.

@@ -200,10 +200,13 @@ class Painter:
         with _lock:
             for row in rows:
                 drawings.append(self._prepared(row, load))
-            prompts = [item.request.prompt for item in drawings if item.request is not None]
-            if len(prompts) > 1:
+            prompts: dict[int | None, list[str]] = {}
+            for item in drawings:
+                if item.request is not None:
+                    prompts.setdefault(item.request.max_sequence_length, []).append(item.request.prompt)
+            for length, texts in prompts.items():
                 with suppress(FluxonnxError, MemoryError):  # each row will say what is wrong with it
-                    self.open().encode_prompts(prompts)
+                    self.open().encode_prompts(texts, length)
         for item in drawings:
             with _lock:
                 result = self._drawn(item)

@@ -18,6 +18,7 @@ from fluxonnx.errors import CheckpointError, UsageError
 from fluxonnx.runtime.lines import PICTURE_FILES, combined
 from fluxonnx.runtime.prompt_file import KEYS, Line, read_lines
 
+REQUEST_KEYS = frozenset(name for name, field in KEYS.items() if "request" in field.places)
 INPUT_KEYS = {**KEYS, ID.name: ID}
 # The settings of a painter that have no effect on what a picture looks like.
 WITHOUT_EFFECT = ("threads", "keep_loaded", "cache_dir", "folder", "format")
@@ -64,7 +65,8 @@ def read_rows(
         UsageError: The file can't be read or is empty, or the columns of a table are wrong. What is wrong with a line
             is the error of its row.
     """
-    about = _settings(painter, model or Path(painter.model or ""))
+    place = model or (Path(painter.model) if painter.model else None)
+    about = _settings(painter, place)
     rows: list[Row] = []
     taken: dict[str, Row] = {}
     for number, line in enumerate(read_lines(path, INPUT_KEYS), 1):
@@ -104,10 +106,7 @@ def _row(
     return Row(number, line.where, values, file, digest, error)
 
 
-REQUEST_KEYS = frozenset(name for name, field in KEYS.items() if "request" in field.places)
-
-
-def _settings(painter: Painter, model: Path) -> dict[str, Any]:
+def _settings(painter: Painter, model: Path | None) -> dict[str, Any]:
     """Return what a painter's settings say about pictures; of files, what they hold and not where they are."""
     known = {name: value for name, value in asdict(painter).items() if name not in WITHOUT_EFFECT}
     for name in ("transformer", "text_encoder", "vae"):
@@ -115,7 +114,7 @@ def _settings(painter: Painter, model: Path) -> dict[str, Any]:
     known["lora"] = [
         (Path(text).name, _content(Path(text.rpartition(":")[0])) or _content(Path(text))) for text in painter.lora
     ]
-    known["model"] = [model.name, _contents(model)]
+    known["model"] = [model.name, _contents(model)] if model else None
     return known
 
 

@@ -213,9 +213,6 @@ def batch(options: Options) -> None:
     say = speaker(options.quiet)
     FIELD["seed"].check(options.seed)
     engine = _engine(options)
-    values = {**options.values}
-    if "sigmas" in values:
-        values.setdefault("schedule", "custom")
     model = find_model(options.dir, say)
     # Each machine of a cluster has a copy of the demo model of its own.
     everywhere = options.engine == "ray" and options.dir is None and is_shipped(model)
@@ -225,7 +222,7 @@ def batch(options: Options) -> None:
     )
     if options.parquet:
         arrow()
-    rows = read_rows(options.table, painter, options.seed, values, model)
+    rows = read_rows(options.table, painter, options.seed, options.values, model)
     check_folder(options.output, rows)
     if options.engine == "local" and any(row.error is None for row in rows):
         _open(painter, options, say)

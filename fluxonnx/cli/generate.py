@@ -194,7 +194,7 @@ def _add_prompt_sources(flags: Flags) -> None:
         type=path_name,
         metavar="FILE",
         help='one prompt per line, or JSON objects such as {"prompt": "a cat", "seed": 7, "input": "a.png"}; '
-        "a table if its name ends in .csv; - for standard input",
+        "a table if its name ends in .csv or .parquet; - for standard input",
     )
     flags.add_argument(
         "--from",

@@ -167,12 +167,6 @@ def choose_build(
 def _job(wanted: Wanted, known: Values, source: Path | None, numbered: bool, load: Load, where: str = "") -> Job:
     """Combine the flags with the values of a line of a prompt file, or of the picture to make again."""
     values = combined(known, wanted.values)
-    if "sigmas" in values:
-        if "sigmas" in wanted.values and "schedule" not in wanted.values:
-            values["schedule"] = "custom"
-        values.setdefault("schedule", "custom")
-        if "steps" not in wanted.values:
-            values.pop("steps", None)
     request, inputs = request_of(
         values,
         known,

@@ -19,14 +19,21 @@ PAINTS_OVER = ("strength", "expand")
 def combined(line: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return the attributes of a `Request` that flags say, and else a line; both by the names of the table of fields.
 
-    A size that flags give replaces that of the line, in whichever form it is.
+    A size that flags give replaces that of the line, in whichever form it is; sigmas make a custom schedule.
     """
     values = {field.name: line[field.name] for field in FIELDS if "request" in field.places and field.name in line}
     if "size" in flags:
         values = {name: value for name, value in values.items() if name not in ("width", "height")}
     elif {"width", "height"} & flags.keys():
         values.pop("size", None)
-    return {**values, **flags}
+    values |= flags
+    if "sigmas" in values:
+        if "sigmas" in flags and "schedule" not in flags:
+            values["schedule"] = "custom"
+        values.setdefault("schedule", "custom")
+        if "steps" not in flags:  # the sigmas say how many
+            values.pop("steps", None)
+    return values
 
 
 def request_of(

@@ -69,6 +69,20 @@ def test_a_table_to_a_folder(batch, tmp_path, capsys, checkpoints):
     assert capsys.readouterr().err.splitlines()[0] == "3 of 3 pictures are there"
 
 
+def test_flags_replace_the_values_of_each_row(batch, tmp_path):
+    """Those, too, that a row can't have."""
+    table(tmp_path, {"prompt": "a", "steps": 3, "width": 96, "sampler": "heun"}, "b")
+    flags = ["--sigmas", "1", "0.5", "0", "-W", "64", "-H", "64", "--max-sequence-length", "32", "--threads", "1"]
+    for workers in (1, 2):
+        assert batch("prompts.jsonl", "-o", f"out{workers}", "-q", *flags, "--workers", workers) == 0
+    first, second = (record["parameters"] for record in records("out1"))
+    assert (first["sampler"], second["sampler"]) == ("heun", "euler")
+    for found in (first, second):
+        assert (found["width"], found["steps"], found["schedule"]) == (64, 2, "custom")
+        assert found["max_sequence_length"] == 32
+    assert [record["sha256"] for record in records("out1")] == [record["sha256"] for record in records("out2")]
+
+
 def test_tables_of_all_kinds_make_the_same(batch, tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -188,6 +202,21 @@ def small_disk(tmp_path):
         pytest.skip("mounting a file system is not possible here")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_may_not_be_written(batch, small_disk, tmp_path, fails):
+    prompts = table(tmp_path, "a")
+    (small_disk / "out").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for folder in ("out", "new"):
+        fails(
+            1,
+            f"no permission to write {small_disk}/{folder}.*or choose another",
+            "batch",
+            "-q",
+            prompts,
+            *("-o", small_disk / folder, *SMALL),
+        )
 
 
 def test_a_full_disk(batch, small_disk, tmp_path, capsys):
