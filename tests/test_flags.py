@@ -75,6 +75,8 @@ def base(checkpoints, tmp_path, monkeypatch) -> Callable[[str, str], list[str]]:
             "download": {"": "nobody"},
             "info": {},
             "inspect": {"": f"{model}/conditioning.onnx"},
+            "repl": {},
+            "completion": {},
         }[command]
         if flag in ("--prompt-file", "--from"):
             known.pop("--prompt")
