@@ -257,8 +257,16 @@ def test_generate_has_the_flags_of_the_table():
     arguments = vars(build_parser().parse_args(["generate"]))
     of_a_run = {"prompt_file", "source", "dir", "cache_dir", "precision", "provider", "threads", "low_memory", "lora"}
     of_a_run |= {"transformer", "text_encoder", "vae", "provider_option"}
-    of_a_run |= {"absolute_paths", "text_encoder_precision", "keep_loaded", "preview", "preview_method", "animate"}
-    assert arguments.keys() == {field.name for field in FLAGS} | of_a_run | {"verbose", "quiet", "run"}
+    of_a_run |= {
+        "absolute_paths",
+        "text_encoder_precision",
+        "keep_loaded",
+        "preview",
+        "preview_method",
+        "animate",
+        "show",
+    }
+    assert arguments.keys() == {field.name for field in FLAGS} | of_a_run | {"verbose", "quiet", "run", "parser"}
 
 
 @each(FLAGS)

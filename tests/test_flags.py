@@ -84,6 +84,8 @@ def base(checkpoints, tmp_path, monkeypatch) -> Callable[[str, str], list[str]]:
             "info": {},
             "inspect": {"": f"{model}/conditioning.onnx"},
             "serve": {"--dir": "empty", "--port": "0", "--data": "data"},
+            "repl": {},
+            "completion": {},
         }[command]
         if flag in ("--prompt-file", "--from"):
             known.pop("--prompt")

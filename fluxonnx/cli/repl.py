@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -208,6 +209,7 @@ def _show(session: Any, wanted: str) -> None:
 
 
 def _warm_up() -> None:
-    import fluxonnx.api
-    import fluxonnx.cli.jobs
-    import fluxonnx.runtime.pipeline  # noqa: F401
+    with suppress(Exception):  # which is raised again, and said, when a picture needs them
+        import fluxonnx.api
+        import fluxonnx.cli.jobs
+        import fluxonnx.runtime.pipeline  # noqa: F401

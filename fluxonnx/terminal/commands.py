@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -262,23 +264,32 @@ def _again(session: Session, text: str) -> None:
 
 
 def _help(session: Session, text: str) -> None:
-    if text:
-        name = found_name(text.lstrip("!"))
-        if name in COMMANDS:
-            session.say(f"!{name} {COMMANDS[name].usage}".rstrip() + f": {COMMANDS[name].help}")
-        elif name in MODEL:
-            session.say(f"!{name} VALUE: as the flag of generate; loads the model anew")
-        else:
-            field = SETTABLE[name]
-            session.say(f"!{name} {field.metavar}: {in_our_words(field.help.format_map(vars(field)))}")
-        return
-    session.say("A line is a prompt: a picture of it is made and saved. $3 in it is the third picture, to look at.")
-    for name, found in COMMANDS.items():
-        session.say(f"{f'!{name} {found.usage}':<{WIDTH}} {found.help}")
+    columns = shutil.get_terminal_size().columns - 1
+    for line, indent in [(_about(found_name(text.lstrip("!"))), 0)] if text else _overview():
+        width = max(columns, 2 * indent, 1)
+        for part in textwrap.wrap(line, width, subsequent_indent=" " * indent, break_on_hyphens=False):
+            session.say(part)
+
+
+def _about(name: str) -> str:
+    if name in COMMANDS:
+        return f"!{name} {COMMANDS[name].usage}".rstrip() + f": {COMMANDS[name].help}"
+    if name in MODEL:
+        return f"!{name} VALUE: as the flag of generate; loads the model anew"
+    field = SETTABLE[name]
+    return f"!{name} {field.metavar}".rstrip() + f": {in_our_words(field.help.format_map(vars(field)))}"
+
+
+def _overview() -> list[tuple[str, int]]:
+    """Return lines, each with the column at which it goes on in a narrow window."""
     names = dict.fromkeys(TITLE[field.name] for field in SETTABLE.values())
-    session.say(f"Values: {', '.join(f'!{name}' for name in (*names, *MODEL))}.")
-    session.say("!steps 8 sets a value, !steps shows it, !steps default resets it, !help steps explains it.")
-    session.say("Ctrl-C stops the picture, Ctrl-D ends.")
+    return [
+        ("A line is a prompt: a picture of it is made and saved. $3 in it is the third picture, to look at.", 0),
+        *((f"{f'!{name} {found.usage}':<{WIDTH}} {found.help}", WIDTH + 1) for name, found in COMMANDS.items()),
+        (f"Values: {', '.join(f'!{name}' for name in (*names, *MODEL))}.", 0),
+        ("!steps 8 sets a value, !steps shows it, !steps default resets it, !help steps explains it.", 0),
+        ("Ctrl-C stops the picture, Ctrl-D ends.", 0),
+    ]
 
 
 def _quit(session: Session, text: str) -> None:

@@ -162,7 +162,9 @@ def _ask(patience: float) -> str:
     answer, keyboard = b"", sys.stdin.fileno()
     try:
         before = termios.tcgetattr(keyboard)
-    except termios.error:
+        if os.tcgetpgrp(keyboard) != os.getpgrp():  # the system stops processes in the background that read keys
+            return ""
+    except (OSError, termios.error):
         return ""
     try:
         tty.setcbreak(keyboard, termios.TCSANOW)

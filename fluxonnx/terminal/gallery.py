@@ -159,3 +159,4 @@ def open_picture(session: Session, text: str) -> None:
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is not for the viewer
     )
+    session.say(f"Opening {path} with {program}")

@@ -182,6 +182,23 @@ def test_a_terminal_that_does_not_answer_is_not_waited_for(tmp_path):
     assert "protocol='blocks'" in terminal.text
 
 
+def test_a_process_in_the_background_is_not_stopped(tmp_path):
+    program = """
+import os
+from fluxonnx.terminal.detection import detect
+child = os.fork()
+if child == 0:
+    os.setpgid(0, 0)
+    print(detect().protocol, flush=True)
+    os._exit(0)
+_, status = os.waitpid(child, os.WUNTRACED)
+raise SystemExit(os.WIFSTOPPED(status))
+"""
+    terminal = Terminal([sys.executable, "-c", program], tmp_path, answers=SIXEL)
+    assert terminal.end() == 0
+    assert "blocks" in terminal.text
+
+
 def test_keys_that_are_typed_meanwhile_are_kept(tmp_path):
     code = "from fluxonnx.terminal.detection import detect; print(detect())"
     terminal = Terminal([sys.executable, "-c", code], tmp_path, answers=b"a cat" + SIXEL)
