@@ -267,7 +267,7 @@ def test_impossible_model_directories(name):
 
 
 def test_a_repository_for_a_directory():
-    with pytest.raises(CheckpointError, match=r"`hf download black-forest-labs/FLUX\.2-klein-4B --local-dir"):
+    with pytest.raises(CheckpointError, match=r"`fluxonnx download black-forest-labs/FLUX\.2-klein-4B -o FLUX"):
         open_checkpoint("black-forest-labs/FLUX.2-klein-4B")
 
 
