@@ -254,7 +254,7 @@ def test_static_builds_have_none(small, fails):
     fails(2, "--kv is for references, but static builds take none", "export", "-d", small, "--kv", "--shape", "64x64")
     fails(
         2,
-        "component references is for references, but static builds take none",
+        "component references is for pictures with references, which static builds do not draw",
         *("export", "-d", small, "--component", "references", "--shape", "64x64"),
     )
     fails(2, "component 'reference' is unknown.*transformer_cached", "export", "-d", small, "--component", "reference")

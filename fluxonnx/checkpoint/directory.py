@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import stat
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -11,13 +10,12 @@ from pathlib import Path
 from fluxonnx.checkpoint.config import Config
 from fluxonnx.checkpoint.files import has_weights, listed, part_file, read_part, read_tensors, weight_files
 from fluxonnx.checkpoint.formats import resolve
+from fluxonnx.checkpoint.hub import REPOSITORY
 from fluxonnx.checkpoint.part_names import vae_channels
 from fluxonnx.checkpoint.reading import exists, is_file, is_folder, shown
 from fluxonnx.checkpoint.safetensors import Tensor, read_metadata
 from fluxonnx.errors import CheckpointError
 
-# A repository of the hub, which people pass for a folder.
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # What describes a model: a pipeline of diffusers, or a modular one.
 INDEXES = ("model_index.json", "modular_model_index.json")
 # The pipeline of models that keep what they read of references; diffusers takes them to be distilled.
@@ -45,7 +43,7 @@ def _check_folder(root: Path) -> None:
         if REPOSITORY.fullmatch(root.as_posix()):
             raise CheckpointError(
                 f"model directory {root} does not exist: if that is a repository of the hub, download it with "
-                f"`hf download {root} --local-dir {root.name}` and pass -d {root.name}"
+                f"`fluxonnx download {root} -o {root.name}` and pass -d {root.name}"
             ) from None
         raise CheckpointError(
             f"model directory {root} does not exist: pass the folder that holds model_index.json"

@@ -23,6 +23,8 @@ from fluxonnx.errors import CheckpointError
 
 # A repository, by its owner and name.
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# A file in one, or a repository that holds a single one of its kind: OWNER/NAME/FILE, OWNER/NAME.
+FILE = re.compile(rf"({REPOSITORY.pattern})(?:/([^\0]+))?")
 INSTALL = "pip install fluxonnx[hub]"
 INDEXES = ("model_index.json", "modular_model_index.json")
 # What a model needs. The weights of a part are in its folder: repositories also have the transformer as one file.
@@ -62,10 +64,7 @@ def download(
     """
     if REPOSITORY.fullmatch(repository) is None:
         raise CheckpointError(f"{shown(repository)} is no name of a repository: pass OWNER/NAME")
-    if find_spec("huggingface_hub") is None:
-        raise CheckpointError(
-            f"{repository} can't be downloaded without the package huggingface_hub: {INSTALL}, or pass a folder"
-        )
+    _require_client(repository)
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -99,6 +98,47 @@ def download(
             repository, revision=revision, local_dir=local, allow_patterns=patterns
         )
         return Path(found if output is None else output)
+
+
+def download_file(name: str, choose: Callable[[Sequence[str]], str], cached: bool = False) -> tuple[Path, str]:
+    """Download one file of a repository, if it is not in the hub's cache.
+
+    Args:
+        name: OWNER/NAME/FILE, or OWNER/NAME.
+        choose: Chooses among the names of a repository's files, if none is named.
+        cached: Whether only the cache is looked into.
+
+    Returns:
+        The file, and its name as OWNER/NAME/FILE.
+
+    Raises:
+        CheckpointError: As `download`, or there is no such file.
+    """
+    found = FILE.fullmatch(name)
+    if found is None:
+        raise CheckpointError(f"{shown(name)} is no name of a file on the hub: pass OWNER/NAME/FILE")
+    repository, file = found.groups()
+    _require_client(name)
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    with _told(repository, None, cached), _bars(False):
+        if file is None:
+            if cached or constants.HF_HUB_OFFLINE:
+                names = _known_files(repository, None, None) or []
+            else:
+                names = huggingface_hub.HfApi().list_repo_files(repository)
+            file = choose(sorted(names))
+        path = huggingface_hub.hf_hub_download(repository, file, local_files_only=cached)
+        return Path(path), f"{repository}/{file}"
+
+
+def _require_client(name: str) -> None:
+    if find_spec("huggingface_hub") is None:
+        raise CheckpointError(
+            f"{name} is not here, and can't be downloaded without the package huggingface_hub: {INSTALL}, or pass a "
+            "path"
+        )
 
 
 def _known_files(repository: str, revision: str | None, local: str | None) -> list[str] | None:
@@ -166,8 +206,8 @@ def _bars(shown: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _told(repository: str, revision: str | None) -> Iterator[None]:
-    """Turn the client's errors into one line each."""
+def _told(repository: str, revision: str | None, cached: bool = False) -> Iterator[None]:
+    """Turn the client's errors into one line each; `cached` says that only the cache is looked into."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{repository}"
@@ -187,10 +227,13 @@ def _told(repository: str, revision: str | None) -> Iterator[None]:
         raise CheckpointError(f"{repository} has no revision {revision}: look for one at {page}/tree/main") from None
     except (errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError):
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub can't be reached"
+        why = "nothing may be downloaded now" if cached else why
         raise CheckpointError(
             f"{repository}{at} is not whole in the hub's cache, and {why}: download it where there is a network, or "
             "pass a folder"
         ) from None
+    except errors.EntryNotFoundError:
+        raise CheckpointError(f"{repository} has no such file{at}: look for one at {page}/tree/main") from None
     except errors.HfHubHTTPError as error:
         answer = getattr(error.response, "status_code", None) or _line(error)
         raise CheckpointError(

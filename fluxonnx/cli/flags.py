@@ -140,6 +140,6 @@ def find_model(directory: str | None, say: Callable[[str], None]) -> Path:
     if api.is_shipped(model):
         say(
             f"Using {model.name}, the bundled demo model, which draws coloured shapes on backgrounds and nothing else. "
-            "Pass -d DIR for the real FLUX.2-klein (hf download black-forest-labs/FLUX.2-klein-4B --local-dir DIR)"
+            "Pass -d DIR for the real FLUX.2-klein (fluxonnx download black-forest-labs/FLUX.2-klein-4B -o DIR)"
         )
     return model

@@ -11,9 +11,8 @@ from fluxonnx.errors import UsageError
 from fluxonnx.files import describe_os_error
 from fluxonnx.runtime.denoise import Step
 from fluxonnx.runtime.outputs import check_output
+from fluxonnx.runtime.preview import METHODS
 from fluxonnx.runtime.saving import ANIMATIONS, FORMATS, check_output_path, save_animation, save_image
-
-METHODS = ("fast", "vae")
 
 
 @dataclass(kw_only=True)

@@ -98,7 +98,9 @@ def select(components: Sequence[str] | None, kv: bool, shape: object = None) -> 
         if name not in FOLDERS:
             raise UsageError(f"component {name!r} is unknown: choose from {', '.join(FOLDERS)}")
         if name in KV_COMPONENTS and shape:
-            raise UsageError(f"component {name} is for references, but static builds take none: leave out --shape")
+            raise UsageError(
+                f"component {name} is for pictures with references, which static builds do not draw: leave out --shape"
+            )
     whole = FOLDERS if kv and not shape else COMPONENTS
     return [name for name in FOLDERS if (name in components if components else name in whole)]
 

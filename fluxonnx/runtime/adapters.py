@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,23 +31,6 @@ if TYPE_CHECKING:
 MOST_SCALE = 100.0
 # Precisions whose weights are scaled for rounding.
 SCALED = ("int8", "int4")
-
-
-class Load(Protocol):
-    """The type of `Adapters.load`."""
-
-    def __call__(self, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
-        """See `Adapters.load`."""
-
-
-class Unload(Protocol):
-    """The type of `Adapters.unload`."""
-
-    def __call__(self, name: str | None = None) -> None:
-        """See `Adapters.unload`."""
-
-
-SetScale = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -86,12 +69,8 @@ class Adapters:
         self._layers = Layers(sizes)
         self._loaded: dict[str, Loaded] = {}
 
-    def attach(self, models: Models, prompts: Prompts) -> tuple[Load, SetScale, Unload]:
-        """Have graphs adapted when they are loaded, and prompts encoded anew after the text encoder has changed.
-
-        Returns:
-            `load`, `set_scale` and `unload`.
-        """
+    def attach(self, models: Models, prompts: Prompts) -> None:
+        """Have graphs adapted when they are loaded, and prompts encoded anew after the text encoder has changed."""
         models.adapt, prompts.adapted = self.graph, self.identity
 
         def changed(components: Collection[str]) -> None:
@@ -101,24 +80,9 @@ class Adapters:
                 prompts.forget()
 
         self._changed: Callable[[Collection[str]], None] = changed
-        return self.load, self.set_scale, self.unload
 
     def load(self, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
-        """Add a LoRA to the model, from the next picture on; nothing is written, and the graphs stay as they are.
-
-        Args:
-            path: A .safetensors file in one of the formats of docs/lora.md, a folder that holds one, or a repository of
-                the Hugging Face hub, as OWNER/NAME or OWNER/NAME/FILE.
-            scale: How strongly it counts, from -100 to 100: 1 as it was trained, 0 not at all.
-            name: What `set_lora_scale` and `unload_lora` call it; by default the file's name without its ending.
-
-        Returns:
-            The name.
-
-        Raises:
-            UsageError: The scale is out of range, the name is taken, or the build can't be changed so.
-            CheckpointError: The file is missing or damaged, is no LoRA, or is one of another model.
-        """
+        """See `Flux.load_lora`."""
         from fluxonnx.lora.file import read_lora
 
         scale = _checked(scale)
@@ -139,11 +103,7 @@ class Adapters:
         return name
 
     def set_scale(self, name: str, scale: float) -> None:
-        """Change how strongly a LoRA counts, from the next picture on.
-
-        Raises:
-            UsageError: The scale is out of range, or there is no LoRA of this name.
-        """
+        """See `Flux.set_lora_scale`."""
         scale = _checked(scale)
         with self._lock:
             known = self._find(name)
@@ -151,11 +111,7 @@ class Adapters:
             self._tell(known.lora)
 
     def unload(self, name: str | None = None) -> None:
-        """Take a LoRA out of the model, from the next picture on; None for all of them.
-
-        Raises:
-            UsageError: There is no LoRA of this name.
-        """
+        """See `Flux.unload_lora`."""
         with self._lock:
             for found in list(self._loaded) if name is None else [name]:
                 known = self._find(found)

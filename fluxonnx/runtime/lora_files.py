@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fluxonnx.checkpoint import hub
 from fluxonnx.checkpoint.reading import is_file, is_folder, shown
 from fluxonnx.errors import CheckpointError, UsageError
 
-# OWNER/NAME, and maybe a file in it. Source: validate_repo_id, huggingface_hub.
-REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(/[^\0]+)?")
 ENDING = ".safetensors"
 # What tools call the file, best first: diffusers, PEFT.
 USUAL_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -66,8 +65,8 @@ def find_file(name: str) -> Found:
         chosen = _chosen([child.name for child in sorted(path.iterdir())], name)
         return Found(path / chosen, chosen)
     local = is_folder(path.parent) or (name.endswith(ENDING) and name.count("/") < 2)
-    if REPOSITORY.fullmatch(name) and not local:
-        return _from_hub(name)
+    if hub.FILE.fullmatch(name) and not local:
+        return Found(*hub.download_file(name, partial(_chosen, where=name)))
     raise CheckpointError(f"{name} does not exist: name a LoRA's .safetensors file, or a repository as OWNER/NAME")
 
 
@@ -81,31 +80,6 @@ def _chosen(names: Iterable[str], where: str) -> str:
         raise CheckpointError(f"{where} holds no {ENDING} file: name a LoRA's file")
     some = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
     raise CheckpointError(f"{where} holds {len(files)} {ENDING} files ({some}): name one, as {where}/FILE")
-
-
-def _from_hub(name: str, cached: bool = False) -> Found:
-    """Return a file on the hub; with `cached`, only one that was downloaded before."""
-    try:
-        from huggingface_hub import HfApi, hf_hub_download
-        from huggingface_hub.utils import logging
-    except ImportError:
-        raise CheckpointError(
-            f"{name} does not exist here, and loading it from the hub needs a package: pip install huggingface_hub"
-        ) from None
-    owner, repository, *rest = name.split("/", 2)
-    identifier = f"{owner}/{repository}"
-    loud = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would tell of each attempt
-    try:
-        file = rest[0] if rest else _chosen(sorted(HfApi().list_repo_files(identifier)), identifier)
-        return Found(Path(hf_hub_download(identifier, file, local_files_only=cached)), f"{identifier}/{file}")
-    except CheckpointError:
-        raise
-    except Exception as error:  # the hub's and its client's errors have no common base
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointError(f"{name} is no file here, and can't be loaded from the hub: {reason}") from None
-    finally:
-        logging.set_verbosity(loud)
 
 
 def remembered(values: Mapping[str, Any], source: Path | None, model: Path) -> list[Wanted]:
@@ -129,9 +103,9 @@ def remembered(values: Mapping[str, Any], source: Path | None, model: Path) -> l
         places = [folder / bare for folder in (Path(), Path("loras"), beside, beside / "loras", model, model / "loras")]
         here = [place for place in dict.fromkeys(places) if is_file(place)]
         same = next((place for place in here if digest(place) == expected), None)
-        if same is None and not here and REPOSITORY.fullmatch(name) and name.count("/") > 1:
+        if same is None and not here and hub.FILE.fullmatch(name) and name.count("/") > 1:
             # a stranger's picture must not cause a download either
-            place = _from_hub(name, cached=True).path
+            place, _ = hub.download_file(name, partial(_chosen, where=name), cached=True)
             if digest(place) == expected:
                 found.append(Wanted(name, scale))
                 continue

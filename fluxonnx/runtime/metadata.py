@@ -17,7 +17,10 @@ from fluxonnx.runtime import png
 from fluxonnx.runtime.fields import FIELDS
 
 KEY = "fluxonnx"
-# The prefixes by which EXIF names the encoding of a comment. We write ASCII, since JSON escapes everything else.
+# The tag of EXIF that holds the parameters, in ASCII, since JSON escapes everything else. The comment of users holds
+# them as other programs know them; before there were two, it held ours.
+HISTORY = ExifTags.Base.ImageHistory
+# The prefixes by which EXIF names the encoding of a comment.
 ASCII_PREFIX = b"ASCII\0\0\0"
 UNICODE_PREFIX = b"UNICODE\0"
 # A JPEG segment stores its length in 16 bits.
@@ -73,14 +76,19 @@ def embed(format: str, parameters: Mapping[Any, Any]) -> dict[str, Any]:
         chunks.add_text("Software", _software(parameters))
         return {"pnginfo": chunks}
     if format in ("JPEG", "WEBP"):
-        exif = Image.Exif()
-        exif[ExifTags.Base.Software] = _software(parameters)
-        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = ASCII_PREFIX + text.encode("ascii")
-        data = exif.tobytes()
-        if format == "JPEG" and len(data) > MAX_JPEG_EXIF:
-            warnings.warn("the parameters are too long for a JPEG and were left out: PNG has room", stacklevel=4)
-            return {}
-        return {"exif": data}
+        # the encoding and the byte order of piexif.helper.UserComment, with which the web UI reads it
+        comment = UNICODE_PREFIX + _utf8(readable(parameters)).encode("utf-16-be")
+        for known in (True, False):
+            exif = Image.Exif()
+            exif[ExifTags.Base.Software] = _software(parameters)
+            tags = exif.get_ifd(ExifTags.IFD.Exif)
+            tags[HISTORY] = text
+            if known:
+                tags[ExifTags.Base.UserComment] = comment
+            data = exif.tobytes()
+            if format != "JPEG" or len(data) <= MAX_JPEG_EXIF:
+                return {"exif": data}
+        warnings.warn("the parameters are too long for a JPEG and were left out: PNG has room", stacklevel=4)
     return {}
 
 
@@ -169,9 +177,12 @@ def _from_png(image: Image.Image) -> str:
 
 def _from_exif(image: Image.Image) -> str:
     try:
-        comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+        tags = image.getexif().get_ifd(ExifTags.IFD.Exif)
+        history, comment = tags.get(HISTORY, ""), tags.get(ExifTags.Base.UserComment, b"")
     except Exception:  # as in `images.upright`
         return ""
+    if isinstance(history, str) and history.startswith("{"):
+        return history.rstrip("\0")
     if not isinstance(comment, bytes):
         return ""
     prefix, data = comment[:8], comment[8:]

@@ -15,37 +15,29 @@ from PIL import Image
 
 from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.checkpoint.manifest import FILE_NAME, Build, Manifest
-from fluxonnx.contract import Architecture, unpack
+from fluxonnx.contract import Architecture
 from fluxonnx.errors import Cancelled, UsageError
-from fluxonnx.machine import usable_cores
 from fluxonnx.runtime.adapters import Adapters
 from fluxonnx.runtime.denoise import Step, denoise, draw_noise, step_ended
 from fluxonnx.runtime.engine import SessionOptions
 from fluxonnx.runtime.engines import name_of
 from fluxonnx.runtime.events import Event, PhaseBegan
 from fluxonnx.runtime.fields import FIELD
-from fluxonnx.runtime.images import fit_start, sample_to_image
+from fluxonnx.runtime.images import fit_start
 from fluxonnx.runtime.inputs import Picture, several
-from fluxonnx.runtime.memory import batch_size
 from fluxonnx.runtime.models import Models
 from fluxonnx.runtime.phases import Phases
-from fluxonnx.runtime.prepare import Prepared, prepare
-from fluxonnx.runtime.preview import FastPreview, draw_preview, put_back
+from fluxonnx.runtime.prepare import Prepared, at_once, prepare
 from fluxonnx.runtime.prompts import PromptCache, Prompts, encoder_identity
+from fluxonnx.runtime.render import Draw, Renderer
 from fluxonnx.runtime.request import DEFAULTS, Request, ResolvedRequest, resolve
 from fluxonnx.runtime.seeds import checked_seed, random_seed
 from fluxonnx.runtime.text import Tokenizer
-from fluxonnx.runtime.tiles import Tiling
 from fluxonnx.runtime.turns import in_turns
 from fluxonnx.version import __version__
 
 # callback(step, steps, sigma, latents f32 [batch, image_seq, channels]); returning False stops the run
 Callback = Callable[[int, int, float, np.ndarray], object]
-
-# onnxruntime's matrix product (MLAS sgemm) changes its order of summation when a thread gets this many columns or
-# fewer, and how many it gets depends on the number of rows. Narrow models draw one picture at a time, so that a picture
-# out of a batch is bitwise what it is alone.
-BITWISE_COLUMNS = 64
 
 
 class Flux:
@@ -62,7 +54,6 @@ class Flux:
         text_encoder_out_layers: The hidden states that make up prompt embeddings.
         phases: The phases of the last run and the seconds they took.
         watch: Called with every event, see `events`; may be set between runs.
-        load_lora, set_lora_scale, unload_lora: See `adapters.Adapters`.
     """
 
     def __init__(
@@ -96,7 +87,7 @@ class Flux:
         self._unit = self._sizes.vae.scale_factor
         watched = replace(options, watch=self._emit)
         self._models = Models(checkpoint.root, build, watched, self._sizes, encoder=encoder, static=static)
-        self._fast = FastPreview(partial(self._models.encode_images, tiling=Tiling(None, self._unit)), self._unit)
+        self._renderer = Renderer(self._models, self._unit, self._facts)
         self._lock = threading.RLock()  # a thread may make a picture inside a callback or between two steps of another
         cache = None
         if cache_dir:
@@ -104,8 +95,8 @@ class Flux:
             identify = partial(encoder_identity, checkpoint.root, manifest, encoder or build, engine, options.provider)
             cache = PromptCache(cache_dir, identify, self._sizes.text_encoder.embedding_dim)
         self._prompts = Prompts(Tokenizer(checkpoint.root / "tokenizer"), self._models, cache)
-        adapters = self._adapters = Adapters(checkpoint, build, encoder or build, self._sizes, options, self._lock)
-        self.load_lora, self.set_lora_scale, self.unload_lora = adapters.attach(self._models, self._prompts)
+        self._adapters = Adapters(checkpoint, build, encoder or build, self._sizes, options, self._lock)
+        self._adapters.attach(self._models, self._prompts)
         self.builds = self._models.builds()
         self.defaults = {**DEFAULTS, "kv": checkpoint.keeps_references, **manifest.defaults, **self._models.defaults()}
 
@@ -276,6 +267,40 @@ class Flux:
         """
         self._resolve(request, warn=lambda message: None)  # `run` will warn
 
+    def load_lora(self, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
+        """Add a LoRA to the model, from the next picture on; nothing is written, and the graphs stay as they are.
+
+        Args:
+            path: A .safetensors file in one of the formats of docs/lora.md, a folder that holds one, or a repository of
+                the Hugging Face hub, as OWNER/NAME or OWNER/NAME/FILE.
+            scale: How strongly it counts, from -100 to 100: 1 as it was trained, 0 not at all.
+            name: What `set_lora_scale` and `unload_lora` call it; by default the file's name without its ending.
+
+        Returns:
+            The name.
+
+        Raises:
+            UsageError: The scale is out of range, the name is taken, or the build can't be changed so.
+            CheckpointError: The file is missing or damaged, is no LoRA, or is one of another model.
+        """
+        return self._adapters.load(path, scale, name)
+
+    def set_lora_scale(self, name: str, scale: float) -> None:
+        """Change how strongly a LoRA counts, from the next picture on.
+
+        Raises:
+            UsageError: The scale is out of range, or there is no LoRA of this name.
+        """
+        self._adapters.set_scale(name, scale)
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Take a LoRA out of the model, from the next picture on; None for all of them.
+
+        Raises:
+            UsageError: There is no LoRA of this name.
+        """
+        self._adapters.unload(name)
+
     def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int | None = None) -> None:
         """Encode prompts ahead, so that a run of many pictures loads the text encoder once.
 
@@ -299,11 +324,11 @@ class Flux:
                 image = request.canvas.whole if request.canvas else request.image
                 if request.canvas is None:
                     image = fit_start(image, request.width, request.height, self._unit)
-                yield seed, self._sign(image.copy(), request, seed)
+                yield seed, self._renderer.signed(image.copy(), request, seed)
             return
         # 1. Encode the prompts and the input pictures.
         prepared = self._prepare(request, phases)
-        for group in _groups(seeds, self._at_once(prepared)):
+        for group in _groups(seeds, at_once(prepared, self._sizes.transformer.dim, self._options)):
             # 2. Draw noise.
             latents = noise = draw_noise(prepared, group)
             # 3. Denoise it.
@@ -316,7 +341,7 @@ class Flux:
             # 4. Decode the pictures.
             try:
                 for seed, tokens in zip(group, latents, strict=True):
-                    yield seed, self._decode(prepared, tokens[None], seed, phases)
+                    yield seed, self._renderer.picture(prepared, tokens[None], seed, phases)
             finally:
                 self._models.release("vae_decoder")
 
@@ -327,7 +352,7 @@ class Flux:
         prepared = self._prepare(request, phases)
         loop_ended = False
 
-        def look(draw: Callable[[Prepared, np.ndarray, int, Phases], Image.Image], tokens: np.ndarray) -> Image.Image:
+        def look(draw: Draw, tokens: np.ndarray) -> Image.Image:
             with self._lock:
                 try:
                     return draw(prepared, tokens, seed, phases)
@@ -341,8 +366,8 @@ class Flux:
                 for state in steps:
                     if state.index == state.steps:
                         steps.close()  # so that the decoder does not need memory beside the transformer
-                    looks = {"vae": partial(look, self._preview), "fast": partial(look, self._fast_preview)}
-                    yield Step(state, partial(look, self._decode), looks)
+                    looks = {name: partial(look, draw) for name, draw in self._renderer.previews.items()}
+                    yield Step(state, partial(look, self._renderer.picture), looks)
         finally:
             loop_ended = True
             self._models.release("vae_decoder")
@@ -350,45 +375,10 @@ class Flux:
     def _prepare(self, request: ResolvedRequest, phases: Phases) -> Prepared:
         return prepare(request, self._sizes, self._prompts, self._models, self._options, phases)
 
-    def _decode(self, prepared: Prepared, tokens: np.ndarray, seed: int, phases: Phases) -> Image.Image:
-        """f32 [1, image_seq, channels] -> a picture; the decoder stays loaded."""
-        with phases("decode"):
-            sample = self._models.decode(unpack(tokens, *prepared.grid), prepared.tiling)
-        return self._sign(prepared.mode.finish(sample_to_image(sample)), prepared.request, seed)
-
-    def _preview(self, prepared: Prepared, tokens: np.ndarray, seed: int, phases: Phases) -> Image.Image:
-        """f32 [1, image_seq, channels] -> a small picture; the decoder stays loaded."""
-        decode = partial(self._models.decode, tiling=Tiling(None, self._unit))
-        with phases("preview"):
-            small = draw_preview(decode, unpack(tokens, *prepared.grid), self._unit)
-            return put_back(small, prepared.request.canvas)
-
-    def _fast_preview(self, prepared: Prepared, tokens: np.ndarray, seed: int, phases: Phases) -> Image.Image:
-        """f32 [1, image_seq, channels] -> a small picture, without the decoder."""
-        with phases("preview"):
-            return put_back(self._fast.draw(unpack(tokens, *prepared.grid)), prepared.request.canvas)
-
-    def _at_once(self, prepared: Prepared) -> int:
-        """Return how many pictures to make in one pass: as many as fit into memory and stay reproducible."""
-        width, threads = self._sizes.transformer.dim, self._options.threads or usable_cores()
-        if self._options.low_memory or width // threads <= BITWISE_COLUMNS:
-            return 1
-        kept = sum(values.nbytes for values in prepared.kept.values())
-        return batch_size(prepared.tokens, width, self._options.free_memory(), kept)
-
-    def _sign(self, image: Image.Image, request: ResolvedRequest, seed: int) -> Image.Image:
-        """Write into the picture's `info` what is needed to make it again."""
-        info: dict[Any, Any] = {
-            **request.parameters(),
-            "seed": seed,
-            "model": self.name,
-            **self._models.builds(),
-            **self._adapters.metadata(),
-            "provider": self._options.provider,
-            "version": __version__,
-        }
-        image.info = info
-        return image
+    def _facts(self) -> dict[str, Any]:
+        """Return what a picture says of the model that made it."""
+        facts = {"model": self.name, **self._models.builds(), **self._adapters.metadata()}
+        return {**facts, "provider": self._options.provider, "version": __version__}
 
     def _emit(self, event: Event) -> None:
         if self.watch is not None:

@@ -9,14 +9,21 @@ import numpy as np
 
 from fluxonnx.checkpoint.manifest import Shape
 from fluxonnx.contract import REFERENCE_T, Architecture, grid_ids, pack
+from fluxonnx.machine import usable_cores
 from fluxonnx.runtime.engine import SessionOptions
 from fluxonnx.runtime.images import fit_start, image_to_sample
+from fluxonnx.runtime.memory import batch_size
 from fluxonnx.runtime.models import Kept, Models
 from fluxonnx.runtime.modes import Inpaint, Mode, PaintOver
 from fluxonnx.runtime.phases import Phases
 from fluxonnx.runtime.prompts import Prompts
 from fluxonnx.runtime.request import ResolvedRequest
 from fluxonnx.runtime.tiles import Tiling, choose_tile
+
+# onnxruntime's matrix product (MLAS sgemm) changes its order of summation when a thread gets this many columns or
+# fewer, and how many it gets depends on the number of rows. Narrow models draw one picture at a time, so that a picture
+# out of a batch is bitwise what it is alone.
+BITWISE_COLUMNS = 64
 
 
 @dataclass(frozen=True)
@@ -115,3 +122,17 @@ def reference_ids(references: Sequence[np.ndarray]) -> np.ndarray:
     """Return (t, y, x, 0) of the tokens of references, f32 [1, channels, rows, columns] each: int64 [their sum, 4]."""
     sizes = [(item.shape[2], item.shape[3]) for item in references]
     return np.concatenate([grid_ids(*size, t=REFERENCE_T * (i + 1)) for i, size in enumerate(sizes)])
+
+
+def at_once(prepared: Prepared, width: int, options: SessionOptions) -> int:
+    """Return how many pictures to make in one pass: as many as fit into memory and stay reproducible.
+
+    Args:
+        prepared: What they have in common.
+        width: Width of the transformer's residual stream.
+        options: How graphs are run.
+    """
+    if options.low_memory or width // (options.threads or usable_cores()) <= BITWISE_COLUMNS:
+        return 1
+    kept = sum(values.nbytes for values in prepared.kept.values())
+    return batch_size(prepared.tokens, width, options.free_memory(), kept)

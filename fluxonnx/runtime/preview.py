@@ -16,6 +16,9 @@ from PIL import Image
 from fluxonnx.runtime.canvas import Canvas
 from fluxonnx.runtime.images import sample_to_image
 
+# How the preview of a step can be drawn: by the decoder, or by `FastPreview`.
+METHODS = ("fast", "vae")
+
 # The longer side of a preview in pixels, at most. Pictures of up to 512 become half as large, so that their preview
 # takes a quarter of the decoder's work; larger ones shrink further.
 PREVIEW_SIDE = 256

@@ -118,6 +118,21 @@ def test_gated_models(hub, fluxonnx):
     assert "licence flux-non-commercial (LICENSE.md)" in errors[0]
 
 
+def test_wrong_lora_files(hub, fluxonnx):
+    for name, message in (
+        ("nobody/nothing", "neither a folder here nor a repository"),
+        (f"{ID}/none.safetensors", "has no such file: look for one at"),
+        (ID, ".safetensors files"),
+    ):
+        code, output, errors = fluxonnx("generate", "-d", hub.folder, "-p", "x", "--lora", name)
+        assert (code, output) == (1, "")
+        assert message in errors[-1]
+        assert len(errors) == 1
+    code, _, errors = fluxonnx("generate", "-d", hub.folder, "-p", "x", "--lora", "a/b", HF_HUB_OFFLINE="1")
+    assert code == 1
+    assert len(errors) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

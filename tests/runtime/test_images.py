@@ -333,6 +333,33 @@ def test_parameters_too_long_for_a_jpeg_cost_a_warning_only(tmp_path):
     assert load_image(tmp_path / "a.jpg").size == (8, 8)
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_exif_has_the_form_of_a1111_too(tmp_path, suffix):
+    """As read_info_from_image of its modules/images.py reads it: piexif's UserComment, whose prefix has eight bytes."""
+    path = tmp_path / f"a.{suffix}"
+    save_image(Image.new("RGB", (8, 8)), path, {**PARAMETERS, "prompt": "ein Schloß ☂"})
+    with Image.open(path) as image:
+        comment = image.getexif().get_ifd(0x8769)[0x9286]
+    assert comment[:8] == b"UNICODE\0"
+    text = comment[8:].decode("utf-16-be")
+    assert text.startswith("ein Schloß ☂\n")
+    assert ("Steps: " in text) == ("steps" in PARAMETERS)
+    assert read_parameters(path)["prompt"] == "ein Schloß ☂"
+
+
+def test_a_long_prompt_in_a_jpeg_leaves_out_the_form_of_others(tmp_path):
+    parameters = {**PARAMETERS, "prompt": "x" * 30_000}
+    save_image(Image.new("RGB", (8, 8)), tmp_path / "a.jpg", parameters)
+    assert read_parameters(tmp_path / "a.jpg") == parameters
+
+
+def test_pictures_of_older_versions(tmp_path):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0" + json.dumps(PARAMETERS).encode()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_parameters(tmp_path / "a.jpg") == PARAMETERS
+
+
 def test_file_names_that_are_not_text(tmp_path):
     """A byte that is no UTF-8 in the name of an input must not cost the picture."""
     parameters = {**PARAMETERS, "image_file": "photo\udcff.png"}

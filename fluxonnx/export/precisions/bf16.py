@@ -96,11 +96,17 @@ class Precision:
         """Return the safetensors dtype under which `tensor` is stored; values that are computed are rounded to BF16."""
         return "BF16" if isinstance(tensor, Encoded) else tensor.dtype
 
+    def cuts(self, tensor: Tensor) -> bool:
+        """Whether a slice of a tensor is cut out of the whole, as which it is stored by the checkpoint's name."""
+        return False
+
     def _stored(self, g: GraphBuilder, tensor: Tensor) -> str:
         return g.stored(tensor, self.stored_dtype(tensor), in_place=not self.self_contained)
 
     def weight(self, g: GraphBuilder, tensor: Tensor) -> str:
         """Return `tensor` as a value of the type that the graph computes in: float32 but for `arithmetic`."""
+        if tensor.whole is not None and self.cuts(tensor):
+            return g.weight_rows(self.weight(g, tensor.whole), tensor)
         if not self.self_contained and float8.is_castable(g, tensor) and self.stored_dtype(tensor) != "F32":
             value = float8.cast(g, tensor)
         else:

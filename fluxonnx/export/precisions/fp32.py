@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fluxonnx.checkpoint.safetensors import Tensor
-from fluxonnx.export.graph import GraphBuilder
 from fluxonnx.export.precisions.bf16 import Precision
 
 
@@ -18,8 +17,6 @@ class Float32(Precision):
         """Return F32, whatever the checkpoint has."""
         return "F32"
 
-    def weight(self, g: GraphBuilder, tensor: Tensor) -> str:
-        """Return `tensor` as a float32 value; the file holds whole tensors by the checkpoint's names, no slices."""
-        if tensor.whole is not None:
-            return g.weight_rows(self.weight(g, tensor.whole), tensor)
-        return super().weight(g, tensor)
+    def cuts(self, tensor: Tensor) -> bool:
+        """Return True: the file holds whole tensors."""
+        return True

@@ -11,7 +11,6 @@ from onnx import TensorProto
 
 from fluxonnx.checkpoint.safetensors import Tensor
 from fluxonnx.contract import KV_COMPONENTS
-from fluxonnx.export.graph import GraphBuilder
 from fluxonnx.export.precisions.bf16 import NORMS_ON_GPUS, Precision
 
 TRANSFORMERS = ("text_encoder", "transformer", *KV_COMPONENTS)
@@ -32,8 +31,6 @@ class NativeBfloat16(Precision):
         """Return BF16, whatever the checkpoint has."""
         return "BF16"
 
-    def weight(self, g: GraphBuilder, tensor: Tensor) -> str:
-        """Return `tensor` as a value of the graph's type; a file of the build holds whole tensors, no slices."""
-        if tensor.whole is not None and tensor.dtype != "BF16":
-            return g.weight_rows(self.weight(g, tensor.whole), tensor)
-        return super().weight(g, tensor)
+    def cuts(self, tensor: Tensor) -> bool:
+        """Whether a slice has to be converted: a file of the build holds whole tensors."""
+        return tensor.dtype != "BF16"
