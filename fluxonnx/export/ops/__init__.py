@@ -17,6 +17,7 @@ from fluxonnx.export.ops.attention import (
     split_heads,
     token_positions,
 )
+from fluxonnx.export.ops.bands import Picture, added, in_bands, whole
 from fluxonnx.export.ops.builder import ModelBuilder
 from fluxonnx.export.ops.image import (
     conv,
@@ -42,8 +43,10 @@ from fluxonnx.export.primitives import add, concat, mul, reshape, rows_from, siz
 
 __all__ = [
     "ModelBuilder",
+    "Picture",
     "Slices",
     "add",
+    "added",
     "attention",
     "causal_padding_bias",
     "concat",
@@ -54,6 +57,7 @@ __all__ = [
     "first_tokens",
     "group_norm",
     "head_projections",
+    "in_bands",
     "layer_norm",
     "linear",
     "linear_chunks",
@@ -80,4 +84,5 @@ __all__ = [
     "token_positions",
     "unpatchify",
     "upsample_conv",
+    "whole",
 ]
