@@ -47,7 +47,7 @@ FOLDERS = COMPONENTS | KV_COMPONENTS
 FIRST_ROWS = "first_rows"
 
 # Counts up when an exported graph or weight file changes: builds of another format are exported anew.
-GRAPH_FORMAT = 2
+GRAPH_FORMAT = 3
 # Builds from this format on can still be run, which matters where their checkpoint is no longer there.
 OLDEST_RUNNABLE_FORMAT = 0
 

@@ -302,6 +302,8 @@ ARCHITECTURES = {
         TransformerSize(24, 128, 1, 4, text_dim=7680, in_channels=128, axes=(32, 32, 32, 32)),
         VaeSize((128, 256, 512, 512)),
     ),
+    # the autoencoder of the released models beside tiny transformers: for measurements of large pictures
+    "4b-vae": tiny(_TEXT, VaeSize((128, 256, 512, 512)), 2, 32, 1, 1),
     # the smallest
     "tiny-random": tiny(
         replace(_TEXT, hidden=32, intermediate=64), replace(_VAE, channels=(16, 16, 16, 16)), 2, 32, 1, 1
@@ -318,6 +320,8 @@ ARCHITECTURES = {
     ),
     # wide enough that onnxruntime's matrix product rounds the same for one picture and for several
     "wide": tiny(_TEXT, _VAE, 3, 88, 1, 1),
+    # wide enough that pictures go through the autoencoder in bands of rows
+    "wide-vae": tiny(_TEXT, VaeSize((64, 64, 72), latent_channels=8, layers_per_block=1, groups=4), 2, 32, 1, 1),
     # enough layers for hidden states 9, 18 and 27, and a last one that nothing depends on
     "deep-text": tiny(replace(_TEXT, hidden=32, layers=28, intermediate=48), _VAE, 5, 16, 1, 1),
 }

@@ -312,7 +312,7 @@ class GraphBuilder:
         onnxruntime rejects a graph in which two products share a weight that it has to make unsigned.
         """
         (entry,) = (e for weight in self._weights.values() for e in weight.entries if e.initializer.name == name)
-        made = [f"{name}.alias{i}" for i in range(count)]
+        made = [f"{name}.alias{len(entry.aliases) + i}" for i in range(count)]
         for alias in made:
             entry.aliases.append(TensorProto())
             entry.aliases[-1].CopyFrom(entry.initializer)

@@ -17,6 +17,7 @@ from fluxonnx.export.ops.attention import (
     split_heads,
     token_positions,
 )
+from fluxonnx.export.ops.bands import Picture, added, in_bands, whole
 from fluxonnx.export.ops.builder import ModelBuilder
 from fluxonnx.export.ops.image import (
     conv,
@@ -45,8 +46,10 @@ from fluxonnx.export.primitives import add, concat, mul, reshape, rows_from, siz
 
 __all__ = [
     "ModelBuilder",
+    "Picture",
     "Slices",
     "add",
+    "added",
     "attention",
     "beside_kept",
     "causal_padding_bias",
@@ -58,6 +61,7 @@ __all__ = [
     "first_tokens",
     "group_norm",
     "head_projections",
+    "in_bands",
     "kept_heads",
     "keys_and_values",
     "layer_norm",
@@ -86,4 +90,5 @@ __all__ = [
     "token_positions",
     "unpatchify",
     "upsample_conv",
+    "whole",
 ]

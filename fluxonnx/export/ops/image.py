@@ -1,10 +1,13 @@
-"""Pictures and feature maps: convolutions, GroupNorm, patches."""
+"""Pictures and feature maps: convolutions, GroupNorm, patches; for pictures in bands see `bands.py`."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from fluxonnx.export.graph import GraphBuilder
+from fluxonnx.export.ops.bands import Picture, added, halves, normalised, pairs, with_rims
 from fluxonnx.export.ops.builder import ModelBuilder
 from fluxonnx.export.ops.norm import silu
 from fluxonnx.export.primitives import add, mul, reshape, size_of, split
@@ -12,17 +15,18 @@ from fluxonnx.export.primitives import add, mul, reshape, size_of, split
 
 def conv(
     g: ModelBuilder,
-    x: str,
+    x: Picture,
     name: str,
     n_in: int,
     n_out: int,
     kernel: int = 3,
     stride: int = 1,
     scale: int | None = None,
-) -> str:
+) -> Picture:
     """Convolve [batch, n_in, height, width] with the checkpoint's `name`, which has a bias.
 
-    Padded to keep the size; with stride 2 padded only right and below, as diffusers' Downsample2D does.
+    Padded to keep the size; with stride 2 padded only right and below, as diffusers' Downsample2D does. Then the result
+    has half as many bands, if there are several.
 
     Args:
         g: The graph.
@@ -30,21 +34,48 @@ def conv(
         name: The layer.
         n_in: Channels of the picture.
         n_out: Channels of the result.
-        kernel: Side of the kernel, odd.
+        kernel: Side of the kernel, 1 or 3.
         stride: 1 or 2.
         scale: See `norm_conv`.
     """
+    if len(x) > 1:
+        convolved = _band_conv(g, name, n_in, n_out, kernel, stride, scale)
+        return convolved(pairs(g, x) if stride == 2 else x, lambda band: band)
     with g.scope(name):
         weight, bias = g.tensor("weight", (n_out, n_in, kernel, kernel)), g.weight("bias", n_out)
         pad = kernel // 2
         sizes = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2}
         pads = [0, 0, 1, 1] if stride == 2 else [pad] * 4
-        return g.precision.conv(g, x, weight, bias, scale, pads=pads, **sizes)
+        return [g.precision.conv(g, x[0], weight, bias, scale, pads=pads, **sizes)]
+
+
+def _band_conv(
+    g: ModelBuilder, name: str, n_in: int, n_out: int, kernel: int, stride: int, scale: int | None
+) -> Callable[[Picture, Callable[[str], str]], Picture]:
+    """Take the weights of a convolution; return a function that convolves bands as `conv` does, once it changed them.
+
+    A band is changed with its rims, right before it is convolved: then no two changed bands are in memory at once.
+    """
+    pad, before = kernel // 2, 0 if stride == 2 else kernel // 2
+    sizes = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2}
+    with g.scope(name):
+        weight, bias = g.tensor("weight", (n_out, n_in, kernel, kernel)), g.weight("bias", n_out)
+        convolve = g.precision.band_conv(g, weight, bias, scale is not None)
+
+    def convolved(x: Picture, change: Callable[[str], str]) -> Picture:
+        found = []
+        for band, above, below in with_rims(g, x, before, pad):
+            changed = change(band)
+            with g.scope(name):
+                found.append(convolve(changed, pads=[above, before, below, pad], **sizes))
+        return found
+
+    return convolved
 
 
 def norm_conv(
     g: ModelBuilder,
-    x: str,
+    x: Picture,
     norm: str,
     name: str,
     n_in: int,
@@ -52,7 +83,8 @@ def norm_conv(
     groups: int,
     eps: float,
     scale: int | None = None,
-) -> str:
+    plus: Picture | Callable[[], Picture] | None = None,
+) -> Picture:
     """GroupNorm, SiLU and a 3x3 convolution: [batch, n_in, height, width] -> [batch, n_out, height, width].
 
     Args:
@@ -66,9 +98,22 @@ def norm_conv(
         eps: Added to their variance.
         scale: Rows of the picture per row of latents, in a decoder. What comes out of a norm may be rounded to 8 bits
             there; encoders are more sensitive.
+        plus: What is added to the result, or a function that makes it.
     """
-    hidden = silu(g, group_norm(g, x, norm, n_in, groups, eps))
-    return conv(g, hidden, name, n_in, n_out, scale=scale)
+    if len(x) > 1:
+        # Weights are taken in the same order as for whole pictures: all flavours share a weight file in this order.
+        with g.scope(norm):
+            weights = g.weight("weight", n_in), g.weight("bias", n_in)
+        convolved = _band_conv(g, name, n_in, n_out, 3, 1, scale)
+        made = plus() if callable(plus) else None
+        normal = normalised(g, x, norm, weights, groups, eps, after=made)
+        hidden = convolved(x, lambda band: silu(g, normal(band)))
+        plus = made or plus
+    else:
+        hidden = conv(g, [silu(g, group_norm(g, x[0], norm, n_in, groups, eps))], name, n_in, n_out, scale=scale)
+    if plus is None:
+        return hidden
+    return added(g, plus() if callable(plus) else plus, hidden)
 
 
 def group_norm(g: ModelBuilder, x: str, name: str, channels: int, groups: int, eps: float) -> str:
@@ -109,30 +154,48 @@ def _group_norm(g: ModelBuilder, x: str, name: str, channels: int, groups: int, 
         return add(g, mul(g, centred, g.op("Div", weight, deviation)), bias)
 
 
-def upsample_conv(g: ModelBuilder, x: str, name: str, channels: int) -> str:
-    """Double height and width by repeating pixels, then convolve as `conv` does.
+def upsample_conv(g: ModelBuilder, x: Picture, name: str, channels: int) -> Picture:
+    """Double height and width by repeating pixels, then convolve as `conv` does; of one band come two.
 
     At most 2x2 of the 3x3 pixels around an output pixel are different. So each of the four places that a pixel is
     repeated to has a 2x2 kernel of sums of weights: 4/9 of the work.
     """
     if not g.fused or not g.precision.sums_kernels:
-        return conv(g, _upsample(g, x), name, channels, channels)
+        return conv(g, [_upsample(g, x[0])], name, channels, channels)
     with g.scope(name):
         # The bias comes before the kernel, as in `conv`: both flavours share a weight file in this order.
         bias = g.weight("bias", channels)
         kernels = _kernels_by_place(g, g.weight("weight", channels, channels, 3, 3))
-        axis, row = g.constant([4], np.int64), g.constant([0, 0, 0, 1, -1], np.int64)
-        rows = []
-        for top in (0, 1):
-            places = []
-            for left in (0, 1):
-                pads = [1 - top, 1 - left, top, left]
-                place = g.op("Conv", x, kernels[2 * top + left], bias, kernel_shape=[2, 2], pads=pads)
-                places.append(g.op("Unsqueeze", place, axis))
-            rows.append(g.op("Reshape", g.op("Concat", *places, axis=4), row))
-        width = g.op("Mul", size_of(g, x, 3), g.constant([2], np.int64))
-        shape = g.op("Concat", g.constant([0, 0, -1], np.int64), width, axis=0)
-        return g.op("Reshape", g.op("Concat", *rows, axis=3), shape, shape=[*g.shape(x)[:2], None, None])
+        if len(x) == 1:
+            return [_doubled(g, x[0], [(x[0], 1, 0), (x[0], 0, 1)], kernels, bias)]
+        found = []
+        for upper, lower in zip(with_rims(g, x, 1, 0), with_rims(g, x, 0, 1), strict=True):
+            found += halves(g, _doubled(g, upper[0], [upper, lower], kernels, bias))
+        return found
+
+
+def _doubled(g: GraphBuilder, x: str, inputs: Sequence[tuple[str, int, int]], kernels: Sequence[str], bias: str) -> str:
+    """Convolve for the four places and interleave them.
+
+    Args:
+        g: The graph.
+        x: A value as wide as the picture.
+        inputs: What the upper pixels and the lower ones are made of, with rows of padding above and below.
+        kernels: As `_kernels_by_place` returns them.
+        bias: What is added.
+    """
+    axis, row = g.constant([4], np.int64), g.constant([0, 0, 0, 1, -1], np.int64)
+    rows = []
+    for top, (value, above, below) in enumerate(inputs):
+        places = []
+        for left in (0, 1):
+            pads = [above, 1 - left, below, left]
+            place = g.op("Conv", value, kernels[2 * top + left], bias, kernel_shape=[2, 2], pads=pads)
+            places.append(g.op("Unsqueeze", place, axis))
+        rows.append(g.op("Reshape", g.op("Concat", *places, axis=4), row))
+    width = g.op("Mul", size_of(g, x, 3), g.constant([2], np.int64))
+    shape = g.op("Concat", g.constant([0, 0, -1], np.int64), width, axis=0)
+    return g.op("Reshape", g.op("Concat", *rows, axis=3), shape, shape=[*g.shape(x)[:2], None, None])
 
 
 def _kernels_by_place(g: GraphBuilder, weight: str) -> list[str]:

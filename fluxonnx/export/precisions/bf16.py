@@ -61,6 +61,9 @@ class Precision:
     integers_as = "BF16"
     # Whether kernels of convolutions are float32 in the graph: then they may be sums of the checkpoint's kernels.
     sums_kernels = True
+    # Whether large pictures go through the autoencoder in bands of rows, which saves memory on processors; on GPUs many
+    # small kernels cost time.
+    bands = True
     # The relative error of a product above which the weight of a layer is not rounded.
     most_error = 1.0
     # The newest opset of the autoencoder's graphs; None for that of the build.
@@ -166,6 +169,18 @@ class Precision:
             **attributes: The attributes of Conv.
         """
         return g.op("Conv", x, self.weight(g, tensor), bias, **attributes)
+
+    def band_conv(self, g: GraphBuilder, tensor: Tensor, bias: str, rounded: bool) -> Callable[..., str]:
+        """Return a function that convolves a band of a picture as `conv` does, with the attributes of Conv.
+
+        Args:
+            g: The graph.
+            tensor: The weight.
+            bias: What is added.
+            rounded: Whether the picture may be rounded to 8 bits.
+        """
+        weight = self.weight(g, tensor)
+        return lambda x, **attributes: g.op("Conv", x, weight, bias, **attributes)
 
     def attention(self, g: GraphBuilder, q: str, k: str, v: str, attend: Callable[[str, str, str], str]) -> str:
         """Return attend(q, k, v), all float32 [batch, seq, heads * head_dim]; `attend` also takes float16."""

@@ -37,6 +37,7 @@ class Float16(Precision):
     self_contained = True
     sums_kernels = False
     autoencoder_opset = NORMS_ON_GPUS
+    bands = False
 
     def stored_dtype(self, tensor: Tensor) -> str:
         """Return F32: tensors that are not matrices are small, and their errors reach everything."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -205,10 +205,37 @@ class Int8(Quantised):
 
         With fewer channels, gathering the neighbours of each pixel takes as long as the product saves.
         """
-        few = tensor.shape[1] < self.tuning.conv_channels
-        if bands is None or self.saturating or self.keeps(tensor) or few:
+        if bands is None or not self._convolves(tensor):
             return super().conv(g, x, tensor, bias, bands, **attributes)
         return _conv(g, x, tensor, bias, bands, **attributes)
+
+    def band_conv(self, g: GraphBuilder, tensor: Tensor, bias: str, rounded: bool) -> Callable[..., str]:
+        """Convolve bands as `Precision.band_conv` does, in integers as `conv`; each band is rounded by itself."""
+        if not rounded or not self._convolves(tensor):
+            return super().band_conv(g, tensor, bias, rounded)
+        used: list[str] = []
+        _store_kernels(g, tensor)
+
+        def convolve(x: str, pads: Sequence[int], **attributes: Any) -> str:
+            padded, step, zero = _rounded_pixels(g, x, pads)
+            used.extend(g.aliases(tensor.name, 1) if used else [tensor.name])
+            product = _neighbourhood_product(g, padded, tensor, used[-1], step, zero, bias)
+            shape = [
+                primitives.size_of(g, x, 0),
+                g.constant([-1], np.int64),
+                primitives.size_of(g, x, 3),
+                g.constant([tensor.shape[0]], np.int64),
+            ]
+            pixels = g.op(
+                "Reshape", product, g.op("Concat", *shape, axis=0), shape=["batch", None, None, tensor.shape[0]]
+            )
+            return g.op("Transpose", pixels, perm=[0, 3, 1, 2])
+
+        return convolve
+
+    def _convolves(self, tensor: Tensor) -> bool:
+        few = tensor.shape[1] < self.tuning.conv_channels
+        return not (self.saturating or self.keeps(tensor) or few)
 
 
 def _suffixes(sizes: Sequence[int]) -> list[str]:
@@ -229,18 +256,15 @@ def _conv(g: GraphBuilder, x: str, tensor: Tensor, bias: str, bands: int, **attr
     runtimes get a Conv of the dequantised weights.
     """
     n_out, n_in, height, width = tensor.shape
-    parts = [Part("", "I8", (height * width * n_in, n_out)), Part(".scale", "F32", (n_out,))]
-    g.encoded(tensor, parts, rounding.int8_kernels)
+    _store_kernels(g, tensor)
     weight, scale = tensor.name, tensor.name + ".scale"
     if not g.fused:
         floats = g.op("Mul", g.op("Cast", weight, to=TensorProto.FLOAT), scale)
         kernels = g.op("Reshape", floats, g.constant([height, width, n_in, n_out], np.int64))
         return g.op("Conv", x, g.op("Transpose", kernels, perm=[3, 2, 0, 1]), bias, **attributes)
 
-    rounded, step, zero = g.op("DynamicQuantizeLinear", x, outputs=3)
-    top, left, bottom, right = attributes["pads"]
-    pads = g.constant([0, top, left, 0, 0, bottom, right, 0], np.int64)
-    padded = g.op("Pad", g.op("Transpose", rounded, perm=[0, 2, 3, 1]), pads, zero)
+    padded, step, zero = _rounded_pixels(g, x, attributes["pads"])
+    top, _, bottom, _ = attributes["pads"]
     band_height = g.op("Div", primitives.size_of(g, x, 2), g.constant([bands], np.int64))
     sizes = [
         primitives.size_of(g, x, 0),
@@ -255,12 +279,33 @@ def _conv(g: GraphBuilder, x: str, tensor: Tensor, bias: str, bands: int, **attr
     weights = [weight, *g.aliases(weight, bands - 1)]
     for (start, end), alias in zip(pairwise(starts), weights, strict=True):
         band = primitives.rows_from(g, padded, start, g.op("Add", end, rim), "band")
-        rows = _neighbourhoods(g, band, height, width)
-        inputs = [rows, alias, step, scale, zero, "", bias]
-        product = g.op("MatMulIntegerToFloat", *inputs, domain=MICROSOFT, like=step, shape=[None, n_out])
+        product = _neighbourhood_product(g, band, tensor, alias, step, zero, bias)
         products.append(g.op("Reshape", product, band_shape, shape=["batch", None, None, n_out]))
     pixels = g.op("Concat", *products, axis=1)
     return g.op("Transpose", pixels, perm=[0, 3, 1, 2])
+
+
+def _store_kernels(g: GraphBuilder, tensor: Tensor) -> None:
+    n_out, n_in, height, width = tensor.shape
+    parts = [Part("", "I8", (height * width * n_in, n_out)), Part(".scale", "F32", (n_out,))]
+    g.encoded(tensor, parts, rounding.int8_kernels)
+
+
+def _rounded_pixels(g: GraphBuilder, x: str, pads: Sequence[int]) -> tuple[str, str, str]:
+    """Round [batch, channels, height, width] to uint8 [batch, rows, columns, channels], padded; with step and zero."""
+    rounded, step, zero = g.op("DynamicQuantizeLinear", x, outputs=3)
+    top, left, bottom, right = pads
+    widths = g.constant([0, top, left, 0, 0, bottom, right, 0], np.int64)
+    return g.op("Pad", g.op("Transpose", rounded, perm=[0, 2, 3, 1]), widths, zero), step, zero
+
+
+def _neighbourhood_product(
+    g: GraphBuilder, x: str, tensor: Tensor, weight: str, step: str, zero: str, bias: str
+) -> str:
+    """Multiply the neighbourhoods of pixels by `weight`, the kernels of `tensor` under some name: [pixels, n_out]."""
+    n_out, _, height, width = tensor.shape
+    inputs = [_neighbourhoods(g, x, height, width), weight, step, tensor.name + ".scale", zero, "", bias]
+    return g.op("MatMulIntegerToFloat", *inputs, domain=MICROSOFT, like=step, shape=[None, n_out])
 
 
 def _neighbourhoods(g: GraphBuilder, x: str, height: int, width: int) -> str:

@@ -21,6 +21,7 @@ class NativeBfloat16(Precision):
 
     name = "bf16-native"
     autoencoder_opset = NORMS_ON_GPUS
+    bands = False
     flavours: tuple[str, ...] = ("ort",)
 
     def arithmetic(self, component: str) -> int:

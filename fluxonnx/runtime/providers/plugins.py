@@ -11,7 +11,6 @@ import pkgutil
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import metadata
 from typing import Any
 
 from fluxonnx.runtime.library import library
@@ -59,6 +58,8 @@ def plugin_of(provider: str) -> Plugin | None:
 
 def _registered(module: str) -> Plugin:
     package, version, full = module.replace("_", "-"), "", []
+    from importlib import metadata  # takes as long as onnxruntime, and most runs have no plugins
+
     with suppress(metadata.PackageNotFoundError):  # a folder on the path, without the record of an installation
         version = metadata.version(package)
     try:
