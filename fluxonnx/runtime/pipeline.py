@@ -335,9 +335,8 @@ class Flux:
             with closing(denoise(self._models, phases, prepared, noise)) as steps:
                 for step in steps:
                     latents = step.latents
-                    self._emit(
-                        step_ended(step, partial(self._renderer.previews["fast"], prepared, seed=0, phases=phases))
-                    )
+                    small = partial(self._renderer.fast_preview, prepared, seed=0, phases=phases)
+                    self._emit(step_ended(step, small))
                     if callback and callback(step.index, step.steps, step.sigma, latents) is False:
                         raise Cancelled(f"stopped by the callback after step {step.index} of {step.steps}")
             # 4. Decode the pictures.

@@ -39,7 +39,7 @@ class Renderer:
         """
         self._models, self._unit, self._facts = models, unit, facts
         self._fast = FastPreview(partial(models.encode_images, tiling=Tiling(None, unit)), unit)
-        self.previews: dict[str, Draw] = {"vae": self._preview, "fast": self._fast_preview}
+        self.previews: dict[str, Draw] = {"vae": self._preview, "fast": self.fast_preview}
 
     def picture(self, prepared: Prepared, tokens: np.ndarray, seed: int, phases: Phases) -> Image.Image:
         """f32 [1, image_seq, channels] -> a picture, signed."""
@@ -54,7 +54,7 @@ class Renderer:
             small = draw_preview(decode, unpack(tokens, *prepared.grid), self._unit)
             return put_back(small, prepared.request.canvas)
 
-    def _fast_preview(self, prepared: Prepared, tokens: np.ndarray, seed: int, phases: Phases) -> Image.Image:
+    def fast_preview(self, prepared: Prepared, tokens: np.ndarray, seed: int, phases: Phases) -> Image.Image:
         """f32 [1, image_seq, channels] -> a small picture, without the decoder."""
         with phases("preview"):
             return put_back(self._fast.draw(unpack(tokens, *prepared.grid)), prepared.request.canvas)
