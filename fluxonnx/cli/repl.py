@@ -6,9 +6,11 @@ import argparse
 import os
 import sys
 import threading
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,12 +142,21 @@ def repl(options: Options) -> None:
         lora=tuple(options.lora) if options.lora != ["none"] else (),
     )
 
-    def told(text: str) -> None:
-        bar.close()
-        tell(text)
+    def below(write: Callable[[str], None]) -> Callable[[str], None]:
+        """Write lines below what is on the screen: a bar is wiped, and a preview stays where it is."""
 
-    studio = Studio(choice, lambda directory: find_model(directory, told), told, lambda event: session.watch(event))
-    session = Session(plan=plan_values, say=told, complain=complain, bar=bar, studio=studio)
+        def written(text: str) -> None:
+            bar.close()
+            if session.show:
+                session.show.forget()
+            write(text)
+
+        return written
+
+    say, complaint = below(tell), below(complain)
+    find = cache(lambda directory: find_model(directory, say))  # it tells of the demo model once
+    studio = Studio(choice, find, say, lambda event: session.watch(event))
+    session = Session(plan=plan_values, say=say, complain=complaint, bar=bar, studio=studio)
     if options.output is not None:
         save_to(session, options.output)
     if options.show != "off":
@@ -155,7 +166,8 @@ def repl(options: Options) -> None:
     imports = threading.Thread(target=_warm_up, name="imports")
     imports.start()
     try:
-        with bar:
+        with bar, warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: complaint(f"warning: {message}")
             talk(session)
     finally:
         imports.join()  # modules can't be imported any more while Python shuts down
