@@ -195,6 +195,7 @@ export default {
   parameter_text_encoder_precision: "Genauigkeit des Text-Encoders",
   parameter_flavour: "Art der Graphen",
   parameter_provider: "Läuft auf",
+  parameter_kv: "Referenzen nur einmal betrachtet",
   parameter_version: "Version",
   parameter_size: "Größe",
 };

@@ -194,6 +194,7 @@ export default {
   parameter_text_encoder_precision: "Precision of the text encoder",
   parameter_flavour: "Kind of graphs",
   parameter_provider: "Runs on",
+  parameter_kv: "References looked at once",
   parameter_version: "Version",
   parameter_size: "Size",
 };

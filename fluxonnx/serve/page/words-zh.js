@@ -194,6 +194,7 @@ export default {
   parameter_text_encoder_precision: "文本编码器精度",
   parameter_flavour: "图的类型",
   parameter_provider: "运行设备",
+  parameter_kv: "参考图只读取一次",
   parameter_version: "版本",
   parameter_size: "尺寸",
 };
