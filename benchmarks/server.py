@@ -1,6 +1,6 @@
 """Load a server with many clients at once: nothing is lost, memory stays flat, and how long a picture takes.
 
-    python -m benchmarks.server --clients 50 --pictures 1000
+    python benchmarks/server.py --clients 50 --pictures 1000
 
 It starts `fluxonnx serve` with the bundled model, and has each client send a job, wait for it by its events, and fetch
 the picture; then it looks whether every accepted job was done once, every picture is whole and is the one of its seed,
@@ -45,9 +45,10 @@ class Seen:
 
 def start(model: Path, data: Path) -> tuple[subprocess.Popen[str], int]:
     words = ["serve", "-d", str(model), "--data", str(data), "--port", "0", "--log", "json"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     with (data.parent / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "fluxonnx", *words], stdout=log, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "fluxonnx", *words], stdout=log, stderr=subprocess.PIPE, text=True, env=environment
         )
     assert process.stderr is not None
     for line in process.stderr:

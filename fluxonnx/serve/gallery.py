@@ -8,7 +8,6 @@ import secrets
 import sqlite3
 import threading
 import time
-import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from fluxonnx.serve.errors import ApiError, unknown, wrong
 from fluxonnx.serve.fields import values_of
 from fluxonnx.serve.infotext import parse_infotext
 from fluxonnx.serve.queue import LAST
+from fluxonnx.serve.warned import silently
 
 # What pictures are sent as.
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
@@ -188,8 +188,7 @@ class Gallery:
         return upload
 
     def _examined(self, path: Path, identifier: str, owner: str, param: str | None) -> Upload:
-        with self._decoding, warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+        with self._decoding, silently():
             try:
                 with opened(path) as image:
                     format, size = image.format or "", image.size
@@ -250,6 +249,16 @@ class Gallery:
         if not path.is_file():
             raise wrong(f"{identifier} is gone: upload it again", param)
         return path
+
+    def remove_strays(self) -> None:
+        """Remove files that a killed server wrote but did not enter; those that are still wanted are made again."""
+        pictures = {row[0] for row in self._base.rows("SELECT id FROM pictures WHERE deleted=0")}
+        uploads = {row[0] for row in self._base.rows("SELECT id FROM uploads")}
+        for folder, known in (("pictures", pictures), ("thumbnails", pictures), ("uploads", uploads)):
+            for path in (self._base.folder / folder).iterdir():
+                if path.stem not in known:
+                    with suppress(OSError):
+                        path.unlink()
 
     def forget_uploads(self, used: set[str]) -> None:
         """Remove uploads that are old and that no job waits for."""

@@ -102,7 +102,9 @@ class Gate:
             self._check_host(headers.get("host", ""))
             if origin is not None and not self._is_own(origin, headers) and not self._cors(origin):
                 raise ApiError(403, "web pages of other origins may not use this server: see --cors-origin")
-            if headers.get("sec-fetch-site") == "cross-site" and not self._cors(origin) and path != "/":
+            # Following a link is harmless, since no other page can frame or read what it leads to.
+            followed = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
+            if headers.get("sec-fetch-site") == "cross-site" and not followed and not self._cors(origin):
                 raise ApiError(403, "web pages of other origins may not use this server: see --cors-origin")
             if method == "OPTIONS" and "access-control-request-method" in headers:
                 return Response(status_code=204)

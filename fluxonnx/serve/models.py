@@ -35,7 +35,7 @@ class Opened:
         stays: Whether its graphs stay loaded, as there was memory for all of them when it was opened.
         weights: Bytes of the weights of all components.
         encoder: Bytes of the text encoder's.
-        loras: The LoRA files that are loaded, and how strongly each counts.
+        loras: The LoRA files that are loaded, how strongly each counts, and when it was changed.
         used: The higher, the later it was used; 0 if nothing is in memory.
     """
 
@@ -43,7 +43,7 @@ class Opened:
     stays: bool
     weights: int
     encoder: int
-    loras: tuple[tuple[str, float], ...] = ()
+    loras: tuple[tuple[str, float, int], ...] = ()
     used: int = 0
 
     @property
@@ -201,13 +201,14 @@ class Models:
         self._make_room(opened)
         self._clock += 1
         opened.used = self._clock
-        wanted = tuple((item["name"], item["scale"]) for item in parameters.get("lora", ()))
+        files = [(self.lora_file(item["name"]), item["scale"]) for item in parameters.get("lora", ())]
+        wanted = tuple((file.name, scale, file.stat().st_mtime_ns) for file, scale in files)
         if wanted != opened.loras:
             opened.flux.unload_lora()
             opened.loras = ()
             try:
-                for i, (name, scale) in enumerate(wanted):
-                    opened.flux.load_lora(self.lora_file(name), scale, name=str(i))
+                for i, (file, scale) in enumerate(files):
+                    opened.flux.load_lora(file, scale, name=str(i))
             except FluxonnxError:
                 opened.flux.unload_lora()
                 raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from fluxonnx.serve.errors import from_ours, wrong
 from fluxonnx.serve.fields import RENAMED, VALUES, values_of
 from fluxonnx.serve.models import Held, Models
 from fluxonnx.serve.settings import Limits
+from fluxonnx.serve.warned import silently
 
 # The others.
 PICTURES = ("input", "references", "mask")
@@ -102,8 +102,7 @@ def read_job(body: Any, models: Models, limits: Limits, find: Find, private: Map
 def _check(parameters: Mapping[str, Any], held: Held, find: Find, limits: Limits, private: Mapping[Path, str]) -> None:
     """Check what the values say together, as the model's `check` does."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with silently():
             request, _ = to_request(parameters, find)
             held.flux.check(request)
             quiet: Callable[[str], None] = lambda message: None  # noqa: E731

@@ -102,10 +102,8 @@ class Queue:
         values = (owner, attached, batch, json.dumps(parameters), json.dumps(list(seeds)), time.time(), idempotency)
         identifier = secrets.token_hex(8)
         with self._base.changing():
-            if idempotency is not None:
-                known = self._base.rows("SELECT * FROM jobs WHERE owner=? AND idempotency=?", owner, idempotency)
-                if known:
-                    return _job(known[0]), False
+            if idempotency is not None and (known := self.known(owner, idempotency)):
+                return known, False
             self._base.change(
                 "INSERT INTO jobs (id, state, owner, attached, batch, parameters, seeds, created, idempotency) "
                 "VALUES (?, 'queued', ?, ?, ?, ?, ?, ?, ?)",
@@ -113,6 +111,11 @@ class Queue:
                 *values,
             )
         return self.job(identifier), True
+
+    def known(self, owner: str, idempotency: str) -> Job | None:
+        """Return the job that a client has given a name; None if there is none."""
+        rows = self._base.rows("SELECT * FROM jobs WHERE owner=? AND idempotency=?", owner, idempotency)
+        return _job(rows[0]) if rows else None
 
     def job(self, identifier: str, owner: str | None = None) -> Job:
         """Return a job; that of another owner is as unknown as one that never was.

@@ -21,7 +21,7 @@ from fluxonnx.serve.app import make_app
 from fluxonnx.serve.models import Models
 from fluxonnx.serve.service import Service
 from fluxonnx.serve.settings import Settings
-from fluxonnx.serve.worker import route_warnings
+from fluxonnx.serve.warned import route_warnings
 
 log = logging.getLogger("fluxonnx.serve")
 
@@ -84,7 +84,7 @@ def run(
             models = Models(settings)
             models.open(lambda root: say(f"Exporting {root} ..."), lambda choice: say(str(choice)))
         service = Service(settings, models)
-        route_warnings(service.worker, warn or say)
+        route_warnings(service.worker.is_worker, service.worker.warn, warn or say)
         try:
             server = _Server(_config(service), service)
             port = bound.getsockname()[1]
@@ -111,7 +111,7 @@ def _config(service: Service) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,
+        proxy_headers=True,  # of a proxy on this machine, which may speak TLS
         timeout_keep_alive=max(1, min(15, round(limits.header_seconds))),
         timeout_graceful_shutdown=max(1, round(service.settings.drain) + 5),
         limit_concurrency=limits.connections,

@@ -81,6 +81,7 @@ class Service:
                 value = job.parameters.get(name, [])
                 used.update([value] if isinstance(value, str) else value)
         self.gallery.forget_uploads(used)
+        self.gallery.remove_strays()
         self.worker.start()
 
     def drain(self) -> None:
@@ -114,6 +115,8 @@ class Service:
         """
         if idempotency is not None and not 0 < len(idempotency) <= MOST_IDEMPOTENCY:
             raise wrong(f"the idempotency key has to have 1 to {MOST_IDEMPOTENCY} characters", "Idempotency-Key")
+        if idempotency is not None and (known := self.queue.known(owner, idempotency)):
+            return known, False
         limits = self.settings.limits
         accepted = read_job(
             body, self.models, limits, lambda identifier, name: self.gallery.find(identifier, owner, name), self.private

@@ -7,7 +7,6 @@ import logging
 import sqlite3
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,16 +275,3 @@ class Worker:
         for job in self._queue.active(owner)[:MOST_TOLD]:
             if job.state == QUEUED and self._hub.hears(owner, job.id):
                 self._hub.publish(JOB, owner, job.id, self._describe(job))
-
-
-def route_warnings(worker: Worker, otherwise: Callable[[str], None]) -> None:
-    """Send warnings that arise while a job is drawn to that job, and others elsewhere."""
-    warnings.simplefilter("always", UserWarning)
-
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        if worker.is_worker():
-            worker.warn(str(message))
-        else:
-            otherwise(str(message))
-
-    warnings.showwarning = show

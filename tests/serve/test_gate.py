@@ -168,6 +168,9 @@ def test_pages_of_other_origins(guarded):
             assert found == 403
             assert "access-control-allow-origin" not in headers
     assert guarded.request("GET", "/pictures", None, {**mine, "Sec-Fetch-Site": "cross-site"})[0] == 403
+    followed = {**mine, "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert guarded.request("GET", "/pictures", None, followed)[0] == 200
+    assert guarded.request("POST", "/jobs", SMALL, followed)[0] == 403
     asked = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
     found, headers, _ = guarded.request("OPTIONS", "/jobs", None, asked)
     assert (found, headers["access-control-allow-origin"]) == (204, "https://page.example")
