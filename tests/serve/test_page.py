@@ -209,9 +209,11 @@ def test_pictures_that_are_dropped_and_pasted(house, model, tmp_path):
         page.locator(f"#input-holder img[src='pictures/{made}']").wait_for()
         assert shown(page) == made
 
-        save_image(image, tmp_path / "lora.png", {**image.info, "lora_files": ["gone.safetensors"], "lora_scales": [1]})
+        loras = {"lora_files": ["gone.safetensors", "stripes.safetensors"], "lora_scales": [1.0, 0.5]}
+        save_image(image, tmp_path / "lora.png", {**image.info, **loras})
         pages.drop(page, tmp_path / "lora.png", "[data-zone=parameters]")
         page.get_by_text("This server lacks LoRAs of the picture: gone.safetensors").wait_for()
+        assert page.get_by_label("Scale of stripes").input_value() == "0.5"
 
 
 @in_browser

@@ -233,10 +233,14 @@ export function fill(parameters) {
 }
 
 /** The LoRAs of a picture's metadata: its file names lack folders, the server's names may lack the ending. */
-function filedLoras({ lora_files: files = [], lora_scales: scales = [] }) {
+function filedLoras({ lora_files: files, lora_scales: scales }) {
+  if (!Array.isArray(files) || !Array.isArray(scales)) return [];
   const bare = (name) => name.replace(/\.safetensors$/, "");
   const names = info.loras ?? [];
-  return files.map((file, i) => ({ name: names.find((name) => bare(name) === bare(file)) ?? file, scale: scales[i] ?? 1 }));
+  return files.map(String).map((file, i) => {
+    const name = names.find((other) => bare(other) === bare(file)) ?? file;
+    return { name, scale: Number(scales[i] ?? 1) };
+  });
 }
 
 /** The word for a parameter's name; its name itself where there is none. */

@@ -9,6 +9,8 @@ const MOST = 500; // of one answer of the server
 const STORED = "fluxonnx.picture";
 
 let pictures = [];
+// Ids that an answer may still list, if it is older than the deletion.
+const deleted = new Set();
 let chosen = sessionStorage.getItem(STORED);
 let onChoose = () => {};
 let older = null; // what to ask for next, or null at the end
@@ -36,7 +38,7 @@ async function more() {
 
 function take(answer, size, before) {
   const ids = new Set(before.map(({ id }) => id));
-  pictures = [...before, ...answer.pictures.filter(({ id }) => !ids.has(id))];
+  pictures = [...before, ...answer.pictures.filter(({ id }) => !ids.has(id) && !deleted.has(id))];
   older = answer.pictures.length < size ? null : (answer.next ?? answer.pictures.at(-1)?.id);
   draw();
 }
@@ -127,6 +129,7 @@ export async function remove(id) {
   } catch (error) {
     if (error.status !== 404) return tell(error);
   }
+  deleted.add(id);
   const index = pictures.findIndex((item) => item.id === id);
   const focused = button(id) === document.activeElement;
   pictures = pictures.filter((item) => item.id !== id);

@@ -4,10 +4,12 @@ import * as api from "./api.js";
 import { find, loadImage } from "./dom.js";
 import { startDrop } from "./drop.js";
 import { listen } from "./events.js";
+import { parse } from "./exact.js";
 import { fill, refuse, startForm } from "./form.js";
 import * as gallery from "./gallery.js";
 import { startKeys } from "./keys.js";
 import { startMask } from "./mask.js";
+import { parametersOf } from "./metadata.js";
 import { notify, speak, tell } from "./notices.js";
 import * as queue from "./queue.js";
 import { showSession, startSession } from "./session.js";
@@ -145,12 +147,12 @@ function lost() {
 
 const jobs = new Map(); // promises, by id
 
-/** What a picture was made from, as a request, and what the server remarked: from its job, else from the picture. */
+/** What a picture was made from, as a request, and what the server remarked about its job. */
 async function recipe({ id, job = id.replace(/-\d+$/, ""), seed, parameters }) {
   if (!jobs.has(job)) jobs.set(job, api.job(job).catch(() => null));
   const found = await jobs.get(job);
   if (!found) jobs.delete(job);
-  const given = Object.entries({ ...(found?.parameters ?? parameters), seed, count: 1 });
+  const given = Object.entries({ ...(parameters ?? found?.parameters), seed, count: 1 });
   return [Object.fromEntries(given.filter(([, value]) => value !== null && value !== undefined)), found?.warnings ?? []];
 }
 
@@ -195,7 +197,8 @@ async function take(zone, { files, picture }) {
     const asInput = () => setInput(upload.id, url);
     if (zone === "reference") addReference(upload.id, url);
     else if (zone !== "input" && upload.parameters) {
-      filled(fill(upload.parameters), [["useAsInput", asInput]]);
+      const text = await parametersOf(file);
+      filled(fill({ ...upload.parameters, ...(text && parse(text)) }), [["useAsInput", asInput]]);
     } else if (zone === "parameters") notify("noParameters", {}, { kind: "error", actions: [["useAsInput", asInput]] });
     else asInput();
   }

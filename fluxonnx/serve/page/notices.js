@@ -42,12 +42,16 @@ export function tell(error) {
 export function confirmed(key) {
   const dialog = find("confirm-dialog");
   say(find("confirm-text"), key);
-  find("confirm-no").onclick = () => dialog.close("no");
-  find("confirm-yes").onclick = () => dialog.close("yes");
-  dialog.returnValue = "no";
   dialog.showModal();
   return new Promise((resolve) => {
-    dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true });
+    const answer = (yes) => () => {
+      dialog.close();
+      resolve(yes);
+    };
+    find("confirm-no").onclick = answer(false);
+    find("confirm-yes").onclick = answer(true);
+    // Not "close", which may still come from the question before.
+    dialog.oncancel = answer(false);
   });
 }
 
