@@ -178,8 +178,7 @@ def load(
         keep_loaded: Keep all graphs loaded between pictures; by default each is freed as soon as it has run.
         cache_dir: A folder for prompt embeddings, so that a known prompt never loads the text encoder.
         on_export: Called with the directory if graphs have to be exported.
-        on_choice: Called with the precision and the provider that "auto" chose, or those of a build that is used only
-            because the directory holds it, and the reason.
+        on_choice: Called with the precision and provider that "auto" chose, or of a build that was there, and why.
         watch: Called with each event inside a run: phases, graphs that ran, times of operators; see `runtime.events`.
         profile: Run under onnxruntime's profiler, which costs time: `watch` is told the times of operators.
         engine: Opens graphs in another engine than onnxruntime; see `runtime.engine`.
@@ -227,7 +226,6 @@ def load(
         flavour = flavour or traits(options.provider).flavour
         cache = Path(cache_dir) if cache_dir else None
         name = build_name(precision, flavour)
-        # without weights, a build stays as it was made
         usual = checkpoint.keeps_references and checkpoint.has_weights("transformer")
         optional = tuple(KV_COMPONENTS) if (usual if kv is None else kv) else ()
         if checkpoint.parts:
@@ -359,16 +357,18 @@ def _to_export(checkpoint: Checkpoint, name: str, parts: Sequence[str]) -> tuple
         return manifest, []  # never a part of it: a build has one format, and one set of settings
     for part, reason in reasons.items():
         if part in broken:
-            raise CheckpointError(f"the {name} build of {root} {broken[part]}, and {reason}: {_cure(root, build)}")
+            why = f"the {name} build of {root} {broken[part]}, and {reason}"
+            raise CheckpointError(f"{why}: {_cure(root, build, part)}")
     return manifest, stale
 
 
-def _cure(root: Path, build: Build) -> str:
+def _cure(root: Path, build: Build, part: str) -> str:
     """Return what makes a build again that can't be exported from its own directory."""
     if parts := build.parsed_settings.parts:
         flags = " ".join(sorted({f"--{FOLDERS[name].replace('_', '-')} FILE" for name in parts}))
         return f"make it again with fluxonnx export -d {root} {build.flags} {flags}"
-    return f"make it again with fluxonnx export -d CHECKPOINT -o {root} {build.flags}"
+    kv = " --kv" if part in KV_COMPONENTS else ""
+    return f"make it again with fluxonnx export -d CHECKPOINT -o {root} {build.flags}{kv}"
 
 
 def _not_exportable(checkpoint: Checkpoint, build: Build, part: str) -> str | None:

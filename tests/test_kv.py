@@ -250,6 +250,12 @@ def test_a_build_without_the_graphs(checkpoints, tmp_path):
         assert flux.run(request(references=(PHOTO,)), [1])
 
 
+def test_a_copy_without_the_graphs(small, tmp_path, fails):
+    export(small, tmp_path / "copy", precision="int8", kv=False)
+    words = ("generate", "-q", "-d", tmp_path / "copy", "-p", "x", "--kv", "-o", tmp_path / "x.png")
+    fails(1, "has no references graph, and .* holds no weights to make it from: .* --precision int8 --kv", *words)
+
+
 def test_static_builds_have_none(small, fails):
     fails(2, "--kv is for references, but static builds take none", "export", "-d", small, "--kv", "--shape", "64x64")
     fails(

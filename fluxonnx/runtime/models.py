@@ -273,7 +273,7 @@ class Models:
         """
         name = "transformer_cached" if cached else "transformer"
         build = self._builds[name] if cached else self._build_for(name, lambda known: known == shape)
-        spans, free = self._spans("transformer"), self._options.free_memory()
+        spans, free = self._spans(name), self._options.free_memory()
         self._read_ahead(spans, free)
         with self._prefault(spans if self._transformer_is_new else (), free) as prefault:
             self._transformer_is_new = False
