@@ -18,10 +18,6 @@ from fluxonnx.ports import Ports
 # Encoder and Decoder of diffusers' vae.py fix this for every norm.
 EPS = 1e-6
 
-# Where a picture has at least as many rows per row of latents, it is in as many bands, if values of full size have at
-# least as many channels. All else takes no memory worth saving, and a graph with bands takes 0.2 s more to open.
-LEAST_BANDS, LEAST_CHANNELS = 8, 64
-
 UNUSED_BY_ENCODER = ("decoder.", "post_quant_conv.", "bn.num_batches_tracked")
 UNUSED_BY_DECODER = ("encoder.", "quant_conv.", "bn.num_batches_tracked")
 
@@ -98,9 +94,7 @@ def encoder(g: ModelBuilder, c: VaeConfig, x: Picture) -> Picture:
     """[batch, 3, h, w] -> [batch, 2 * latent_channels, h/8, w/8]."""
     channels = c.encoder_channels[0]
     scale = c.scale_factor  # rows of pixels per row of latents
-    if scale >= LEAST_BANDS and max(c.encoder_channels[:2]) >= LEAST_CHANNELS:
-        x = ops.in_bands(g, x, scale)
-    x = ops.conv(g, x, "conv_in", c.in_channels, channels)
+    x = ops.conv(g, ops.divided(g, x, scale, max(c.encoder_channels[:2])), "conv_in", c.in_channels, channels)
     for i, width in enumerate(c.encoder_channels):
         with g.scope("down_blocks", i):
             for j in range(c.layers_per_block):
@@ -111,8 +105,7 @@ def encoder(g: ModelBuilder, c: VaeConfig, x: Picture) -> Picture:
                 with g.scope("downsamplers.0"):
                     x = ops.conv(g, x, "conv", width, width, stride=2)
                 scale //= 2
-                if scale < LEAST_BANDS:
-                    x = [ops.whole(g, x)]
+                x = ops.gathered(g, x, scale)
     x = mid_block(g, c, x, channels)
     return head(g, c, x, channels, 2 * c.latent_channels)
 
@@ -130,8 +123,7 @@ def decoder(g: ModelBuilder, c: VaeConfig, x: Picture) -> Picture:
                     x = resnet(g, c, x, channels, width, scale)
                 channels = width
             if i < len(c.decoder_channels) - 1:
-                if 2 * scale >= LEAST_BANDS and max(c.decoder_channels[:2]) >= LEAST_CHANNELS:
-                    x = ops.in_bands(g, x, scale)
+                x = ops.divided(g, x, scale, max(c.decoder_channels[:2]))
                 with g.scope("upsamplers.0"):
                     x = ops.upsample_conv(g, x, "conv", width)
                 scale *= 2

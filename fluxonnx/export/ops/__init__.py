@@ -17,7 +17,7 @@ from fluxonnx.export.ops.attention import (
     split_heads,
     token_positions,
 )
-from fluxonnx.export.ops.bands import Picture, added, in_bands, whole
+from fluxonnx.export.ops.bands import Picture, added, divided, gathered, whole
 from fluxonnx.export.ops.builder import ModelBuilder
 from fluxonnx.export.ops.image import (
     conv,
@@ -55,10 +55,12 @@ __all__ = [
     "causal_padding_bias",
     "concat",
     "conv",
+    "divided",
     "embedding",
     "feed_forward",
     "first_channels",
     "first_tokens",
+    "gathered",
     "group_norm",
     "head_projections",
     "in_bands",
