@@ -63,7 +63,6 @@ __all__ = [
     "gathered",
     "group_norm",
     "head_projections",
-    "in_bands",
     "kept_heads",
     "keys_and_values",
     "layer_norm",
