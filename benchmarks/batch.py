@@ -32,7 +32,6 @@ from fluxonnx.batch.rows import read_rows
 from fluxonnx.errors import FluxonnxError
 from fluxonnx.measure.tables import table
 
-COMMANDS = 3
 COLOURS = ("red", "green", "blue", "yellow")
 
 
@@ -44,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=64, metavar="PX", help="of a square (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="default: %(default)s")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N")
+    parser.add_argument("--commands", type=int, default=3, metavar="N", help="0 for none (default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="rounds (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if min(arguments.repeat, arguments.pictures, *arguments.workers) < 1:
@@ -84,8 +84,9 @@ def contenders(arguments: argparse.Namespace, model: Path, memory: dict[str, str
     found: dict[str, Callable[[], float]] = {
         "Flux.generate in a loop": lambda: loop(arguments, model, keep_loaded=False),
         "the same with keep_loaded": lambda: loop(arguments, model, keep_loaded=True),
-        "fluxonnx generate in a loop": lambda: commands(arguments, model),
     }
+    if arguments.commands > 0:
+        found["fluxonnx generate in a loop"] = lambda: commands(arguments, model)
     for workers in arguments.workers:
         name = f"fluxonnx batch, {workers} worker{'s' if workers > 1 else ''}"
         found[name] = lambda workers=workers, name=name: batch(arguments, model, workers, name, memory)  # type: ignore[misc]
@@ -110,12 +111,12 @@ def commands(arguments: argparse.Namespace, model: Path) -> float:
     size = [f"-W{arguments.size}", f"-H{arguments.size}", f"-s{arguments.steps}"]
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        for i in range(COMMANDS):
+        for i in range(arguments.commands):
             command = [sys.executable, "-m", "fluxonnx", "generate", "-q", "-d", str(model), "-p", prompt(i), *size]
             command += ["--precision", arguments.precision, "-S", str(i), "-o", f"{folder}/{i}.png"]
             if subprocess.run(command, check=False).returncode:
                 raise FluxonnxError("fluxonnx generate failed")
-        return COMMANDS / (time.perf_counter() - start)
+        return arguments.commands / (time.perf_counter() - start)
 
 
 def batch(arguments: argparse.Namespace, model: Path, workers: int, name: str, memory: dict[str, str]) -> float:

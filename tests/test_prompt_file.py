@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import sys
@@ -125,6 +126,65 @@ def test_braces_in_a_table_are_text(tmp_path):
 def test_wrong_tables(tmp_path, text, message):
     with pytest.raises(UsageError, match=message):
         rows(tmp_path, text)
+
+
+# Parquet
+
+
+def columns(tmp_path, **found) -> list[dict]:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(found), tmp_path / "prompts.parquet")
+    return read_prompt_file(tmp_path / "prompts.parquet")
+
+
+def test_a_parquet_table(tmp_path):
+    nan = float("nan")
+    found = columns(
+        tmp_path,
+        prompt=["one", None, "two"],
+        seed=[2**62, None, 1],
+        width=[64.0, nan, nan],
+        strength=[None, None, 0.5],
+        input=[["a.png"], None, ["b.png", "c.png"]],
+        mask=["m.png", None, None],
+        keep_unmasked=[None, None, False],
+    )
+    assert found == [
+        {"prompt": "one", "seed": 2**62, "width": 64, "input": ["a.png"], "mask": "m.png"},
+        {"prompt": "two", "seed": 1, "strength": 0.5, "input": ["b.png", "c.png"], "keep_unmasked": False},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"prompt": []}, "holds no prompt"),
+        ({"seed": [1]}, 'prompts.parquet has no column "prompt"$'),
+        ({"prompt": ["a"], "colour": ["red"]}, 'has an unknown column "colour": known are prompt'),
+        ({"prompt": ["a", "b"], "width": [64, 64.5]}, 'row 2: "width" is 64.5, expected an int'),
+        ({"prompt": [b"a"]}, "row 1: \"prompt\" is b'a', expected a string"),
+        ({"prompt": ["a", " "]}, 'row 2 has no "prompt"'),
+    ],
+)
+def test_wrong_parquet_tables(tmp_path, found, message):
+    with pytest.raises(UsageError, match=message):
+        columns(tmp_path, **found)
+
+
+def test_no_parquet(tmp_path, monkeypatch):
+    path = tmp_path / "prompts.parquet"
+    path.write_bytes(b"PAR1")
+    if importlib.util.find_spec("pyarrow"):
+        with pytest.raises(UsageError, match="is not a whole Parquet file: "):
+            read_prompt_file(path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UsageError, match=r'needs a package: pip install "fluxonnx\[parquet\]"'):
+        read_prompt_file(path)
+    path.unlink()
+    with pytest.raises(UsageError, match="No such file"):
+        read_prompt_file(path)
 
 
 # Standard input

@@ -159,18 +159,34 @@ def _pool(ray: Any, painter: Painter, workers: int | None, cpus: int | None) -> 
         FluxonnxError: No node has so many processors, or one lacks fluxonnx or the model.
     """
     nodes = {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]}
-    found = [count for count in nodes.values() if count]
-    if not found:
-        raise FluxonnxError("no node of the cluster has processors for Ray: start them with --num-cpus above 0")
-    cpus = cpus or painter.threads or min(found)
-    fits = {node: count // cpus for node, count in nodes.items() if count >= cpus}
-    if not fits:
-        raise FluxonnxError(
-            f"no node of the cluster has {cpus} processors: give workers at most --threads {max(found)}"
-        )
+    cpus, fits = share(nodes, cpus or painter.threads)
     _check_nodes(ray, painter, list(fits))
     size = min(sum(fits.values()), workers or MOST_THREADS * len(fits))
     return Pool(size, cpus, replace(painter, threads=cpus))
+
+
+def share(nodes: Mapping[str, int], cpus: int | None) -> tuple[int, dict[str, int]]:
+    """Divide the processors of nodes.
+
+    Args:
+        nodes: The processors of each.
+        cpus: Those of a worker; None for all of the smallest node.
+
+    Returns:
+        The processors of a worker, and how many workers fit on each node on which one does.
+
+    Raises:
+        FluxonnxError: None fits.
+    """
+    found = [count for count in nodes.values() if count]
+    if not found:
+        raise FluxonnxError("no node of the cluster has processors for Ray: start them with --num-cpus above 0")
+    cpus = cpus or min(found)
+    fits = {node: count // cpus for node, count in nodes.items() if count >= cpus}
+    if not fits:
+        most = max(found)
+        raise FluxonnxError(f"no node of the cluster has {cpus} processors: give workers at most --threads {most}")
+    return cpus, fits
 
 
 def _check_nodes(ray: Any, painter: Painter, nodes: Sequence[str]) -> None:

@@ -88,10 +88,8 @@ def make_pictures(
             with closing(_run(engine, painter, waiting)) as results:
                 for row, result in results:
                     _record(table, row, _saved(folder, row, result), summary, watch)
+            summary.files = [table.path, *([table.write_parquet(rows)] if parquet else [])]
             table.finish(rows)
-            summary.files = [table.path]
-            if parquet:
-                summary.files.append(table.write_parquet(rows))
         except OSError as error:
             raise FluxonnxError(describe_os_error(error, error.filename or folder)) from None
     return summary

@@ -16,8 +16,8 @@ from fluxonnx.errors import FluxonnxError, UsageError
 from fluxonnx.files import atomic_write, describe_os_error
 
 NAME, PARQUET = "pictures.jsonl", "pictures.parquet"
-# A record with a prompt that fills it all; a longer line is of something else.
-LONGEST_LINE = 4 << 20
+# More than a record with the longest prompt that a table of prompts can hold; a longer line is of something else.
+LONGEST_LINE = 1 << 30
 ROWS_AT_ONCE = 1000
 
 
@@ -124,14 +124,16 @@ class Table:
         self._last[row.number] = Entry(offset, len(line), "", row.digest)
 
     def finish(self, rows: Sequence[Row]) -> None:
-        """Write the table again with one record for each of these rows, in their order.
+        """Write the table again with one record for each of these rows, in their order, and close it.
 
         Raises:
             OSError: It can't be written.
         """
-        with atomic_write(self.path) as whole, whole.open("wb") as file:
-            for line in self._lines(rows):
-                file.write(line)
+        with atomic_write(self.path) as whole:
+            with whole.open("wb") as file:
+                for line in self._lines(rows):
+                    file.write(line)
+            self._file.close()  # Windows replaces no file that is open
 
     def write_parquet(self, rows: Sequence[Row]) -> Path:
         """Write the same as a Parquet file beside it.

@@ -176,11 +176,11 @@ def _csv_values(where: str, keys: Mapping[str, Field], columns: list[str], cells
 
 
 def _parquet_rows(path: Path, keys: Mapping[str, Field]) -> Iterator[Line]:
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise UsageError(f'{path} needs a package: pip install "fluxonnx[parquet]"') from None
     with open_regular(path) as file:
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise UsageError(f'{path} needs a package: pip install "fluxonnx[parquet]"') from None
         try:
             table = parquet.ParquetFile(file)
             _check_columns(str(path), list(table.schema_arrow.names), keys)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks import batch as benchmark
 from fluxonnx.batch.painter import close
 from fluxonnx.cli import main
 from fluxonnx.runtime.metadata import read_parameters
@@ -235,3 +236,12 @@ def test_a_full_disk(batch, small_disk, tmp_path, capsys):
     kept = int(capsys.readouterr().err.split(" ")[0])
     assert made - 1 <= kept <= made  # the last one may have no record
     assert len(records(str(small_disk / "out"))) == 20
+
+
+def test_the_benchmark(checkpoints, capsys):
+    arguments = ["-d", str(checkpoints.exported(CASE)), "--pictures", "2", "--steps", "1", "--repeat", "1"]
+    assert benchmark.main([*arguments, "--workers", "1", "--commands", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"| {name} " in printed for name in ("Flux.generate in a loop", "fluxonnx batch, 1 worker"))
+    assert benchmark.main(["-d", "no/such/model"]) == 1
+    assert "no/such/model" in capsys.readouterr().err

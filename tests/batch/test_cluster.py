@@ -43,6 +43,17 @@ def test_numbers_of_workers_and_processors():
             cluster.engine(**options)
 
 
+def test_processors_are_divided():
+    """A head node without processors draws nothing; a larger node holds several workers."""
+    nodes = {"head": 0, "small": 4, "large": 9}
+    assert cluster.share(nodes, None) == (4, {"small": 1, "large": 2})
+    assert cluster.share(nodes, 8) == (8, {"large": 1})
+    with pytest.raises(FluxonnxError, match=r"no node of the cluster has 10 processors: .* at most --threads 9"):
+        cluster.share(nodes, 10)
+    with pytest.raises(FluxonnxError, match="--num-cpus above 0"):
+        cluster.share({"head": 0}, None)
+
+
 def test_without_ray(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match=r'pip install "fluxonnx\[ray\]"'):
@@ -123,10 +134,6 @@ def test_a_node_killed_in_the_middle(nodes, tmp_path, capfd):
 
     # The same again makes nothing; a model that no node has is told before anything is made.
     assert make_pictures(rows, tmp_path / "many", painter, cluster.engine(running.address)).kept == PICTURES
-    for options, message in (
-        ({"model": str(tmp_path / "nowhere")}, r"lacks what the batch needs: .*nowhere"),
-        ({"threads": 2}, "no node of the cluster has 2 processors: give workers at most --threads 1"),
-    ):
-        wrong = Painter(**{"model": str(model), **options})
-        with pytest.raises(FluxonnxError, match=message):
-            make_pictures(rows[:1], tmp_path / "wrong", wrong, cluster.engine(running.address))
+    nowhere = Painter(str(tmp_path / "nowhere"), threads=1)
+    with pytest.raises(FluxonnxError, match=r"lacks what the batch needs: .*nowhere"):
+        make_pictures(rows[:1], tmp_path / "wrong", nowhere, cluster.engine(running.address))
