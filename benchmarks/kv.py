@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from fluxonnx import api
 from fluxonnx.errors import FluxonnxError
 from fluxonnx.measure.picture import PROMPT, SEED
-from fluxonnx.measure.tables import table
 from fluxonnx.runtime.pipeline import Flux
 from fluxonnx.runtime.request import Request
 
+HEAD = ("size", "references", "s a step", "s with kv", "s reading", "times faster: a step", "a picture")
 # The phases that differ.
 PHASES = ("read references", "load transformer", "denoise")
 
@@ -55,16 +55,16 @@ def main() -> int:
     warnings.simplefilter("ignore")  # that a model was not made for it
     try:
         for precision in arguments.precision:
-            print(f"\n{precision}\n\n{compare(arguments, precision)}", flush=True)
+            compare(arguments, precision)
     except FluxonnxError as error:
         print(f"benchmarks/kv.py: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def compare(arguments: argparse.Namespace, precision: str) -> str:
-    """Measure one precision; returns a table."""
-    rows = []
+def compare(arguments: argparse.Namespace, precision: str) -> None:
+    """Measure one precision, and print a row for each size and number of references as soon as it is measured."""
+    print(f"\n{precision}\n\n| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}", flush=True)
     with api.load(arguments.model, precision=precision, kv=True) as flux:
         for size in arguments.size:
             for count in arguments.references:
@@ -73,20 +73,17 @@ def compare(arguments: argparse.Namespace, precision: str) -> str:
                     for kv, found in runs.items():
                         found.append(measure(flux, size, count, arguments.steps, kv))
                 pairs = list(zip(runs[False], runs[True], strict=True))
-                rows.append(
-                    [
-                        f"{size}x{size}",
-                        str(count),
-                        seconds([run.step for run in runs[False]]),
-                        seconds([run.step for run in runs[True]]),
-                        seconds([run.reading for run in runs[True]]),
-                        # ratios within each round, of which the median counts
-                        f"{statistics.median(plain.step / kept.step for plain, kept in pairs):.2f}",
-                        f"{statistics.median(plain.whole / kept.whole for plain, kept in pairs):.2f}",
-                    ]
-                )
-    head = ["size", "references", "s a step", "s with kv", "s reading", "times faster: a step", "a picture"]
-    return table(head, rows)
+                row = [
+                    f"{size}x{size}",
+                    str(count),
+                    seconds([run.step for run in runs[False]]),
+                    seconds([run.step for run in runs[True]]),
+                    seconds([run.reading for run in runs[True]]),
+                    # ratios within each round, of which the median counts
+                    f"{statistics.median(plain.step / kept.step for plain, kept in pairs):.2f}",
+                    f"{statistics.median(plain.whole / kept.whole for plain, kept in pairs):.2f}",
+                ]
+                print(f"| {' | '.join(row)} |", flush=True)
 
 
 def measure(flux: Flux, size: int, count: int, steps: int, kv: bool) -> Run:
