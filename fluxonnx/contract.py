@@ -48,6 +48,10 @@ FIRST_ROWS = "first_rows"
 
 # Counts up when an exported graph or weight file changes: builds of another format are exported anew.
 GRAPH_FORMAT = 3
+# Autoencoders with at least as many channels at full size compute pictures in bands of rows (export/ops/bands.py), in
+# builds from this format on, for processors.
+BAND_CHANNELS, BANDS_SINCE = 64, 3
+PRECISIONS_IN_BANDS = ("bf16", "fp32", "int8", "int4")
 # Builds from this format on can still be run, which matters where their checkpoint is no longer there.
 OLDEST_RUNNABLE_FORMAT = 0
 

@@ -11,6 +11,10 @@ from __future__ import annotations
 BYTES_PER_VALUE = 18
 BYTES_BESIDES = 500_000_000
 
+# Likewise in bands of rows (0.72 GB at 512x512, 2.0 to 2.1 GB at 1024x1024).
+BAND_BYTES_PER_VALUE = 6.5
+BAND_BYTES_BESIDES = 300_000_000
+
 # A single-stream block holds 9 projections of the width of the residual stream, their halves, and copies of the
 # residual stream at once, in float32.
 BYTES_PER_TOKEN_AND_WIDTH = 4 * 36
@@ -25,13 +29,16 @@ WORKING_MEMORY = 1.5e9
 INT8_SHARE = 0.55
 
 
-def whole_bytes(pixels: int, channels: int) -> int:
-    """Return what the autoencoder needs for a picture in one piece.
+def whole_bytes(pixels: int, channels: int, in_bands: bool = False) -> int:
+    """Return what the autoencoder needs for a picture without tiles.
 
     Args:
         pixels: Width times height.
         channels: The most channels that any of its layers has at full resolution.
+        in_bands: Whether its graphs compute bands of rows.
     """
+    if in_bands:
+        return BAND_BYTES_BESIDES + int(BAND_BYTES_PER_VALUE * channels * pixels)
     return BYTES_BESIDES + BYTES_PER_VALUE * channels * pixels
 
 

@@ -16,7 +16,17 @@ from fluxonnx.checkpoint.directory import Checkpoint
 from fluxonnx.checkpoint.graphs import graph_architecture
 from fluxonnx.checkpoint.manifest import FILE_NAME, Build, Shape, depended_on
 from fluxonnx.checkpoint.reading import check_readable, shown
-from fluxonnx.contract import COMPONENTS, EMBEDDING_TABLE, FOLDERS, KV_COMPONENTS, Architecture, text_ids
+from fluxonnx.contract import (
+    BAND_CHANNELS,
+    BANDS_SINCE,
+    COMPONENTS,
+    EMBEDDING_TABLE,
+    FOLDERS,
+    KV_COMPONENTS,
+    PRECISIONS_IN_BANDS,
+    Architecture,
+    text_ids,
+)
 from fluxonnx.errors import CheckpointError, UsageError
 from fluxonnx.lora.adapted import Adapted
 from fluxonnx.runtime.engine import Runner, SessionOptions
@@ -92,6 +102,12 @@ class Models:
         encoder, build = self._builds["text_encoder"], self._builds["transformer"]
         mixed = {"text_encoder_precision": encoder.precision} if encoder is not build else {}
         return {"precision": build.precision, "flavour": build.flavour, **mixed}
+
+    def in_bands(self, channels: int) -> bool:
+        """Whether the autoencoder's graphs compute bands of rows, if it has that many channels at full size."""
+        build = self._builds["vae_decoder"]
+        current = build.components["vae_decoder"].graph_format >= BANDS_SINCE and build.flavour == "ort"
+        return current and build.precision in PRECISIONS_IN_BANDS and channels >= BAND_CHANNELS
 
     @property
     def only_static(self) -> bool:

@@ -92,7 +92,9 @@ def prepare(
     # What is decided is written into the picture, since tiles change it a little.
     drawn = [(request.width, request.height), *(reference.size for reference in request.references)]
     channels = max(sizes.vae.decoder_channels[:2])
-    tile = choose_tile(drawn, request.tile, options.low_memory, channels, options.free_memory())
+    tile = choose_tile(
+        drawn, request.tile, options.low_memory, channels, options.free_memory(), models.in_bands(channels)
+    )
     request = replace(request, tile=tile)
     canvas = request.canvas
     start = None

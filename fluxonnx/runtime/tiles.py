@@ -38,7 +38,12 @@ class Tiling:
 
 
 def choose_tile(
-    sizes: Sequence[tuple[int, int]], wanted: int | None, low_memory: bool, channels: int, free: int
+    sizes: Sequence[tuple[int, int]],
+    wanted: int | None,
+    low_memory: bool,
+    channels: int,
+    free: int,
+    in_bands: bool = False,
 ) -> int | None:
     """Return the side of the tiles for the autoencoder; None if no picture needs any.
 
@@ -50,13 +55,14 @@ def choose_tile(
         low_memory: Whether large pictures are always divided.
         channels: The most channels that a layer of the autoencoder has at full resolution.
         free: Bytes of free memory.
+        in_bands: Whether the autoencoder's graphs compute bands of rows.
     """
     tile = wanted or TILE
     if max(map(max, sizes)) <= tile:
         return None
     if wanted or low_memory:
         return tile
-    needed = whole_bytes(max(width * height for width, height in sizes), channels)
+    needed = whole_bytes(max(width * height for width, height in sizes), channels, in_bands)
     if needed <= free:
         return None
     short = f"memory is short ({needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free)"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from fluxonnx.contract import PRECISIONS_IN_BANDS
+from fluxonnx.export.precisions import PRECISIONS
 from fluxonnx.runtime.memory import (
     BYTES_PER_TOKEN_AND_WIDTH,
     INT8_SHARE,
@@ -21,6 +23,17 @@ from fluxonnx.runtime.memory import (
 def test_whole_pictures(side, measured):
     """The decoder of the 4B model, whose widest layer at full resolution has 256 channels."""
     assert whole_bytes(side * side, 256) == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(("side", "measured"), [(512, 0.72e9), (1024, 2.05e9)])
+def test_pictures_in_bands(side, measured):
+    """The same decoder, as it is exported for processors."""
+    assert whole_bytes(side * side, 256, in_bands=True) == pytest.approx(measured, rel=0.1)
+
+
+def test_which_builds_compute_bands():
+    """The runtime's estimate and the exporter agree on the precisions."""
+    assert {name for name, kind in PRECISIONS.items() if kind.bands} == set(PRECISIONS_IN_BANDS)
 
 
 def test_batches_take_half_of_the_memory():

@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from fluxonnx.contract import BAND_CHANNELS
 from fluxonnx.export.ops.builder import ModelBuilder
 from fluxonnx.export.primitives import add, concat, mul, reshape
 
 Picture = list[str]
 
-# Pictures of fewer bands, and of models whose values of full size have fewer channels, take no memory worth saving. A
+# Pictures of fewer bands, and of models with fewer than BAND_CHANNELS at full size, take no memory worth saving. A
 # graph with bands takes longer to open (4B model, processor time on a busy machine: 0.84 instead of 0.42 s).
-LEAST_BANDS, LEAST_CHANNELS = 4, 64
+LEAST_BANDS = 4
 LAST = np.iinfo(np.int64).max
 
 
@@ -33,7 +34,7 @@ def divided(g: ModelBuilder, x: Picture, scale: int, channels: int) -> Picture:
         scale: Rows of the picture per row of latents, which is the number of bands.
         channels: The most channels of values that are as large as the picture that is decoded or encoded.
     """
-    if len(x) > 1 or scale < LEAST_BANDS or channels < LEAST_CHANNELS or not g.fused or not g.precision.bands:
+    if len(x) > 1 or scale < LEAST_BANDS or channels < BAND_CHANNELS or not g.fused or not g.precision.bands:
         return x
     return _divided(g, x[0], scale)
 
