@@ -153,12 +153,17 @@ def _axe() -> str:
     return (folder / "axe.min.js").read_text("utf-8")
 
 
-def faults(page: Any, *rules: str) -> list[str]:
-    """What axe-core finds: rules, all or some, and the elements that break them."""
+def faults(page: Any) -> list[str]:
+    """What axe-core finds, in the light and in the dark, where only colours are another matter."""
     if not page.evaluate("'axe' in window"):
         page.evaluate(_axe())
-    found = page.evaluate("(rules) => axe.run(rules.length ? { runOnly: rules } : {})", list(rules))
-    return [f"{rule['id']}: {', '.join(str(n['target']) for n in rule['nodes'])}" for rule in found["violations"]]
+    found = []
+    for scheme, rules in (("dark", ["color-contrast"]), ("light", [])):
+        page.emulate_media(color_scheme=scheme)
+        told = page.evaluate("(rules) => axe.run(rules.length ? { runOnly: rules } : {})", rules)
+        for rule in told["violations"]:
+            found.append(f"{scheme}, {rule['id']}: {', '.join(str(node['target']) for node in rule['nodes'])}")
+    return found
 
 
 def overflow(page: Any) -> int:
