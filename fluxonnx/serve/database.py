@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fluxonnx.errors import FluxonnxError, UsageError
-from fluxonnx.files import atomic_write, describe_os_error, remove_leftovers
+from fluxonnx.files import describe_os_error, remove_leftovers, temporary_file
 
 try:
     import fcntl
@@ -25,6 +25,8 @@ except ImportError:  # Windows, where a file that another process has opened can
 
 FOLDERS = ("pictures", "uploads", "thumbnails")
 VERSION = 1
+# How temporary files begin.
+TEMPORARY = ".new."
 
 SCHEMA = """
 CREATE TABLE jobs (
@@ -88,7 +90,7 @@ class Database:
         try:
             for name in FOLDERS:
                 (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-                remove_leftovers(folder / name, ".*.tmp")
+                remove_leftovers(folder / name, f"{TEMPORARY}*.tmp")
             self._guard = _only_one(folder)
         except OSError as error:
             raise UsageError(describe_os_error(error, folder, "choose another with --data")) from None
@@ -164,9 +166,12 @@ def write_whole(path: Path, data: bytes, what: str) -> None:
         FluxonnxError: It can't be written.
     """
     try:
-        with atomic_write(path) as temporary, temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        # Not `atomic_write`, which looks through the whole folder for what others have left: that is done at the start.
+        with temporary_file(path, TEMPORARY) as temporary:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except OSError as error:
         raise FluxonnxError(describe_os_error(error, what, "choose another with --data")) from None
