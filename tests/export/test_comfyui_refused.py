@@ -108,15 +108,15 @@ def test_contradictory_rotation(copy, tmp_path, fails):
     fails(1, "contradict each other", "export", "-d", copy, "--transformer", file, "--component", "transformer", "-q")
 
 
-def test_integers_elsewhere_are_refused(copy, fails):
-    """They would be taken for weights; only transformers come with scales."""
+def test_integers_without_scales_are_refused(copy, fails):
+    """They would be taken for weights."""
     path = copy / "text_encoder/model.safetensors"
     tensors = load_file(path)
     tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].astype(np.int8)
     save_file(tensors, path)
     fails(
         1,
-        r"quantised to 8-bit integers \(model.layers.0.mlp.up_proj.weight\)",
+        r"model.layers.0.mlp.up_proj.weight is I8, but has no scale",
         "export",
         "-d",
         copy,
