@@ -1,10 +1,10 @@
 """Base models: 50 steps with guidance, with and without step caching, beside diffusers: seconds, ratios, PSNR.
 
-    python benchmarks/base.py MODEL [--precision bf16 int8] [--step-cache 1 2 3] [--size 128] [--repeat 3]
+    python benchmarks/base.py MODEL [--precision bf16 int8] [--step-cache 1 2 3] [--size 128] [--dtype bf16] [--repeat 3]
 
 All draw the same prompt from the same noise in one process, and take turns, so that other load on the machine affects
 all of them. Seconds are those of the denoising steps alone, without loading, encoding and decoding. diffusers computes
-in bfloat16, as people run it. PSNR is that of the finished picture against fluxonnx's own bf16 picture with every call,
+in the dtype that is faster on the processor: give it with `--dtype`. PSNR is that of the finished picture against fluxonnx's own bf16 picture with every call,
 in dB. A ratio is fluxonnx's share of diffusers' time in the same round, of which the median counts.
 """
 
@@ -43,6 +43,7 @@ def main() -> int:
     parser.add_argument("--step-cache", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="default: 1 2 3")
     parser.add_argument("-p", "--prompt", default=PROMPT, metavar="TEXT", help="default: %(default)s")
     parser.add_argument("--size", type=int, default=128, metavar="PX", help="of a square (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of diffusers (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="default: %(default)s")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="rounds (default: %(default)s)")
     arguments = parser.parse_args()
@@ -57,7 +58,8 @@ def main() -> int:
 
 def compare(arguments: argparse.Namespace) -> str:
     """Draw in turns; returns a table."""
-    programs: dict[str, Draw] = {"diffusers bf16": diffusers_draw(arguments)}
+    rival = f"diffusers {arguments.dtype}"
+    programs: dict[str, Draw] = {rival: diffusers_draw(arguments)}
     for precision in dict.fromkeys(["bf16", *arguments.precision]):
         for every in arguments.step_cache if precision in arguments.precision else [1]:
             programs[f"fluxonnx {precision}" + (f", --step-cache {every}" if every > 1 else "")] = fluxonnx_draw(
@@ -73,7 +75,7 @@ def compare(arguments: argparse.Namespace) -> str:
     whole = pictures["fluxonnx bf16"]
     rows = []
     for name, found in seconds.items():
-        pairs = zip(found, seconds["diffusers bf16"], strict=True)
+        pairs = zip(found, seconds[rival], strict=True)
         ratio = statistics.median(ours / theirs for ours, theirs in pairs)
         distance = "" if name == "fluxonnx bf16" else f"{psnr(pictures[name], whole):.1f}"
         rows.append([name, f"{statistics.median(found):.2f}", f"{ratio:.2f}", distance])
@@ -99,7 +101,8 @@ def diffusers_draw(arguments: argparse.Namespace) -> Draw:
 
     manifest = read_manifest(Path(arguments.model))
     layers = tuple(manifest.text_encoder_out_layers or ()) if manifest else ()
-    pipe = Flux2KleinPipeline.from_pretrained(arguments.model, torch_dtype=torch.bfloat16)
+    dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+    pipe = Flux2KleinPipeline.from_pretrained(arguments.model, torch_dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     started: list[float] = []
     forward = pipe.transformer.forward
