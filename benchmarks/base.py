@@ -1,11 +1,13 @@
 """Base models: 50 steps with guidance, with and without step caching, beside diffusers: seconds, ratios, PSNR.
 
-    python benchmarks/base.py MODEL [--precision bf16 int8] [--step-cache 1 2 3] [--size 128] [--dtype bf16] [--repeat 3]
+    python benchmarks/base.py MODEL [--precision bf16 int8] [--step-cache 1 2 3] [--size 128] [--dtype bf16]
+        [--repeat 3]
 
 All draw the same prompt from the same noise in one process, and take turns, so that other load on the machine affects
-all of them. Seconds are those of the denoising steps alone, without loading, encoding and decoding. diffusers computes
-in the dtype that is faster on the processor: give it with `--dtype`. PSNR is that of the finished picture against fluxonnx's own bf16 picture with every call,
-in dB. A ratio is fluxonnx's share of diffusers' time in the same round, of which the median counts.
+all of them. Seconds are those of the denoising steps alone, without loading, encoding and decoding. `--dtype` is that of
+diffusers: give the one that is faster on the processor. PSNR is that of the finished picture against fluxonnx's own bf16
+picture with every call, in dB. A ratio is fluxonnx's share of diffusers' time in the same round, of which the median
+counts.
 """
 
 from __future__ import annotations
