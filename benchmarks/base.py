@@ -4,10 +4,10 @@
         [--repeat 3]
 
 All draw the same prompt from the same noise in one process, and take turns, so that other load on the machine affects
-all of them. Seconds are those of the denoising steps alone, without loading, encoding and decoding. `--dtype` is that of
-diffusers: give the one that is faster on the processor. PSNR is that of the finished picture against fluxonnx's own bf16
-picture with every call, in dB. A ratio is fluxonnx's share of diffusers' time in the same round, of which the median
-counts.
+all of them. Seconds are those of the denoising steps alone, without loading, encoding and decoding. `--dtype` is that
+of diffusers: give the one that is faster on the processor. PSNR is that of the finished picture against fluxonnx's
+own bf16 picture with every call, in dB. A ratio is fluxonnx's share of diffusers' time in the same round, of which
+the median counts.
 """
 
 from __future__ import annotations
