@@ -129,7 +129,9 @@ def _content(image: Image.Image, name: object, **options: Any) -> bytes:
     buffer = io.BytesIO()
     try:
         image.save(buffer, **options)
-    except (OSError, ValueError) as error:  # too large for the format, such as a WebP of 16384 pixels
+    except OSError as error:
+        raise ImageError(describe_os_error(error, name)) from None
+    except ValueError as error:  # too large for the format, such as a WebP of 16384 pixels
         raise ImageError(f"can't write {name}: {error}") from None
     return buffer.getvalue()
 

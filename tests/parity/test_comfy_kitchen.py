@@ -12,10 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 from fluxonnx.checkpoint.formats import resolve
 from fluxonnx.checkpoint.safetensors import read_header, read_metadata
-from fluxonnx.contract import Port
 from fluxonnx.export import export, ops, weights
 from fluxonnx.export.ops import ModelBuilder
 from fluxonnx.export.precisions import Int8, Precision, make_precision
+from fluxonnx.ports import Port
 from tests import comfyui
 from tests.comfyui import Form
 from tests.support import GRAPH_TOLERANCE, Case, optional, relative_error, run_graph
