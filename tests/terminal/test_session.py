@@ -308,8 +308,16 @@ def test_lora_files(say, checkpoints):
     assert (pixels[0] == pixels[3]).all()
 
 
+@pytest.fixture
+def interruptible():
+    """Whoever starts the tests in the background has SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-def test_ctrl_c_stops_the_picture_and_not_the_session(say):
+def test_ctrl_c_stops_the_picture_and_not_the_session(say, interruptible):
     say("a cat")
     flux = say.session.studio.flux()
     say.bar.at_step = lambda step: step == 2 and os.kill(os.getpid(), signal.SIGINT)
@@ -324,7 +332,7 @@ def test_ctrl_c_stops_the_picture_and_not_the_session(say):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-def test_a_second_ctrl_c_stops_at_once(say):
+def test_a_second_ctrl_c_stops_at_once(say, interruptible):
     def twice(step: int) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
