@@ -221,7 +221,8 @@ def test_every_end_of_the_program_stops_a_run(tmp_path, ending):
         raise ending
 
     def send():
-        while threading.active_count() == threads:
+        # Threads that earlier tests left may end meanwhile.
+        while not set(threading.enumerate()) - known:
             os.sched_yield()
         os.kill(os.getpid(), signal.SIGUSR1)  # the thread that runs the graph is there
 
@@ -229,9 +230,9 @@ def test_every_end_of_the_program_stops_a_run(tmp_path, ending):
     try:
         with Session(endless(tmp_path / "endless.onnx"), "vae_decoder", SessionOptions()) as session:
             sender = threading.Thread(target=send)
-            threads = threading.active_count() + 1
-            sender.start()
+            known = {*threading.enumerate(), sender}
             with pytest.raises(ending):
+                sender.start()
                 session.run(start=np.ones((), np.float32))
         sender.join()
     finally:
