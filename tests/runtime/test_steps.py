@@ -298,6 +298,7 @@ def test_events_come_in_order(checkpoints):
     with fluxonnx.load(checkpoints.exported(CASE), watch=events.append) as flux:
         flux.run(request, [1])
         assert list(flux.phases.seconds) == ["encode prompt", "encode image", "load transformer", "denoise", "decode"]
+
     def short(event: Event) -> str:
         if isinstance(event, StepEnded):
             return f"{event.index} of {event.steps}"
