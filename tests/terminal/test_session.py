@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -309,18 +307,17 @@ def test_lora_files(say, checkpoints):
 
 
 @pytest.fixture
-def interruptible():
-    """Whoever starts the tests in the background has SIGINT ignored."""
+def press():
+    """press() is what Python does when Ctrl-C arrives; real ones are in test_repl.py, in a process of their own."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
+    yield lambda: signal.getsignal(signal.SIGINT)(signal.SIGINT, None)
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-def test_ctrl_c_stops_the_picture_and_not_the_session(say, interruptible):
+def test_ctrl_c_stops_the_picture_and_not_the_session(say, press):
     say("a cat")
     flux = say.session.studio.flux()
-    say.bar.at_step = lambda step: step == 2 and os.kill(os.getpid(), signal.SIGINT)
+    say.bar.at_step = lambda step: press() if step == 2 else None
     say.bar.steps = 0
     assert say("!steps 50", "a dog").endswith("Stopped.")
     assert say.bar.steps == 2
@@ -331,11 +328,10 @@ def test_ctrl_c_stops_the_picture_and_not_the_session(say, interruptible):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-def test_a_second_ctrl_c_stops_at_once(say, interruptible):
+def test_a_second_ctrl_c_stops_at_once(say, press):
     def twice(step: int) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        press()
+        press()
 
     say.bar.at_step = twice
     assert say("a dog").endswith("Stopped.")
