@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -304,39 +303,6 @@ def test_lora_files(say, checkpoints):
     assert (pixels[0] != pixels[1]).any()
     assert (pixels[1] == pixels[2]).all()
     assert (pixels[0] == pixels[3]).all()
-
-
-@pytest.fixture
-def press():
-    """press() is what Python does when Ctrl-C arrives; real ones are in test_repl.py, in a process of their own."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield lambda: signal.getsignal(signal.SIGINT)(signal.SIGINT, None)
-    signal.signal(signal.SIGINT, before)
-
-
-def test_ctrl_c_stops_the_picture_and_not_the_session(say, press):
-    say("a cat")
-    flux = say.session.studio.flux()
-    say.bar.at_step = lambda step: press() if step == 2 else None
-    say.bar.steps = 0
-    assert say("!steps 50", "a dog").endswith("Stopped.")
-    assert say.bar.steps == 2
-    assert files() == ["out-0001.png"]
-    say.bar.at_step = lambda step: None
-    assert "$2: out-0002.png" in say("!steps 2", "a bird")
-    assert say.session.studio.flux() is flux
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_a_second_ctrl_c_stops_at_once(say, press):
-    def twice(step: int) -> None:
-        press()
-        press()
-
-    say.bar.at_step = twice
-    assert say("a dog").endswith("Stopped.")
-    say.bar.at_step = lambda step: None
-    assert "$1:" in say("a bird")
 
 
 def test_the_text_encoder_is_kept_by_memory(checkpoints, tmp_path, monkeypatch):
