@@ -106,7 +106,7 @@ def test_provider_auto_draws_and_says_why(checkpoints, tmp_path, capsys):
 
 def test_both_auto_are_one_line(checkpoints, tmp_path):
     said = []
-    fluxonnx.load(checkpoints.get(CASE), provider="auto", precision="auto", on_choice=said.append).close()
+    fluxonnx.load(checkpoints.exported(CASE), provider="auto", precision="auto", on_choice=said.append).close()
     (choice,) = said
     assert "there is no cuda here" in choice.reason
     assert "of weights cost nothing as they are" in choice.reason
