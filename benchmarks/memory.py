@@ -26,10 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import rivals
-from fluxonnx import api
 from fluxonnx.errors import FluxonnxError, UsageError
-from fluxonnx.measure.speed import parse_size
-from fluxonnx.runtime.request import Request
 
 MOUNT = Path("/sys/fs/cgroup")
 # Puts a shell into a control group and has it become the program.
@@ -124,19 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = int(own.limit * 1e9)
     limit = unlimited if size == 0 else data_limit if own.rlimit else group
     try:
-        width, height = parse_size(arguments.size)
-        request = Request(prompt=arguments.prompt, width=width, height=height, steps=arguments.steps)
-        for precision in arguments.precision:
-            with api.load(arguments.dir, precision=precision, flavour="ort", threads=arguments.threads) as flux:
-                flux.check(request)
-        work = {
-            "model": arguments.dir,
-            "threads": arguments.threads,
-            "width": width,
-            "height": height,
-            "steps": arguments.steps,
-            "prompt": arguments.prompt,
-        }
+        work = rivals.prepare(arguments)
         with tempfile.TemporaryDirectory(prefix="fluxonnx-memory-") as folder, limit(size) as words:
             contenders = rivals.line_up(arguments, work, folder)
             for contender in contenders:
@@ -147,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"memory: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     kind = "no limit" if size == 0 else f"at most {own.limit:g} GB" + (", RLIMIT_DATA" if own.rlimit else "")
-    print(f"{width}x{height}, {arguments.steps} steps, {kind}{', cold' if arguments.cold else ''}\n")
+    print(f"{work['width']}x{work['height']}, {arguments.steps} steps, {kind}{', cold' if arguments.cold else ''}\n")
     print(rivals.render(contenders))
     return 1 if any(contender.error for contender in contenders) else 0
 

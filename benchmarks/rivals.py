@@ -229,27 +229,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Compare; returns 0, 1 if a program failed, 2 for wrong usage."""
-    arguments = parse(argv)
-    try:
-        if arguments.json is not None:
-            check_output(arguments.json, "--json")
-        width, height = parse_size(arguments.size)
-        request = Request(prompt=arguments.prompt, width=width, height=height, steps=arguments.steps)
-        # All builds are exported before the clock starts.
-        portable = list(arguments.openvino_precision) if "openvino" in arguments.rivals else []
-        portable += ["fp32"] if "openvino-nncf" in arguments.rivals else []
-        builds = [(precision, "ort") for precision in arguments.precision]
-        if "openblas" in arguments.rivals and "bf16" not in arguments.precision:
-            builds.append(("bf16", "ort"))
-        for precision, flavour in [*builds, *((precision, "portable") for precision in portable)]:
-            with api.load(arguments.dir, precision=precision, flavour=flavour, threads=arguments.threads) as flux:
-                flux.check(request)
-    except FluxonnxError as error:
-        print(f"rivals: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    work = {
+def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Export all builds before the clock starts; returns what every program is told.
+
+    Raises:
+        FluxonnxError: Such a picture can't be drawn, or such a build not be made.
+    """
+    width, height = parse_size(arguments.size)
+    request = Request(prompt=arguments.prompt, width=width, height=height, steps=arguments.steps)
+    portable = list(arguments.openvino_precision) if "openvino" in arguments.rivals else []
+    portable += ["fp32"] if "openvino-nncf" in arguments.rivals else []
+    builds = [(precision, "ort") for precision in arguments.precision]
+    if "openblas" in arguments.rivals and "bf16" not in arguments.precision:
+        builds.append(("bf16", "ort"))
+    for precision, flavour in [*builds, *((precision, "portable") for precision in portable)]:
+        with api.load(arguments.dir, precision=precision, flavour=flavour, threads=arguments.threads) as flux:
+            flux.check(request)
+    return {
         "model": arguments.dir,
         "threads": arguments.threads,
         "width": width,
@@ -257,13 +253,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         "steps": arguments.steps,
         "prompt": arguments.prompt,
     }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare; returns 0, 1 if a program failed, 2 for wrong usage."""
+    arguments = parse(argv)
+    try:
+        if arguments.json is not None:
+            check_output(arguments.json, "--json")
+        work = prepare(arguments)
+    except FluxonnxError as error:
+        print(f"rivals: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
     with tempfile.TemporaryDirectory(prefix="fluxonnx-rivals-") as folder:
         contenders = line_up(arguments, work, folder)
         dropped = weight_files(arguments) if arguments.cold else ()
         measure(contenders, arguments.repeat, environment_for(arguments.threads), dropped)
     here = machine()
     cold = ", cold" if arguments.cold else ""
-    print(f"{here['processor']}, {here['cores']} cores, {width}x{height}, {arguments.steps} steps{cold}\n")
+    size = f"{work['width']}x{work['height']}"
+    print(f"{here['processor']}, {here['cores']} cores, {size}, {arguments.steps} steps{cold}\n")
     print(render(contenders))
     if arguments.json is not None:
         found = {
