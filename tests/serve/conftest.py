@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fluxonnx.export import export
+from tests.serve.pages import House
 from tests.serving import Server, serving
 
 TINY = Path(__file__).parent.parent.parent / "models/tiny-klein"
@@ -34,3 +35,11 @@ def server(model: Path, data: Path) -> Iterator[Server]:
     """A server that tests share: they leave no job in it, and count only what they add."""
     with serving(model, data, "--lora-dir", str(TINY.parent)) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def house(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """A server of a file's own, for the tests of its page."""
+    started = House(model, tmp_path_factory.mktemp("page"))
+    yield started
+    started.end()

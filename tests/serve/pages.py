@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image, ImageDraw
 
 from tests.conformance.browser import chromium, in_thread
@@ -21,6 +22,8 @@ from tests.serving import Server
 ROOT = Path(__file__).parents[2]
 MODULES = ("playwright", "greenlet", "program:chromium", "npm:axe-core")
 LACKING = [module for module in MODULES if not has(module)]
+# Of each file of tests in the browser.
+MARKS = [pytest.mark.slow, pytest.mark.skipif(bool(LACKING), reason=f"{', '.join(LACKING)} not installed")]
 # Milliseconds that the page gets for anything, a load of the model included.
 PATIENCE = 30_000
 # The width of a picture, once it is loaded.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -13,20 +12,10 @@ pytest.importorskip("uvicorn")
 import fluxonnx
 from fluxonnx.runtime.saving import save_image
 from tests.serve import pages
-from tests.serve.pages import House, after, connected, fill, in_browser, make, opened, screenshot, shown
+from tests.serve.pages import after, connected, fill, in_browser, make, opened, screenshot, shown
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(pages.LACKING), reason=f"{', '.join(pages.LACKING)} not installed"),
-]
+pytestmark = pages.MARKS
 PROMPT = "a red circle on a blue background"
-
-
-@pytest.fixture(scope="module")
-def house(model, tmp_path_factory) -> Iterator[House]:
-    started = House(model, tmp_path_factory.mktemp("page"))
-    yield started
-    started.end()
 
 
 @in_browser

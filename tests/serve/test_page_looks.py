@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,18 +12,8 @@ pytest.importorskip("uvicorn")
 from tests.serve import pages
 from tests.serve.pages import House, after, connected, fill, in_browser, make, opened, screenshot
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(pages.LACKING), reason=f"{', '.join(pages.LACKING)} not installed"),
-]
+pytestmark = pages.MARKS
 KEY = "correct-horse-battery"
-
-
-@pytest.fixture(scope="module")
-def house(model, tmp_path_factory) -> Iterator[House]:
-    started = House(model, tmp_path_factory.mktemp("page"))
-    yield started
-    started.end()
 
 
 @in_browser
