@@ -174,23 +174,19 @@ def test_seconds_of_an_export_are_printed_on_request(model, capsys):
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_keeps_what_is_done_and_leaves_nothing_else(model, environment, tmp_path, number, code):
     """The signal comes while the third of 1000 pictures is made."""
-    command = [sys.executable, "-m", "fluxonnx", "generate", "-d", model, "-p", "a", "-W", "64", "-H", "64"]
+    words = ["generate", "-d", model, "-p", "a", "-W", "64", "-H", "64", "-s", "1", "-n", "1000", "-o", "cat.png"]
     # On one core several small pictures would be made at a time.
-    command += ["-s", "1", "-n", "1000", "-o", "cat.png", "--threads", "2"]
-    number_of = getattr(signal, number)
-
-    def heed() -> None:
-        signal.signal(number_of, signal.SIG_DFL)  # tests may run under nohup or in the background
-
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed
-    ) as process:
+    words += ["--threads", "2"]
+    # Tests may run under nohup or in the background, where signals are ignored.
+    heed = f"signal.signal(signal.{number}, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
+    command = [sys.executable, "-c", f"import os, signal, sys; {heed}", sys.executable, "-m", "fluxonnx", *words]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         announced = 0
         for line in process.stderr:
             announced += line.startswith("cat-")
             if announced == 2:
-                process.send_signal(number_of)
+                process.send_signal(getattr(signal, number))
                 break
         rest = process.stderr.read().splitlines()
     assert process.returncode == code

@@ -21,8 +21,9 @@ def test_previews_are_those_of_single_steps(checkpoints):
         if isinstance(event, StepEnded):
             seen.extend((event.index, event.steps, event.preview(i).tobytes()) for i in range(event.count))
 
-    with fluxonnx.load(checkpoints.exported(Case("odd-heads")), precision="bf16", watch=watch) as flux:
+    with fluxonnx.load(checkpoints.exported(Case("odd-heads")), precision="bf16", threads=2, watch=watch) as flux:
         flux.run(request, [1, 2])
         alone = [[step.preview("fast").tobytes() for step in flux.steps(request, seed)] for seed in (1, 2)]
-    assert [(index, steps) for index, steps, _ in seen] == [(1, 3), (2, 3), (3, 3)] * 2  # one at a time: it is narrow
+    # One at a time: two threads share few columns.
+    assert [(index, steps) for index, steps, _ in seen] == [(1, 3), (2, 3), (3, 3)] * 2
     assert [data for _, _, data in seen] == [*alone[0], *alone[1]]

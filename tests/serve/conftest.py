@@ -38,8 +38,14 @@ def server(model: Path, data: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def house(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    """A server of a file's own, for the tests of its page."""
+def home(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     started = House(model, tmp_path_factory.mktemp("page"))
     yield started
     started.end()
+
+
+@pytest.fixture
+def house(home: House) -> House:
+    """A server of a file's own, for the tests of its page; it runs also where the test before has left it killed."""
+    home.revive()
+    return home

@@ -59,6 +59,11 @@ class House:
         """Start it again."""
         self._server = Server(*self._words, "--port", str(self._port))
 
+    def revive(self) -> None:
+        """Start it again, unless it runs."""
+        if self._server.process.poll() is not None:
+            self.start()
+
     def end(self) -> None:
         """Ask it to end."""
         if self._server.process.poll() is None:

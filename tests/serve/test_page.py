@@ -136,9 +136,9 @@ def test_a_killed_server(house):
     """The page says so, comes back by itself, and shows the picture whose job the server takes up again."""
     with opened(house.url) as page:
         connected(page)
-        fill(page, prompt="a purple star", seed=11, steps=60)
+        fill(page, prompt="a purple star", seed=11, steps=100)
         page.keyboard.press("Control+Enter")
-        page.get_by_text(re.compile("Step [0-9]+ of 60")).first.wait_for()
+        page.get_by_text(re.compile("Step [0-9]+ of 100")).first.wait_for()
         house.kill()
         page.get_by_text("Reconnecting").wait_for()
         page.get_by_text("The server is gone.").wait_for()
@@ -146,8 +146,28 @@ def test_a_killed_server(house):
         connected(page)
         page.get_by_text("The server is back.").wait_for()
         page.locator("#stage-picture").wait_for()
-        assert page.inner_text("#picture-facts").endswith("60 steps · seed 11")
+        assert page.inner_text("#picture-facts").endswith("100 steps · seed 11")
         assert len(pages.gallery(page)) == len(set(pages.gallery(page)))
+
+
+@in_browser
+def test_a_request_of_the_page_itself_that_fails_with_the_server(house):
+    """The gallery is asked for when a picture is done; that nobody answers is no news beside the server's end."""
+    held = []
+    with opened(house.url) as page:
+        connected(page)
+        page.route("**/pictures?*", lambda route: held.append(route))
+        with page.expect_request("**/pictures?*"):
+            fill(page, prompt="a purple star", seed=12, steps=1)
+            page.keyboard.press("Control+Enter")
+        house.kill()
+        page.get_by_text("The server is gone.").wait_for()
+        held[0].abort()
+        page.unroute("**/pictures?*")
+        page.wait_for_timeout(300)
+        assert page.get_by_text("The server is gone.").is_visible()
+        house.start()
+        page.get_by_text("The server is back.").wait_for()
 
 
 @in_browser

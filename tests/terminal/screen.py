@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import struct
+import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 
 import pexpect
 import pyte
+from pexpect.fdpexpect import fdspawn
 
 # Longer than anything takes on a busy machine: a test that waits for so long fails.
 PATIENCE = 60
@@ -35,8 +40,20 @@ def environment(home: Path, **values: str) -> dict[str, str]:
     return {**inherited, **TERMINAL, "HOME": str(home), "PROMPT_TOOLKIT_NO_CPR": "1", **values}
 
 
+# Makes a session's terminal of standard input, heeds Ctrl-C also under nohup, and becomes another program.
+TAKE_TERMINAL = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
 class Terminal:
-    """A program, started on a terminal of its own."""
+    """A program, started on a terminal of its own.
+
+    It is not a fork of this process: libraries with threads that other tests have loaded may crash in one.
+    """
 
     def __init__(
         self, words: list[str], cwd: Path, lines: int = 40, columns: int = 100, answers: bytes = b"", **values: str
@@ -47,14 +64,19 @@ class Terminal:
         self._answers = answers
         self._held = b""
         self.sent = b""
-        self.child = pexpect.spawn(
-            words[0],
-            words[1:],
-            cwd=str(cwd),
+        ours, theirs = os.openpty()
+        fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        self.process = subprocess.Popen(
+            [sys.executable, "-ISc", TAKE_TERMINAL, *words],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            cwd=cwd,
             env=environment(cwd, **values),
-            dimensions=(lines, columns),
-            timeout=PATIENCE,
+            start_new_session=True,
         )
+        os.close(theirs)
+        self.child = fdspawn(ours, timeout=PATIENCE)
 
     @property
     def text(self) -> str:
@@ -94,7 +116,7 @@ class Terminal:
             except pexpect.EOF:
                 break
         self.child.close()
-        return self.child.exitstatus if self.child.signalstatus is None else -self.child.signalstatus
+        return self.process.wait(PATIENCE)
 
 
 def fluxonnx(*words: object) -> list[str]:

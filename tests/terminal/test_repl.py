@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 CASE = Case("odd-heads")
-CTRL_C, UP, TAB = "\x03", "\x1b[A", "\t"
+CTRL_C, CTRL_D, UP, TAB = "\x03", "\x04", "\x1b[A", "\t"
 # What terminals answer to the questions of `detection`.
 PLAIN, SIXEL = b"\x1b[?62;22c", b"\x1b[6;20;10t\x1b[?62;4;22c"
 
@@ -90,7 +90,7 @@ def test_a_session(model, tmp_path):
     # A line that is wrong, a command that is unknown, and the end.
     terminal.type("!steps none at all")
     terminal.wait("fluxonnx: steps is 'none', expected an integer")
-    terminal.child.sendeof()
+    terminal.child.send(CTRL_D)
     assert terminal.end() == 0
     assert "Traceback" not in terminal.text
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["out-0001.png", "out-0002.png"]
@@ -112,7 +112,7 @@ def test_a_session(model, tmp_path):
 def test_the_command_alone_is_the_prompt_and_a_signal_ends_it(model, tmp_path):
     terminal = Terminal(fluxonnx(), tmp_path, answers=b"a cat" + PLAIN, FLUXONNX_MODEL=str(model))
     terminal.wait("$1 a cat")  # typed while the terminal was asked what it is
-    terminal.child.kill(15)
+    terminal.process.terminate()
     assert terminal.end() == 143
     assert "ended by SIGTERM" in terminal.text
 

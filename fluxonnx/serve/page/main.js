@@ -10,7 +10,7 @@ import * as gallery from "./gallery.js";
 import { startKeys } from "./keys.js";
 import { startMask } from "./mask.js";
 import { parametersOf } from "./metadata.js";
-import { notify, speak, tell } from "./notices.js";
+import { notify, speak, tell, tellUnlessGone } from "./notices.js";
 import * as queue from "./queue.js";
 import { showSession, startSession } from "./session.js";
 import { addReference, fillSources, setInput, sourceUrl, uploaded } from "./sources.js";
@@ -64,15 +64,15 @@ function onJob(news) {
   if (mine && queue.active(job)) stage.showJob(job);
   else if (!queue.active(job)) ended(job, mine);
   else if (!stage.followed() && job.state === "running" && !stage.shownPicture()) watch(job);
-  if (queue.active(job) && (job.pictures?.length ?? 0) > before) gallery.refresh().catch(tell);
+  if (queue.active(job) && (job.pictures?.length ?? 0) > before) gallery.refresh().catch(tellUnlessGone);
 }
 
 /** A job has ended: what it made, or the next one that is followed, comes on show. */
 async function ended(job, mine) {
   stage.unfollow(job.id);
   // Those that wait have moved up, also where nothing else is told of them.
-  if (queue.anyWaits()) queue.refresh().catch(tell);
-  if (job.state !== "cancelled") await gallery.refresh().catch(tell);
+  if (queue.anyWaits()) queue.refresh().catch(tellUnlessGone);
+  if (job.state !== "cancelled") await gallery.refresh().catch(tellUnlessGone);
   if (!mine) return;
   const next = queue.get(stage.followed());
   const first = gallery.picture(job.pictures?.[0]?.id);
@@ -135,7 +135,7 @@ async function refresh() {
     ready = connected = true;
     connection("connected");
   } catch (error) {
-    tell(error);
+    tellUnlessGone(error);
   }
 }
 

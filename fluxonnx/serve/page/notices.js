@@ -38,6 +38,11 @@ export function tell(error) {
   else notify("wentWrong", {}, { kind: "error", detail: error.message });
 }
 
+/** Tell what went wrong with a request that the page made by itself: that the server is gone is told when it is lost. */
+export function tellUnlessGone(error) {
+  if (error.status !== 0) tell(error);
+}
+
 /** Ask whether to do something that can't be undone. */
 export function confirmed(key) {
   const dialog = find("confirm-dialog");
