@@ -24,10 +24,11 @@ MOST_THREADS = 1024
 
 
 @lru_cache
-def cpu_flags() -> frozenset[str]:
+def cpu_flags(root: Path = ROOT) -> frozenset[str]:
     """Return the processor's features as Linux names them; empty where the system does not tell."""
-    lines = _read(ROOT / "proc/cpuinfo").splitlines()
-    return frozenset(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
+    # x86 calls them flags, arm64 Features
+    found = re.search(r"^(?:flags|Features)[ \t]*:(.*)$", _read(root / "proc/cpuinfo"), re.MULTILINE)
+    return frozenset(found[1].split() if found else ())
 
 
 def has_exact_int8_dot() -> bool:

@@ -11,6 +11,7 @@ import pytest
 
 from fluxonnx.machine import (
     available_memory,
+    cpu_flags,
     memory_limit,
     processor_time_limit,
     thread_limit,
@@ -47,6 +48,22 @@ def v2(root: Path, files: dict[str, object], group: str = "/a/b", mounts: str = 
 def v1(root: Path, files: dict[str, object], groups: str = V1_GROUPS, mounts: str = V1_MOUNTS) -> Path:
     inside = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
     return tree(root, {"proc/self/cgroup": groups, "proc/self/mountinfo": mounts, **inside})
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2\nvmx flags\t: vnmi\n\nprocessor\t: 1\nflags\t\t: fpu\n", {"fpu", "avx2"}),
+        (
+            "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimddp i8mm\nCPU part\t: 0xd40\n",
+            {"fp", "asimddp", "i8mm"},
+        ),
+        ("processor\t: 0\nflags\t\t:\nbugs\t\t: spectre_v1\n", set()),
+        ("", set()),
+    ],
+)
+def test_flags_of_the_processor(tmp_path, cpuinfo, expected):
+    assert cpu_flags(tree(tmp_path, {"proc/cpuinfo": cpuinfo})) == expected
 
 
 @pytest.mark.parametrize(

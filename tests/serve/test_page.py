@@ -43,6 +43,13 @@ def test_a_picture_grows_and_appears(house, model):
         assert (pages.pixels(page, house.url, again) == found).all()
         other = after(page, page.get_by_role("button", name="With another seed").click)
         assert (pages.pixels(page, house.url, other) != found).any()
+        seed = page.inner_text("#picture-facts").rpartition(" ")[2]
+        fill(page, prompt="something else", seed=1, steps=1)
+        page.get_by_role("button", name="Use its parameters").click()
+        page.get_by_text("The form has this picture's parameters.").wait_for()
+        assert [page.input_value(f"#{name}") for name in ("prompt", "seed", "steps")] == [PROMPT, seed, "8"]
+        page.get_by_role("button", name="As a reference").click()
+        page.locator(f"#references img[src='pictures/{other}']").wait_for()
 
 
 @in_browser
@@ -63,6 +70,10 @@ def test_paints_a_mask_and_edits(house):
                     page.mouse.down()
             page.mouse.up()
 
+        for name, said, empty in (("Invert", "100 % painted", False), ("Clear", "0 % painted", True)):
+            page.get_by_role("button", name=name).click()
+            assert page.inner_text("#mask-said") == said
+            assert page.locator("#mask-done").is_disabled() == empty
         page.fill("#mask-size", "40")
         stroke((0.4, 0.45), (0.6, 0.55))
         page.get_by_role("button", name="Eraser").click()

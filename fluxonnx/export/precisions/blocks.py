@@ -35,7 +35,7 @@ def product(g: GraphBuilder, x: str, tensor: Encoded) -> str:
     g.encoded(tensor, [integers, Part(".scale", "F32", (n_out, count, *([] if fused else [1])))], encode)
     weight, scale = tensor.name, tensor.name + ".scale"
     if fused:
-        # accuracy_level 4: activations are rounded to int8, block by block
+        # accuracy_level 4: activations are rounded to int8, block by block (by rows in Arm's own kernels)
         sizes: dict[str, Any] = {"K": n_in, "N": n_out, "bits": bits, "block_size": size, "accuracy_level": 4}
         shape = [*g.shape(x)[:-1], n_out]
         return g.op("MatMulNBits", x, weight, scale, domain=MICROSOFT, like=x, shape=shape, **sizes)

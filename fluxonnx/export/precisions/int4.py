@@ -78,7 +78,7 @@ class Int4(Quantised):
         g.encoded(tensor, parts, encode)
         weight, scale = tensor.name, tensor.name + ".scale"
         if fused:
-            # accuracy_level 4: activations are rounded to int8, block by block
+            # accuracy_level 4: activations are rounded to int8, block by block (by rows in Arm's own kernels)
             sizes: dict[str, Any] = {"K": n_in, "N": n_out, "bits": 4, "block_size": block, "accuracy_level": 4}
             shape = [*g.shape(x)[:-1], n_out]
             return g.op("MatMulNBits", x, weight, scale, domain=MICROSOFT, like=x, shape=shape, **sizes)
