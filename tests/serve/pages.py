@@ -25,7 +25,7 @@ LACKING = [module for module in MODULES if not has(module)]
 # Of each file of tests in the browser.
 MARKS = [pytest.mark.slow, pytest.mark.skipif(bool(LACKING), reason=f"{', '.join(LACKING)} not installed")]
 # Milliseconds that the page gets for anything, a load of the model included.
-PATIENCE = 30_000
+PATIENCE = 60_000
 # The width of a picture, once it is loaded.
 LOADED_WIDTH = "(image) => image.decode().then(() => image.naturalWidth)"
 # A folder; where it is given, the tests write the screenshots of docs/page.md into it.
