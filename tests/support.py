@@ -12,7 +12,9 @@ import onnx
 import pytest
 
 from fluxonnx.checkpoint.manifest import build_name, graph_file, read_manifest
+from fluxonnx.checkpoint.safetensors import Tensor
 from fluxonnx.export import export
+from fluxonnx.export.precisions.rounding import int8_panels
 from fluxonnx.runtime.session import Session, SessionOptions
 from tools.make_checkpoint import ARCHITECTURES, make_checkpoint
 
@@ -102,6 +104,12 @@ def aged(root: Path, graph_format: int = 0) -> None:
             component.graph_format, component.exporter_version = graph_format, "0.0"
             component.exporter_digest = "of another exporter"
     manifest.save(root)
+
+
+def int8_matrix(tensor: Tensor, limit: int | None, rotation: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A matrix as `Int8` stores it, in one panel: int8 [in, out], and the steps, f32 [out]."""
+    values, scales = int8_panels(tensor, [tensor.shape[0]], limit, rotation)
+    return values.reshape(tensor.shape[::-1]), scales
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:

@@ -201,14 +201,19 @@ def _written(weights: list[StoredWeight], file: BinaryIO) -> Iterator[None]:
                 if weight.encode:
                     for array, entry in zip(coming.popleft().result(), weight.entries, strict=True):
                         assert array.nbytes == entry.nbytes, entry
-                        file.write(np.ascontiguousarray(array).view(np.uint8).data)
+                        file.write(_bytes(array))
                     yield
                     continue
                 for piece in _pieces(weight.source):
-                    file.write(piece.astype(DTYPES[weight.entries[0].dtype]).tobytes())
+                    file.write(_bytes(np.asarray(piece, DTYPES[weight.entries[0].dtype])))
                     yield
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    """Return an array's bytes in order, without a copy where they lie so already."""
+    return np.ascontiguousarray(array).view(np.uint8).data
 
 
 def _pieces(source: Tensor) -> Iterator[np.ndarray]:

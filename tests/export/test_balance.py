@@ -19,7 +19,7 @@ from fluxonnx.export import export, text_encoder, transformer
 from fluxonnx.export.balance import Coupling, Reader, Writer, balanced
 from fluxonnx.export.initializers import float_rows, scaled
 from fluxonnx.export.precisions import Int4, Int8, Precision, Quantised, rounding
-from tests.support import Case, relative_error, run_graph
+from tests.support import Case, int8_matrix, relative_error, run_graph
 from tools.outliers import inject
 
 CASE = Case("odd-heads", "fp32")
@@ -262,7 +262,7 @@ def product_error(precision: Quantised, tensor: Tensor, x: np.ndarray) -> float:
         rounded = integers * scales.repeat(64, 1)
         return relative_error(x @ rounded.T, x @ weights.T)
     rotation = precision.rotation(tensor)
-    columns, scales = rounding.int8_columns(tensor, precision.limit, rotation)
+    columns, scales = int8_matrix(tensor, precision.limit, rotation)
     mixed = (x.reshape(-1, rotation) @ rounding.hadamard(rotation)).reshape(x.shape) if rotation else x
     step = np.abs(mixed).max(1, keepdims=True) / precision.levels
     return relative_error((np.rint(mixed / step) * step) @ (columns * scales), x @ weights.T)

@@ -26,7 +26,7 @@ from fluxonnx.export.precisions import Int8, rounding
 from fluxonnx.export.precisions.int8 import Tuning
 from tests import comfyui
 from tests.comfyui import Form
-from tests.support import Case, aged, golden_inputs, operators, relative_error, run_graph
+from tests.support import Case, aged, golden_inputs, int8_matrix, operators, relative_error, run_graph
 
 pytestmark = pytest.mark.slow
 
@@ -169,7 +169,7 @@ def test_our_own_rotation_makes_the_same_integers(tmp_path):
     """So what --rotate stores could be theirs, and the other way round."""
     weight = np.random.default_rng(0).standard_normal((40, 512), np.float32)
     save_file({"w": weight}, tmp_path / "w.safetensors")
-    found, steps = rounding.int8_columns(read_header(tmp_path / "w.safetensors")["w"], None, 256)
+    found, steps = int8_matrix(read_header(tmp_path / "w.safetensors")["w"], None, 256)
     integers, scale = comfyui.quantise(weight, Form(group=256))
     assert Tuning().rotation == 256
     np.testing.assert_allclose(steps, scale[:, 0], rtol=1e-5)

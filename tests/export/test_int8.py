@@ -15,11 +15,10 @@ from safetensors.numpy import load_file, save_file
 from fluxonnx.checkpoint.manifest import build_name, graph_file, read_manifest
 from fluxonnx.checkpoint.safetensors import read_header
 from fluxonnx.export import export
-from fluxonnx.export.precisions import rounding
 from fluxonnx.export.precisions.int8 import SATURATING_LEVELS, Int8, Tuning
 from fluxonnx.runtime.engine import SessionOptions
 from fluxonnx.runtime.session import Session, settings
-from tests.support import Case, golden_inputs, operators, relative_error, run_graph
+from tests.support import Case, golden_inputs, int8_matrix, operators, relative_error, run_graph
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +60,7 @@ def test_paired_products_are_exact(tmp_path, rows, packed):
     save_file({"w": rng.standard_normal((96, 256)).astype(np.float32)}, tmp_path / "w.safetensors")
     source = read_header(tmp_path / "w.safetensors")["w"]
     levels = SATURATING_LEVELS
-    weights, _ = rounding.int8_columns(source, (2**15 - 1) // (2 * levels))
+    weights, _ = int8_matrix(source, (2**15 - 1) // (2 * levels))
     # for each column some row that makes every product positive, or every product negative
     signs = [weights.T[:rows] > 0, weights.T[:rows] <= 0]
     for sign in signs:

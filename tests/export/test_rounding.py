@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from fluxonnx.checkpoint.safetensors import Tensor, read_header
 from fluxonnx.export.precisions import rounding
-from tests.support import relative_error
+from tests.support import int8_matrix, relative_error
 
 SHAPE = (300, 256)  # more rows than are converted at a time, and not a multiple
 
@@ -42,15 +42,25 @@ def test_int8_rows_are_within_half_a_step(tensor):
 
 
 def test_int8_columns_are_the_rows_transposed(tensor):
-    columns, scales = rounding.int8_columns(tensor, None)
+    columns, scales = int8_matrix(tensor, None)
     integers, expected = rounding.int8_rows(tensor)
     assert columns.dtype == np.int8
     np.testing.assert_array_equal(columns, integers.T)
     np.testing.assert_array_equal(scales, expected)
 
 
+@pytest.mark.parametrize("rotation", [0, 16])
+@pytest.mark.parametrize("sizes", [[7, 3, 1, 289], [256, 44], [300]])
+def test_panels_are_columns_of_the_matrix(tensor, sizes, rotation):
+    values, scales = rounding.int8_panels(tensor, sizes, 146, rotation)
+    columns, expected = int8_matrix(tensor, 146, rotation)
+    panels = [panel.reshape(SHAPE[1], -1) for panel in np.split(values, np.cumsum(sizes)[:-1] * SHAPE[1])]
+    np.testing.assert_array_equal(np.concatenate(panels, axis=1), columns)
+    np.testing.assert_array_equal(scales, expected)
+
+
 def test_int8_pairs_stay_within_a_limit(tensor):
-    columns, scales = rounding.int8_columns(tensor, 146)
+    columns, scales = int8_matrix(tensor, 146)
     pairs = columns.astype(int)[0::2] + columns.astype(int)[1::2]
     assert 130 < np.abs(pairs).max() <= 146
     values = rounding.float_rows(tensor)
@@ -96,7 +106,7 @@ def test_rotation(tensor):
     np.testing.assert_allclose(matrix @ matrix, np.eye(64), atol=1e-6)
     np.testing.assert_array_equal(matrix, matrix.T)
     np.testing.assert_allclose(np.abs(matrix), 1 / 8)
-    columns, scales = rounding.int8_columns(tensor, None, 64)
+    columns, scales = int8_matrix(tensor, None, 64)
     restored = ((columns.T * scales[:, None]).reshape(-1, 64) @ matrix).reshape(SHAPE)
     values = rounding.float_rows(tensor)
     assert relative_error(restored, values) < 0.01

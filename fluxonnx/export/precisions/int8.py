@@ -188,14 +188,18 @@ class Int8(Quantised):
                 Part(f"{suffix}.scale", "F32", (size,) if count == 1 else (count, 1, width)),
             ]
 
+        widths = [size // count for size, count in zip(sizes, counts, strict=True) for _ in range(count)]
+
         def encode(source: Tensor) -> list[np.ndarray]:
             if source.quantisation:
                 columns, scales = rounding.given_columns(source, unsigned)
+                panels = np.split(columns, np.cumsum(widths)[:-1], axis=1)
+                values = np.concatenate([panel.reshape(-1) for panel in panels])
             else:
-                columns, scales = rounding.int8_columns(source, self.limit, rotation)
+                values, scales = rounding.int8_panels(source, widths, self.limit, rotation)
             ends = np.cumsum(sizes)[:-1]
-            pairs = zip(np.split(columns, ends, axis=1), np.split(scales, ends), counts, strict=True)
-            return [array for columns, scales, count in pairs for array in _in_panels(columns, scales, count)]
+            pairs = zip(np.split(values, ends * n_in), np.split(scales, ends), strict=True)
+            return [array for pair in pairs for array in pair]
 
         g.encoded(tensor, parts, encode)
         return unsigned
@@ -240,13 +244,6 @@ class Int8(Quantised):
 
 def _suffixes(sizes: Sequence[int]) -> list[str]:
     return [""] if len(sizes) == 1 else [f".{i}" for i in range(len(sizes))]
-
-
-def _in_panels(columns: np.ndarray, scales: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut [in, size] and [size] into [count, in, size / count] and [count, 1, size / count], unless `count` is 1."""
-    if count == 1:
-        return columns, scales
-    return columns.reshape(len(columns), count, -1).transpose(1, 0, 2), scales.reshape(count, 1, -1)
 
 
 def _conv(g: GraphBuilder, x: str, tensor: Tensor, bias: str, bands: int, **attributes: Any) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -12,6 +14,10 @@ from fluxonnx.export.initializers import ROWS, float_rows
 
 # Rows of a matrix, and rows of activations, on which an error is measured.
 ROW_SAMPLES, ACTIVATION_SAMPLES = 16, 8
+# Values that are rounded at a time, and the fewest rows: their float32 copies stay in the cache.
+BLOCK, FEWEST = 1 << 19, 32
+# Bytes of a line of the processor's cache.
+LINE = 64
 # The scale of a row or block of zeros.
 TINY = np.float32(1e-30)
 # float16 ends at 65504; half of that leaves room for the rounding of weights, activations and sums.
@@ -72,27 +78,50 @@ def hadamard(size: int) -> np.ndarray:
     return matrix / np.float32(np.sqrt(size))
 
 
-def int8_columns(tensor: Tensor, limit: int | None, rotation: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def int8_panels(
+    tensor: Tensor, widths: Sequence[int], limit: int | None, rotation: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Quantise as `int8_rows` does, for MatMulInteger.
 
     Args:
         tensor: The matrix.
+        widths: Outputs of each panel; together they are all outputs.
         limit: The largest magnitude that the weights of inputs 2 * i and 2 * i + 1 may add up to; None for no limit.
         rotation: Size of the `hadamard` matrix that groups of inputs are multiplied by first; 0 for none.
 
     Returns:
-        int8 [in, out], and the steps: float32 [out].
+        The panels, one behind the other: int8 [in, width] each, in one array [out * in]; and the steps: float32 [out].
     """
-    columns = np.empty(tensor.shape[::-1], np.int8)
-    scales = np.empty(tensor.shape[0], np.float32)
+    n_out, n_in = tensor.shape
+    values = np.empty(n_out * n_in, np.int8)
+    scales = np.empty(n_out, np.float32)
     matrix = hadamard(rotation) if rotation else None
-    for i in range(0, tensor.shape[0], ROWS):
-        rows = float_rows(tensor, i, i + ROWS)
-        if matrix is not None:
-            rows = (rows.reshape(-1, rotation) @ matrix).reshape(rows.shape)
-        rows, scales[i : i + ROWS] = _rounded(rows, limit)
-        columns[:, i : i + ROWS] = rows.astype(np.int8).T
-    return columns, scales
+    at_once = max(FEWEST, min(ROWS, BLOCK // n_in // FEWEST * FEWEST))
+    # An odd number of cache lines from row to row: with others, the rows of a column would compete for a few places in
+    # the cache, and turning them into columns would take twice as long.
+    block = np.empty((at_once, (n_in // LINE + 1 | 1) * LINE), np.int8)[:, :n_in]
+    for start, end in pairwise([0, *accumulate(widths)]):
+        panel = values[start * n_in : end * n_in].reshape(n_in, end - start)
+        for i in range(start, end, at_once):
+            stop = min(i + at_once, end)
+            rows = float_rows(tensor, i, stop)
+            if matrix is not None:
+                rows = _rotated(rows, matrix)
+            rows, scales[i:stop] = _rounded(rows, limit)
+            block[: stop - i] = rows
+            panel[:, i - start : stop - start] = block[: stop - i].T
+    return values, scales
+
+
+def _rotated(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Multiply groups of inputs by a matrix, in small products: BLAS has all its threads compute a large one.
+
+    They would wait for each other, as other tensors are encoded by other threads.
+    """
+    groups = rows.reshape(-1, len(matrix))
+    if len(groups) % len(matrix) == 0:
+        groups = groups.reshape(-1, *matrix.shape)
+    return np.matmul(groups, matrix).reshape(rows.shape)
 
 
 def int8_kernels(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -123,7 +152,7 @@ def given_columns(tensor: Tensor, unsigned: bool) -> tuple[np.ndarray, np.ndarra
 
 
 def _rounded(rows: np.ndarray, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Divide rows by their steps and round them, in place; `limit` as for `int8_columns`."""
+    """Divide rows by their steps and round them, in place; `limit` as for `int8_panels`."""
     scales = np.maximum(rows.max(1), -rows.min(1)) / np.float32(127)
     if limit is not None:
         pairs = rows[:, 0 : rows.shape[1] // 2 * 2 : 2] + rows[:, 1::2]
@@ -141,7 +170,7 @@ def int8_error(tensor: Tensor, inputs: np.ndarray, levels: int, limit: int | Non
         tensor: The matrix.
         inputs: The magnitudes of the activations, which are normal: [in].
         levels: Steps on each side of zero to which a row of activations is rounded.
-        limit: As for `int8_columns`.
+        limit: As for `int8_panels`.
         rotation: Likewise.
     """
     rows, power = _sample(tensor), np.square(inputs, dtype=np.float64)
