@@ -134,9 +134,9 @@ class Worker:
                 batch = self._queue.next_batch(MOST_AT_ONCE)
                 if batch:
                     self._draw_batch(batch)
-                else:
-                    self._wait(None)
                 self.broken = None
+                if not batch:
+                    self._wait(None)
             except Exception as error:  # of the database or of ours: the server goes on, and says that it is not well
                 self.broken = type(error).__name__
                 known = isinstance(error, sqlite3.Error)
@@ -196,6 +196,7 @@ class Worker:
             data = encoded(plain, "PNG", **embed("PNG", about))
             told = again(job.parameters, image.info)
             kept = self._queue.add_picture(job, position, data, image.size, told)
+            self.broken = None  # before a client hears that the job is done
             self._drawn.pop(0)
             if kept:
                 self._metrics.pictures.inc()

@@ -320,7 +320,7 @@ def test_the_queue(house):
     with opened(house.url) as page:
         connected(page)
         for i in range(3):
-            fill(page, prompt=f"circle {i}", seed=i, steps=1000)
+            fill(page, prompt=f"circle {i}", seed=i, steps=1000, width=512, height=512)
             page.keyboard.press("Control+Enter")
             page.locator(f"#queue-list li:nth-child({i + 1})").wait_for()
         assert page.locator("#queue-list .state").all_inner_texts() == [

@@ -67,6 +67,7 @@ def test_a_session(model, tmp_path):
     terminal.type("")
     terminal.wait("input: out-0001.png")
     terminal.type("!input none")
+    terminal.wait(lambda t: t.text.endswith("input: default\n$2"))
 
     # The line before is a key away.
     terminal.child.send(UP)
