@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from fluxonnx.checkpoint.safetensors import DTYPES, Tensor
-from fluxonnx.export.precisions.rounding import ROWS, hadamard
+from fluxonnx.export.precisions.rounding import ROWS, hadamard, rotated
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Dequantised(Tensor):
         weights = integers.astype(np.float32) * (scale if len(scale) == 1 else scale[start:end])
         group = self.quantisation.rotation
         if group:
-            weights = (weights.reshape(-1, group) @ hadamard(group)).reshape(weights.shape)
+            weights = rotated(weights, hadamard(group))
         return weights.astype(DTYPES[self.dtype], copy=False)
 
 

@@ -106,15 +106,15 @@ def int8_panels(
             stop = min(i + at_once, end)
             rows = float_rows(tensor, i, stop)
             if matrix is not None:
-                rows = _rotated(rows, matrix)
+                rows = rotated(rows, matrix)
             rows, scales[i:stop] = _rounded(rows, limit)
             block[: stop - i] = rows
             panel[:, i - start : stop - start] = block[: stop - i].T
     return values, scales
 
 
-def _rotated(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Multiply groups of inputs by a matrix, in small products: BLAS has all its threads compute a large one.
+def rotated(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Multiply groups of inputs by a `hadamard` matrix, in small products: BLAS gives a large one to all its threads.
 
     They would wait for each other, as other tensors are encoded by other threads.
     """
@@ -175,7 +175,7 @@ def int8_error(tensor: Tensor, inputs: np.ndarray, levels: int, limit: int | Non
     """
     rows, power = _sample(tensor), np.square(inputs, dtype=np.float64)
     if rotation:
-        rows = (rows.reshape(-1, rotation) @ hadamard(rotation)).reshape(rows.shape)
+        rows = rotated(rows, hadamard(rotation))
         power = power.reshape(-1, rotation).mean(1).repeat(rotation)
     integers, scales = _rounded(rows.copy(), limit)
     activations = np.random.RandomState(0).standard_normal((ACTIVATION_SAMPLES, len(power))) * np.sqrt(power)
