@@ -65,7 +65,10 @@ def _in_processes(painter: Painter, rows: Sequence[Values], workers: int) -> Gen
     try:
         left = workers
         while left:
-            found = done.get()
+            try:
+                found = done.get(timeout=1)
+            except queue.Empty:  # a signal that comes just before a wait does not interrupt it
+                continue
             if isinstance(found, BaseException):
                 raise found
             if found is None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,6 +37,9 @@ STREAMED = ("text_encoder", "transformer", *KV_COMPONENTS)
 # memory that takes seconds to make. Weights stored in panels are multiplied about as fast without it. Each product
 # would get a copy of its own, although all bands of rows in the decoder share the same weights.
 NOT_PACKED = (*STREAMED, "vae_decoder")
+
+# Seconds after which a wait begins anew. A signal that comes just before a wait does not interrupt it.
+WAIT = 0.5
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,7 @@ class Session:
         try:
             # A run can take minutes, and Python handles Ctrl-C only between bytecodes. So this thread waits, and
             # onnxruntime works in another one that can be told to stop.
-            outputs = self._worker.submit(self._start, inputs, options).result()
+            outputs = _result(self._worker.submit(self._start, inputs, options))
             # Outputs are views into the session's arena. One that is kept would keep all of it (measured: 0.3 GB for
             # the 0.3 MB of a short prompt), so they are copied.
             return [output.copy() for output in outputs]
@@ -227,6 +230,13 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _result(future: Future[list[np.ndarray]]) -> list[np.ndarray]:
+    """Wait for a run, and let no signal wait for it."""
+    while not future.done():
+        wait([future], WAIT)
+    return future.result()
 
 
 class DeviceInputs:

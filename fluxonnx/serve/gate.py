@@ -26,6 +26,8 @@ log = logging.getLogger("fluxonnx.serve")
 # What anybody may see: the page asks for the key.
 OPEN = {"/", "/health", "/ready", "/session", "/openapi.json", "/info", "/favicon.ico"}
 OPEN_FOLDER = "/static/"
+# h11 reads requests of any version.
+VERSIONS = ("1.0", "1.1")
 PICTURE = re.compile(r"/pictures/([\w-]+)")
 # A body that is too large is read up to so many times the limit.
 MOST_READ = 4
@@ -99,6 +101,8 @@ class Gate:
         """Return the answer to a request that goes no further; else note whose it is."""
         path, method = scope["path"], scope["method"]
         try:
+            if scope["http_version"] not in VERSIONS:
+                raise ApiError(505, f"HTTP/{scope['http_version']} is not spoken here: use HTTP/1.1")
             self._check_host(headers.get("host", ""))
             if origin is not None and not self._is_own(origin, headers) and not self._cors(origin):
                 raise ApiError(403, "web pages of other origins may not use this server: see --cors-origin")

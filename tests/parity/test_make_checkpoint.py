@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytestmark = pytest.mark.parity
 
-SMALL = [name for name in ARCHITECTURES if name not in ("4b", "4b-vae", "9b")]
+SMALL = [name for name in ARCHITECTURES if name not in ("4b", "4b-short", "4b-vae", "9b")]
 STORED = [Case("odd-heads"), Case("head-dim-64", "fp16"), Case("one-double-three-single", "fp32", shards=3)]
 
 
