@@ -21,6 +21,7 @@ from fluxonnx.contract import COMPONENTS
 from fluxonnx.errors import CheckpointError
 from fluxonnx.export import export
 from fluxonnx.export.precisions import rounding
+from tests.conformance import openvino
 from tests.support import Case, golden_inputs, relative_error, run_graph
 
 pytestmark = pytest.mark.slow
@@ -65,11 +66,9 @@ def test_is_close_to_the_checkpoint(built, component):
 
 @pytest.mark.parametrize("component", MODELS)
 def test_openvino(built, component):
-    openvino = pytest.importorskip("openvino")
-    model = openvino.Core().compile_model(
-        built / graph_file(component, "fp16", "portable"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
-    )
-    found = model(golden_inputs(component))[model.outputs[0]]
+    pytest.importorskip("openvino")
+    inputs = golden_inputs(component)
+    found = openvino.load(built / graph_file(component, "fp16", "portable"), inputs)(inputs)[0]
     assert relative_error(found, run_graph(built, component, "bf16")) < TOLERANCE
 
 
