@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,20 @@ class Tensor:
     def rows(self, start: int = 0, end: int | None = None) -> np.ndarray:
         """Return the rows `start` to `end` of `array`."""
         return self.array()[start:end]
+
+    def pieces(self, count: int) -> Iterator[np.ndarray]:
+        """Yield the values of `array` in order, at most `count` at a time: [count].
+
+        Each piece is mapped by itself, because the pages of a mapping count as memory for as long as it lasts.
+        """
+        size = math.prod(self.shape)
+        if self.swapped:
+            array = self.array().reshape(-1)
+            yield from (array[start : start + count] for start in range(0, size, count))
+            return
+        for start in range(0, size, count):
+            shape, width = (min(count, size - start),), self.nbytes // size
+            yield replace(self, shape=shape, offset=self.offset + start * width, nbytes=shape[0] * width).array()
 
     def split(self, sizes: Sequence[int]) -> list[Tensor]:
         """Split into blocks of rows, NAME.0, NAME.1, ...; no block may cross the middle of a `swapped` tensor."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from onnx import TensorProto, helper
 
-from fluxonnx.checkpoint.safetensors import DTYPES, Tensor
+from fluxonnx.checkpoint.safetensors import DTYPES, Scaling, Tensor
 
 # dtypes of weights that need no further description.
 FLOATS = ("BF16", "F16", "F32", "F64")
@@ -145,7 +146,6 @@ def float_rows(
         row_step: Which of these rows: every one, every second one, ...
         column_step: Likewise which columns.
     """
-    rows, scaling = slice(start, end, row_step), tensor.scaling
     values = tensor.rows(start, end)[::row_step]
     values = values[..., ::column_step] if column_step > 1 else values
     if tensor.dtype == "BF16":
@@ -153,11 +153,33 @@ def float_rows(
         values = (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     else:
         values = values.astype(np.float32)
-    if scaling and scaling.columns is not None:
-        values *= scaling.columns[::column_step]
-    if scaling and scaling.rows is not None:
-        values *= scaling.rows[rows].reshape(-1, *(1 for _ in tensor.shape[1:]))
+    _scale(values, tensor.scaling, slice(start, end, row_step), slice(None, None, column_step))
     return values
+
+
+def float_columns(tensor: Tensor, start: int, end: int, even: np.ndarray, odd: np.ndarray) -> None:
+    """Put the even and the odd columns of some rows of a matrix, scaled, into float32 arrays [rows, columns].
+
+    Two neighbours in bfloat16 are the upper and the lower half of 32 bits, so no wider copy is made of them. That takes
+    half of the time of `float_rows`.
+    """
+    values = tensor.rows(start, end)
+    if tensor.dtype == "BF16" and tensor.shape[1] % 2 == 0 and values.flags.c_contiguous and sys.byteorder == "little":
+        pairs = values.view(np.uint32)
+        np.left_shift(pairs, np.uint32(16), out=even.view(np.uint32))
+        np.bitwise_and(pairs, np.uint32(0xFFFF0000), out=odd.view(np.uint32))
+        for columns, first in ((even, 0), (odd, 1)):
+            _scale(columns, tensor.scaling, slice(start, end), slice(first, None, 2))
+    else:
+        rows = float_rows(tensor, start, end)
+        even[:], odd[:] = rows[:, 0::2], rows[:, 1::2]
+
+
+def _scale(values: np.ndarray, scaling: Scaling | None, rows: slice, columns: slice) -> None:
+    if scaling and scaling.columns is not None:
+        values *= scaling.columns[columns]
+    if scaling and scaling.rows is not None:
+        values *= scaling.rows[rows].reshape(-1, *[1] * (values.ndim - 1))
 
 
 def scaled(tensor: Tensor, dtype: str) -> np.ndarray:

@@ -222,9 +222,7 @@ def _pieces(source: Tensor) -> Iterator[np.ndarray]:
         for start in range(0, source.shape[0], ROWS):
             yield source.rows(start, start + ROWS)
         return
-    array = source.array().reshape(-1)
-    for start in range(0, array.size, CHUNK):
-        yield array[start : start + CHUNK]
+    yield from source.pieces(CHUNK)
 
 
 def _plan(weights: list[StoredWeight], settings: dict[str, str]) -> tuple[bytes, list[int], int]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fluxonnx.checkpoint.safetensors import Tensor
 from fluxonnx.errors import CheckpointError
-from fluxonnx.export.initializers import ROWS, float_rows
+from fluxonnx.export.initializers import ROWS, float_columns, float_rows
 
 # Rows of a matrix, and rows of activations, on which an error is measured.
 ROW_SAMPLES, ACTIVATION_SAMPLES = 16, 8
@@ -97,20 +97,32 @@ def int8_panels(
     scales = np.empty(n_out, np.float32)
     matrix = hadamard(rotation) if rotation else None
     at_once = max(FEWEST, min(ROWS, BLOCK // n_in // FEWEST * FEWEST))
-    # An odd number of cache lines from row to row: with others, the rows of a column would compete for a few places in
-    # the cache, and turning them into columns would take twice as long.
-    block = np.empty((at_once, (n_in // LINE + 1 | 1) * LINE), np.int8)[:, :n_in]
+    halves = [np.empty((at_once, n), np.float32) for n in (n_in - n_in // 2, n_in // 2)]
+    blocks = [_column_block(at_once, half.shape[1]) for half in halves]
     for start, end in pairwise([0, *accumulate(widths)]):
         panel = values[start * n_in : end * n_in].reshape(n_in, end - start)
         for i in range(start, end, at_once):
             stop = min(i + at_once, end)
-            rows = float_rows(tensor, i, stop)
-            if matrix is not None:
-                rows = rotated(rows, matrix)
-            rows, scales[i:stop] = _rounded(rows, limit)
-            block[: stop - i] = rows
-            panel[:, i - start : stop - start] = block[: stop - i].T
+            even, odd = (half[: stop - i] for half in halves)
+            if matrix is None:
+                float_columns(tensor, i, stop, even, odd)
+            else:
+                rows = rotated(float_rows(tensor, i, stop), matrix)
+                even[:], odd[:] = rows[:, 0::2], rows[:, 1::2]
+            scales[i:stop] = _round(even, odd, limit)
+            for first, columns, block in zip((0, 1), (even, odd), blocks, strict=True):
+                np.copyto(block[: stop - i], columns, casting="unsafe")
+                panel[first::2, i - start : stop - start] = block[: stop - i].T
     return values, scales
+
+
+def _column_block(rows: int, columns: int) -> np.ndarray:
+    """Return int8 [rows, columns] whose columns are read fast.
+
+    From row to row it has an odd number of cache lines: with others, the rows of a column would compete for a few
+    places in the cache, and turning them into columns would take twice as long.
+    """
+    return np.empty((rows, (columns // LINE + 1 | 1) * LINE), np.int8)[:, :columns]
 
 
 def rotated(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -152,15 +164,31 @@ def given_columns(tensor: Tensor, unsigned: bool) -> tuple[np.ndarray, np.ndarra
 
 
 def _rounded(rows: np.ndarray, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Divide rows by their steps and round them, in place; `limit` as for `int8_panels`."""
-    scales = np.maximum(rows.max(1), -rows.min(1)) / np.float32(127)
+    """Divide rows by their steps and round them, in place; `limit` as for `int8_panels`. Returns also the steps."""
+    return rows, _round(rows[:, 0::2], rows[:, 1::2], limit)
+
+
+def _round(even: np.ndarray, odd: np.ndarray, limit: int | None) -> np.ndarray:
+    """Divide rows, given as their even and their odd columns, by their steps and round them, in place.
+
+    Returns:
+        The steps, float32 [rows].
+    """
+    scales = np.maximum(_largest(even), _largest(odd)) / np.float32(127)
     if limit is not None:
-        pairs = rows[:, 0 : rows.shape[1] // 2 * 2 : 2] + rows[:, 1::2]
         # rounding can add a half to each of the two
-        np.maximum(scales, np.maximum(pairs.max(1), -pairs.min(1)) / np.float32(limit - 1), out=scales)
+        np.maximum(scales, _largest(even[:, : odd.shape[1]] + odd) / np.float32(limit - 1), out=scales)
     np.maximum(scales, TINY, out=scales)
-    rows *= (np.float32(1) / scales)[:, None]
-    return np.rint(rows, out=rows), scales
+    factors = (np.float32(1) / scales)[:, None]
+    for columns in (even, odd):
+        columns *= factors
+        np.rint(columns, out=columns)
+    return scales
+
+
+def _largest(rows: np.ndarray) -> np.ndarray:
+    """Return the largest magnitude in each row."""
+    return np.maximum(rows.max(1, initial=0), -rows.min(1, initial=0))
 
 
 def int8_error(tensor: Tensor, inputs: np.ndarray, levels: int, limit: int | None, rotation: int = 0) -> float:
