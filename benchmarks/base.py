@@ -61,12 +61,13 @@ def main() -> int:
 def compare(arguments: argparse.Namespace) -> str:
     """Draw in turns; returns a table."""
     rival = f"diffusers {arguments.dtype}"
-    programs: dict[str, Draw] = {rival: diffusers_draw(arguments)}
+    ours: dict[str, Draw] = {}
     for precision in dict.fromkeys(["bf16", *arguments.precision]):
         for every in arguments.step_cache if precision in arguments.precision else [1]:
-            programs[f"fluxonnx {precision}" + (f", --step-cache {every}" if every > 1 else "")] = fluxonnx_draw(
+            ours[f"fluxonnx {precision}" + (f", --step-cache {every}" if every > 1 else "")] = fluxonnx_draw(
                 arguments, precision, every
             )
+    programs = {rival: diffusers_draw(arguments), **ours}  # opened last: an export says which layers are read
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     pictures: dict[str, Image.Image] = {}
     for i in range(arguments.repeat + 1):
