@@ -12,12 +12,16 @@ from fluxonnx.checkpoint.manifest import FILE_NAME, Manifest, read_manifest
 from fluxonnx.cli.jobs import Job, located
 from fluxonnx.contract import Architecture
 from fluxonnx.errors import UsageError
+from fluxonnx.runtime.known_tokens import KnownTokens, open_tokenizer
 from fluxonnx.runtime.request import DEFAULTS, resolve
 from fluxonnx.runtime.text import Tokenizer
 
 
-def check_jobs(jobs: Sequence[Job], checkpoint: Checkpoint, cache_dir: Path | None) -> None:
+def check_jobs(jobs: Sequence[Job], checkpoint: Checkpoint, cache_dir: Path | None) -> Tokenizer | KnownTokens:
     """Check every request, every prompt and the folders that a run needs.
+
+    Returns:
+        The tokenizer. A model that is opened while somebody holds it need not parse it again.
 
     Raises:
         UsageError: A value of a job is impossible, two jobs would write one file, or the cache can't be used.
@@ -25,7 +29,7 @@ def check_jobs(jobs: Sequence[Job], checkpoint: Checkpoint, cache_dir: Path | No
     """
     if cache_dir is not None:
         _check_cache(cache_dir)
-    tokenizer = Tokenizer(checkpoint.root / "tokenizer")
+    tokenizer = open_tokenizer(checkpoint.root / "tokenizer", cache_dir)
     manifest = read_manifest(checkpoint.root)
     multiple = _sizes(checkpoint, manifest).vae.scale_factor
     defaults = {**DEFAULTS, **(manifest.defaults if manifest else {})}
@@ -40,6 +44,7 @@ def check_jobs(jobs: Sequence[Job], checkpoint: Checkpoint, cache_dir: Path | No
                 other = outputs.setdefault(os.path.realpath(job.output), job)
                 if other is not job:
                     raise UsageError(f"{job.output} would overwrite that of {other.where}: choose another output")
+    return tokenizer
 
 
 def _sizes(checkpoint: Checkpoint, manifest: Manifest | None) -> Architecture:

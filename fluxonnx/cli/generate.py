@@ -273,7 +273,7 @@ def generate(options: Options) -> None:
     model = find_model(options.dir, say)
     checkpoint = open_checkpoint(model, **options.parts)
     build = choose_build(options.precision, options.text_encoder_precision, options.provider, source, checkpoint.name)
-    check_jobs(jobs, checkpoint, options.cache_dir)
+    tokenizer = check_jobs(jobs, checkpoint, options.cache_dir)
     loras = chosen(options.lora, source.values if source else {}, options.source, checkpoint.root)
     start = time.perf_counter()
     with Progress(options.quiet) as bar:
@@ -298,6 +298,7 @@ def generate(options: Options) -> None:
             on_choice=lambda choice: say(str(choice)),
             watch=bar.event,
         )
+        del tokenizer  # the model holds it
         say_seconds(phase_line("open model", time.perf_counter() - start))
         with flux:
             for i, lora in enumerate(loras):

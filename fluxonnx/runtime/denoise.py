@@ -69,11 +69,11 @@ def _velocity(transformer: Transformer, prepared: Prepared, batch: int) -> Veloc
     """Return the transformer as a function of latents and sigma, with references and guidance."""
     request, img_ids = prepared.request, grid_ids(*prepared.grid)
     reference_tokens: list[np.ndarray] = []
-    kept = {name: values if batch == 1 else np.repeat(values, batch, axis=0) for name, values in prepared.kept.items()}
+    kept = {name: _repeated(values, batch) for name, values in prepared.kept.items()}
     if prepared.references and not kept:
         img_ids = np.concatenate([img_ids, reference_ids(prepared.references)])
-        reference_tokens = [np.repeat(pack(reference), batch, axis=0) for reference in prepared.references]
-    passes = [transformer.velocity(np.repeat(embeds, batch, axis=0), img_ids, kept) for embeds in prepared.embeds]
+        reference_tokens = [_repeated(pack(reference), batch) for reference in prepared.references]
+    passes = [transformer.velocity(_repeated(embeds, batch), img_ids, kept) for embeds in prepared.embeds]
 
     def velocity(latents: np.ndarray, sigma: np.float32) -> np.ndarray:
         tokens = np.concatenate([latents, *reference_tokens], axis=1) if reference_tokens else latents
@@ -84,6 +84,11 @@ def _velocity(transformer: Transformer, prepared: Prepared, batch: int) -> Veloc
         return unconditional + np.float32(request.guidance_scale) * (conditional - unconditional)
 
     return velocity
+
+
+def _repeated(values: np.ndarray, batch: int) -> np.ndarray:
+    """[1, ...] -> [batch, ...], without a copy where that is the same."""
+    return values if batch == 1 else np.repeat(values, batch, axis=0)
 
 
 def step_ended(state: SolverStep, draw: Callable[[np.ndarray], Image.Image]) -> StepEnded:

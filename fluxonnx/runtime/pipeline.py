@@ -25,6 +25,7 @@ from fluxonnx.runtime.events import Event, PhaseBegan
 from fluxonnx.runtime.fields import FIELD
 from fluxonnx.runtime.images import fit_start
 from fluxonnx.runtime.inputs import Picture, several
+from fluxonnx.runtime.known_tokens import open_tokenizer
 from fluxonnx.runtime.models import Models
 from fluxonnx.runtime.phases import Phases
 from fluxonnx.runtime.prepare import Prepared, at_once, prepare
@@ -32,7 +33,6 @@ from fluxonnx.runtime.prompts import PromptCache, Prompts, encoder_identity
 from fluxonnx.runtime.render import Draw, Renderer
 from fluxonnx.runtime.request import DEFAULTS, Request, ResolvedRequest, resolve
 from fluxonnx.runtime.seeds import checked_seed, random_seed
-from fluxonnx.runtime.text import Tokenizer
 from fluxonnx.runtime.turns import in_turns
 from fluxonnx.version import __version__
 
@@ -94,7 +94,7 @@ class Flux:
             engine = name_of(options.engine) if options.engine else "onnxruntime"
             identify = partial(encoder_identity, checkpoint.root, manifest, encoder or build, engine, options.provider)
             cache = PromptCache(cache_dir, identify, self._sizes.text_encoder.embedding_dim)
-        self._prompts = Prompts(Tokenizer(checkpoint.root / "tokenizer"), self._models, cache)
+        self._prompts = Prompts(open_tokenizer(checkpoint.root / "tokenizer", cache_dir), self._models, cache)
         self._adapters = Adapters(checkpoint, build, encoder or build, self._sizes, options, self._lock)
         self._adapters.attach(self._models, self._prompts)
         self.builds = self._models.builds()

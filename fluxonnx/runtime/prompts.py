@@ -15,15 +15,15 @@ import numpy as np
 from fluxonnx.checkpoint.manifest import Build, Manifest
 from fluxonnx.checkpoint.safetensors import fingerprint
 from fluxonnx.errors import CheckpointError, UsageError
-from fluxonnx.files import atomic_write, describe_os_error
+from fluxonnx.files import describe_os_error
+from fluxonnx.runtime.known_tokens import KnownTokens
 from fluxonnx.runtime.models import Models
 from fluxonnx.runtime.notices import warn
+from fluxonnx.runtime.sealed import read_sealed, write_sealed
 from fluxonnx.runtime.text import Tokenizer, Tokens
 
 # 16 MB each for FLUX.2-klein-4B
 REMEMBERED = 16
-# Of a SHA-256.
-DIGEST_BYTES = 32
 # Characters that a warning quotes at most.
 QUOTED = 200
 
@@ -31,7 +31,7 @@ QUOTED = 200
 class Prompts:
     """Encodes prompts; remembers the latest ones in memory and, with a cache, all of them on disk."""
 
-    def __init__(self, tokenizer: Tokenizer, models: Models, cache: PromptCache | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | KnownTokens, models: Models, cache: PromptCache | None) -> None:
         """Nothing is loaded yet."""
         self._tokenizer, self._models, self._cache = tokenizer, models, cache
         self._known: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
@@ -116,16 +116,8 @@ class PromptCache:
         """Return the embeddings of `tokens`; None if there are none, or if the file is not what `save` wrote."""
         path, shape = self._path(tokens), (*tokens.input_ids.shape, self._width)
         header = _npy_header(shape)
-        size = math.prod(shape) * 4
-        try:
-            # a device or a pipe of this name could be endless
-            if not path.is_file() or path.stat().st_size != len(header) + size + DIGEST_BYTES:
-                return None
-            content = path.read_bytes()
-        except OSError:
-            return None
-        body, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
-        if not body.startswith(header) or len(body) != len(header) + size or hashlib.sha256(body).digest() != digest:
+        body = read_sealed(path, len(header) + math.prod(shape) * 4)
+        if body is None or not body.startswith(header):
             return None
         embeds = np.frombuffer(body, "<f4", offset=len(header)).reshape(shape)
         return embeds if np.isfinite(embeds).all() else None
@@ -141,8 +133,7 @@ class PromptCache:
             return
         path, body = self._path(tokens), _npy_header(shape) + embeds.astype("<f4").tobytes()
         try:
-            with atomic_write(path) as temporary:
-                temporary.write_bytes(body + hashlib.sha256(body).digest())
+            write_sealed(path, body)
         except OSError as error:
             warn(f"the prompt was not cached: {describe_os_error(error, path, 'choose another --cache-dir')}")
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 from tokenizers import Encoding
 from tokenizers import Tokenizer as HubTokenizer
 
 from fluxonnx.checkpoint.config import read_json
+from fluxonnx.checkpoint.digests import content_digest
 from fluxonnx.checkpoint.reading import exists, foreign, is_text, read_bounded, shown
 from fluxonnx.contract import CHAT_TEMPLATE, DEFAULT_PAD_TOKEN, MAX_SEQUENCE_LENGTH
 from fluxonnx.errors import CheckpointError, UsageError
@@ -42,13 +45,9 @@ class Tokenizer:
         Raises:
             CheckpointError: It is missing, corrupt, or lacks a token of the chat template.
         """
-        path = folder / "tokenizer.json"
+        path = _existing(folder)
         try:
             content = read_bounded(path)
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{path} is missing: the model directory is not complete, download it again"
-            ) from None
         except OSError as error:
             raise CheckpointError(f"{path} can't be read: {error.strerror or error}") from None
         self._path = path
@@ -80,17 +79,7 @@ class Tokenizer:
         Raises:
             UsageError: `max_length` is not a multiple of 8 from 8 to 512, or the prompt is not valid text.
         """
-        FIELD["max_sequence_length"].check(max_length)
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UsageError(
-                "the prompt is not valid text: it holds half of a surrogate pair; check the encoding it was read with"
-            ) from None
-        if "\0" in prompt:
-            raise UsageError(
-                "the prompt is not valid text: it holds a NUL character; check the encoding it was read with"
-            )
+        check_prompt(prompt, max_length)
         text = TEMPLATE_HEAD + prompt + TEMPLATE_TAIL
         try:
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
@@ -102,6 +91,44 @@ class Tokenizer:
         attention_mask = np.zeros((1, max_length), np.int64)
         attention_mask[0, : len(ids)] = 1
         return Tokens(input_ids, attention_mask, _cut(prompt, encoding, max_length))
+
+
+def check_prompt(prompt: str, max_length: int) -> None:
+    """Refuse what no tokenizer can encode.
+
+    Raises:
+        UsageError: `max_length` is not a multiple of 8 from 8 to 512, or the prompt is not valid text.
+    """
+    FIELD["max_sequence_length"].check(max_length)
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError(
+            "the prompt is not valid text: it holds half of a surrogate pair; check the encoding it was read with"
+        ) from None
+    if "\0" in prompt:
+        raise UsageError("the prompt is not valid text: it holds a NUL character; check the encoding it was read with")
+
+
+def identity(folder: Path) -> str:
+    """Return all that the tokens of a prompt depend on.
+
+    Raises:
+        CheckpointError: A file of the tokenizer is missing or can't be read.
+    """
+    content = content_digest(_existing(folder))
+    return json.dumps([content, _pad_token(folder), CHAT_TEMPLATE, tokenizers.__version__])
+
+
+def _existing(folder: Path) -> Path:
+    path = folder / "tokenizer.json"
+    try:
+        path.stat()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the model directory is not complete, download it again") from None
+    except OSError:  # reading it will say why
+        pass
+    return path
 
 
 def _reason(error: BaseException) -> str:

@@ -52,7 +52,7 @@ def test_two_encoders_of_the_same_sizes(copy_of, tmp_path, precision):
     assert alone[0] != alone[1]
     for _ in range(2):
         assert [draw(copy, precision, tmp_path / "cache") for copy in copies] == alone
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
 
 
 @pytest.mark.slow
@@ -164,4 +164,4 @@ def test_moved_model_keeps_its_entries(copy_of, tmp_path):
     first = draw(root, "bf16", tmp_path / "cache")
     moved = shutil.move(root, tmp_path / "moved")
     assert draw(Path(moved), "bf16", tmp_path / "cache") == first
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # embeddings and tokens
