@@ -20,8 +20,8 @@ from fluxonnx.checkpoint.manifest import (
 )
 from fluxonnx.contract import COMPONENTS, OLDEST_RUNNABLE_FORMAT
 from fluxonnx.errors import CheckpointError
-from fluxonnx.machine import available_memory, has_exact_int8_dot
-from fluxonnx.runtime.memory import SMALL, int8_bytes
+from fluxonnx.machine import has_exact_int8_dot
+from fluxonnx.runtime.memory import SMALL
 from fluxonnx.runtime.providers import CPU, OPENBLAS, available, traits, works
 
 # Providers that are chosen unasked where they work. Others may be slower than the CPU.
@@ -54,13 +54,11 @@ class Surroundings:
     """What the choice depends on besides the model.
 
     Attributes:
-        memory: Bytes of free memory.
         exact_int8_dot: See `machine.has_exact_int8_dot`.
         providers: The providers of the installed onnxruntime.
         works: Whether one of them can be started.
     """
 
-    memory: int
     exact_int8_dot: bool
     providers: tuple[str, ...]
     works: Callable[[str], bool]
@@ -68,7 +66,7 @@ class Surroundings:
 
 def surroundings() -> Surroundings:
     """Return the surroundings on this machine."""
-    return Surroundings(available_memory(), has_exact_int8_dot(), tuple(available()), works)
+    return Surroundings(has_exact_int8_dot(), tuple(available()), works)
 
 
 def fastest_provider(here: Surroundings | None = None) -> tuple[str, str]:
@@ -100,7 +98,8 @@ def choose(checkpoint: Checkpoint, provider: str | None = None) -> Choice:
 def choose_for(weights: int, native: str | None, provider: str | None, here: Surroundings) -> Choice:
     """Choose a precision, and a provider unless that is given.
 
-    On CPUs int8 is the fastest as long as its weights stay in memory; int4 is for less memory than that.
+    On CPUs int8 is the fastest, even where its mapped weights do not stay in memory and are read again in each step.
+    int4 needs more memory of its own.
 
     Args:
         weights: Bytes of the transformer's weights.
@@ -120,12 +119,8 @@ def choose_for(weights: int, native: str | None, provider: str | None, here: Sur
         return Choice("bf16", provider, "BLAS multiplies in float32, so integers would be no faster")
     if precision := traits(provider).precision:
         return Choice(precision, provider, f"{provider} computes faster in 16 bits than in 32")
-    needed = int8_bytes(weights)
-    if here.memory < needed:
-        reason = f"{here.memory / 1e9:.1f} GB of memory are free, int8 would need {needed / 1e9:.1f} GB"
-        return Choice("int4", provider, reason)
     how = "has exact 8-bit dot products" if here.exact_int8_dot else "lacks VNNI, but 8-bit products are faster still"
-    return Choice("int8", provider, f"{here.memory / 1e9:.1f} GB of memory are free, and this CPU {how}")
+    return Choice("int8", provider, f"this CPU {how}")
 
 
 def default_precision(checkpoint: Checkpoint, provider: str = CPU) -> str:

@@ -21,12 +21,10 @@ BYTES_PER_TOKEN_AND_WIDTH = 4 * 36
 # The most pictures in a batch.
 MOST_AT_ONCE = 8
 
-# `--precision auto`. Below this size, a transformer's weights cost neither time nor memory worth saving.
-SMALL = 500e6
 # What a run needs besides the transformer's weights, up to 512x512.
 WORKING_MEMORY = 1.5e9
-# The size of int8 weights relative to the 16-bit weights of the checkpoint, layers that are kept included.
-INT8_SHARE = 0.55
+# `--precision auto`. Below this size, a transformer's weights cost neither time nor memory worth saving.
+SMALL = 500e6
 
 
 def whole_bytes(pixels: int, channels: int, in_bands: bool = False) -> int:
@@ -58,8 +56,3 @@ def batch_size(tokens: int, width: int, free: int, kept: int = 0) -> int:
 def fits(size: int, free: int) -> bool:
     """Whether `size` bytes of a file can be read into `free` bytes without pushing out pages that are in use."""
     return size <= free
-
-
-def int8_bytes(weights: int) -> float:
-    """Return what a run with int8 weights needs, for `weights` bytes of 16-bit transformer weights."""
-    return weights * INT8_SHARE + WORKING_MEMORY

@@ -8,13 +8,9 @@ from fluxonnx.contract import PRECISIONS_IN_BANDS
 from fluxonnx.export.precisions import PRECISIONS
 from fluxonnx.runtime.memory import (
     BYTES_PER_TOKEN_AND_WIDTH,
-    INT8_SHARE,
     MOST_AT_ONCE,
-    SMALL,
-    WORKING_MEMORY,
     batch_size,
     fits,
-    int8_bytes,
     whole_bytes,
 )
 
@@ -47,11 +43,3 @@ def test_batches_take_half_of_the_memory():
 def test_files_fit_up_to_the_last_byte():
     assert fits(1000, 1000)
     assert not fits(1001, 1000)
-
-
-def test_int8():
-    """The 4B transformer's 7.75 GB in bf16 become 4.1 GB, as the files of an exported build do."""
-    assert int8_bytes(0) == WORKING_MEMORY
-    assert int8_bytes(7_750_000_000) - WORKING_MEMORY == pytest.approx(4.13e9, rel=0.05)
-    assert SMALL < int8_bytes(0) < int8_bytes(int(SMALL))
-    assert 0.5 < INT8_SHARE < 1
