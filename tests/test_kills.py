@@ -282,10 +282,10 @@ def test_full_disk_of_a_cache(checkpoints, small_disk, tmp_path, capsys):
     assert len(warnings) == 1
     assert warnings[0].startswith(f"fluxonnx: warning: the prompt was not cached: no space left to write {cache}")
     assert read_parameters(tmp_path / "a.png")["prompt"] == "x"
-    assert list(cache.iterdir()) == []
+    assert {path.suffix for path in cache.iterdir()} <= {".tokens"}  # small enough for what is left
     filler.unlink()
     assert main(command) == 0
-    assert [path.suffix for path in cache.iterdir()] == [".npy"]
+    assert {path.suffix for path in cache.iterdir()} == {".npy", ".tokens"}
     assert "warning" not in capsys.readouterr().err
 
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 
-from fluxonnx.checkpoint.safetensors import DTYPES, Tensor
+from fluxonnx.checkpoint.safetensors import DTYPES, ROWS, Tensor
 from fluxonnx.errors import CheckpointError
 
 # bytes of some rows, uint8 [rows, bytes], and the first of these rows in the file's tensor -> float32 [rows, columns]
 Decode = Callable[[np.ndarray, int], np.ndarray]
 # bytes of some rows -> int8 [rows, columns] and float32 [rows, columns / block]; weight = integer * scale
 Unpack = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-
-# Rows that are decoded at a time, so that memory does not grow with the tensor.
-ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,7 @@ class Encoded(Tensor):
     scales: tuple[Tensor, ...] = ()
     float8: Float8 | None = None
     blocks: Blocks | None = None
+    computed: ClassVar[bool] = True
 
     @property
     def is_plain(self) -> bool:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -38,6 +38,8 @@ DTYPES: dict[str, np.dtype] = {
 
 # The safetensors library refuses longer headers; so do we, before reading one into memory.
 MAX_HEADER_BYTES = 100_000_000
+# Rows that are computed at a time, so that memory does not grow with the tensor.
+ROWS = 128
 # Far beyond any model's tensors; numpy has at most 64 dimensions.
 MAX_NAME = 1000
 MAX_DIMENSIONS = 16
@@ -72,6 +74,8 @@ class Tensor:
     whole: Tensor | None = None
     first_row: int = 0
     scaling: Scaling | None = None
+    # Whether `array` and `rows` compute their values from the bytes, in a subclass.
+    computed: ClassVar[bool] = False
 
     @property
     def is_plain(self) -> bool:
@@ -96,14 +100,16 @@ class Tensor:
         return self.array()[start:end]
 
     def pieces(self, count: int) -> Iterator[np.ndarray]:
-        """Yield the values of `array` in order, at most `count` at a time: [count].
+        """Yield the values of `array` in order: at most `count` at a time, or `ROWS` rows where they are computed.
 
         Each piece is mapped by itself, because the pages of a mapping count as memory for as long as it lasts.
         """
         size = math.prod(self.shape)
-        if self.swapped:
-            array = self.array().reshape(-1)
-            yield from (array[start : start + count] for start in range(0, size, count))
+        if self.computed and self.shape:
+            yield from (self.rows(start, start + ROWS) for start in range(0, self.shape[0], ROWS))
+            return
+        if self.computed or self.swapped:
+            yield self.array()
             return
         for start in range(0, size, count):
             shape, width = (min(count, size - start),), self.nbytes // size

@@ -15,12 +15,11 @@ from typing import BinaryIO
 import numpy as np
 
 from fluxonnx.checkpoint.digests import content_digest
-from fluxonnx.checkpoint.encoded import Encoded
 from fluxonnx.checkpoint.safetensors import DTYPES, Tensor, read_header
 from fluxonnx.errors import ExportError
 from fluxonnx.export import links
 from fluxonnx.export.graph import Graph
-from fluxonnx.export.initializers import ROWS, Entry, StoredWeight
+from fluxonnx.export.initializers import Entry, StoredWeight
 from fluxonnx.files import probe, resumable_write
 from fluxonnx.machine import usable_cores
 
@@ -32,7 +31,7 @@ WORKERS = min(usable_cores(), 4)
 HEADER, ENTRY = 8192, 128
 
 # Values that are converted at a time, so that memory does not grow with the tensor.
-CHUNK = 1 << 24
+CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,7 @@ def _written(weights: list[StoredWeight], file: BinaryIO) -> Iterator[None]:
                         file.write(_bytes(array))
                     yield
                     continue
-                for piece in _pieces(weight.source):
+                for piece in weight.source.pieces(CHUNK):
                     file.write(_bytes(np.asarray(piece, DTYPES[weight.entries[0].dtype])))
                     yield
         finally:
@@ -214,15 +213,6 @@ def _written(weights: list[StoredWeight], file: BinaryIO) -> Iterator[None]:
 def _bytes(array: np.ndarray) -> memoryview:
     """Return an array's bytes in order, without a copy where they lie so already."""
     return np.ascontiguousarray(array).view(np.uint8).data
-
-
-def _pieces(source: Tensor) -> Iterator[np.ndarray]:
-    """Yield a tensor's values in order, a few at a time; those that have to be computed, some rows at a time."""
-    if isinstance(source, Encoded) and source.shape:
-        for start in range(0, source.shape[0], ROWS):
-            yield source.rows(start, start + ROWS)
-        return
-    yield from source.pieces(CHUNK)
 
 
 def _plan(weights: list[StoredWeight], settings: dict[str, str]) -> tuple[bytes, list[int], int]:

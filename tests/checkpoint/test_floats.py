@@ -49,6 +49,9 @@ def test_values(checkpoints, tmp_path, form, component):
     for name, tensor in found.items():
         assert tensor.array().dtype == expected[name].array().dtype
         np.testing.assert_array_equal(tensor.array(), expected[name].array(), err_msg=name)
+        for count in (100, 1 << 22):
+            pieces = [piece.reshape(-1) for piece in tensor.pieces(count)]
+            np.testing.assert_array_equal(np.concatenate(pieces), tensor.array().reshape(-1), err_msg=name)
         if len(tensor.shape) == 2:
             # any rows of any part, also where halves have changed places
             for start, end in ((0, 5), (5, 50), (40, None), (7, 7)):

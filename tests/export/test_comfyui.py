@@ -17,12 +17,13 @@ import fluxonnx
 from fluxonnx import auto
 from fluxonnx.checkpoint.formats import resolve
 from fluxonnx.checkpoint.manifest import graph_file, read_manifest
-from fluxonnx.checkpoint.safetensors import Tensor, read_header
+from fluxonnx.checkpoint.safetensors import ROWS, Tensor, read_header
 from fluxonnx.cli import main
 from fluxonnx.contract import open_checkpoint
 from fluxonnx.errors import CheckpointError
 from fluxonnx.export import export
 from fluxonnx.export.precisions import Int8, rounding
+from fluxonnx.export.precisions.dequantised import dequantised
 from fluxonnx.export.precisions.int8 import Tuning
 from tests import comfyui
 from tests.comfyui import Form
@@ -256,6 +257,20 @@ def test_weights_without_a_marker_are_warned_of_once(copy, tmp_path, capsys):
     assert re.search(r"does not say how its integers .*weight and 27 more have no comfy_quant\).*unrotated", lines[0])
     assert main(arguments) == 0
     assert "does not say" not in capsys.readouterr().err
+
+
+def test_pieces_of_restored_weights(copy, tmp_path):
+    """The rows of each, and no more of them at a time than fit in memory."""
+    file = tmp_path / "comfyui.safetensors"
+    comfyui.write(copy / WEIGHTS, file, Form(group=GROUP))
+    tensors = open_checkpoint(copy, transformer=file).tensors("transformer").values()
+    restored = [dequantised(tensor, "BF16") for tensor in tensors if tensor.quantisation]
+    assert restored
+    for tensor in restored[:4]:
+        pieces = list(tensor.pieces(1 << 22))
+        assert [len(piece) for piece in pieces[:-1]] == [ROWS] * (len(pieces) - 1)
+        assert len(pieces[-1]) <= ROWS
+        np.testing.assert_array_equal(np.concatenate(pieces), tensor.array())
 
 
 def test_a_zero_row(copy, tmp_path):

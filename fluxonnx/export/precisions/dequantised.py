@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from fluxonnx.export.precisions.rounding import ROWS, hadamard, rotated
 @dataclass(frozen=True)
 class Dequantised(Tensor):
     """A quantised tensor whose `dtype` is that of the floats; `offset` and `nbytes` are those of the integers."""
+
+    computed: ClassVar[bool] = True
 
     def array(self) -> np.ndarray:
         """Compute the weights, [out, in, ...] of `dtype`."""
