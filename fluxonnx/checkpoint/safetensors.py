@@ -38,7 +38,8 @@ DTYPES: dict[str, np.dtype] = {
 
 # The safetensors library refuses longer headers; so do we, before reading one into memory.
 MAX_HEADER_BYTES = 100_000_000
-# Rows that are computed at a time, so that memory does not grow with the tensor.
+# Rows that are computed or converted at a time: memory does not grow with the tensor, and their float32 copy stays in
+# the processor's caches.
 ROWS = 128
 # Far beyond any model's tensors; numpy has at most 64 dimensions.
 MAX_NAME = 1000

@@ -11,12 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from onnx import TensorProto, helper
 
-from fluxonnx.checkpoint.safetensors import DTYPES, Scaling, Tensor
+from fluxonnx.checkpoint.safetensors import DTYPES, ROWS, Scaling, Tensor
 
 # dtypes of weights that need no further description.
 FLOATS = ("BF16", "F16", "F32", "F64")
-# Rows converted at a time: their float32 copy stays in the processor's caches.
-ROWS = 128
 
 # Returns one array per `Part` that a tensor is encoded as.
 Encode = Callable[[Tensor], Sequence[np.ndarray]]

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from fluxonnx.checkpoint.safetensors import DTYPES, Tensor
-from fluxonnx.export.precisions.rounding import ROWS, hadamard, rotated
+from fluxonnx.checkpoint.safetensors import DTYPES, ROWS, Tensor
+from fluxonnx.export.precisions.rounding import hadamard, rotated
 
 
 @dataclass(frozen=True)

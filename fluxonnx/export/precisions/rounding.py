@@ -8,9 +8,9 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from fluxonnx.checkpoint.safetensors import Tensor
+from fluxonnx.checkpoint.safetensors import ROWS, Tensor
 from fluxonnx.errors import CheckpointError
-from fluxonnx.export.initializers import ROWS, float_columns, float_rows
+from fluxonnx.export.initializers import float_columns, float_rows
 
 # Rows of a matrix, and rows of activations, on which an error is measured.
 ROW_SAMPLES, ACTIVATION_SAMPLES = 16, 8
@@ -109,7 +109,7 @@ def int8_panels(
             else:
                 rows = rotated(float_rows(tensor, i, stop), matrix)
                 even[:], odd[:] = rows[:, 0::2], rows[:, 1::2]
-            scales[i:stop] = _round(even, odd, limit)
+            scales[i:stop] = _round((even, odd), limit)
             for first, columns, block in zip((0, 1), (even, odd), blocks, strict=True):
                 np.copyto(block[: stop - i], columns, casting="unsafe")
                 panel[first::2, i - start : stop - start] = block[: stop - i].T
@@ -165,22 +165,27 @@ def given_columns(tensor: Tensor, unsigned: bool) -> tuple[np.ndarray, np.ndarra
 
 def _rounded(rows: np.ndarray, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Divide rows by their steps and round them, in place; `limit` as for `int8_panels`. Returns also the steps."""
-    return rows, _round(rows[:, 0::2], rows[:, 1::2], limit)
+    return rows, _round([rows] if limit is None else [rows[:, 0::2], rows[:, 1::2]], limit)
 
 
-def _round(even: np.ndarray, odd: np.ndarray, limit: int | None) -> np.ndarray:
-    """Divide rows, given as their even and their odd columns, by their steps and round them, in place.
+def _round(parts: Sequence[np.ndarray], limit: int | None) -> np.ndarray:
+    """Divide rows by their steps and round them, in place.
+
+    Args:
+        parts: The columns of the rows: all, or the even and the odd ones, which a limit needs.
+        limit: As for `int8_panels`.
 
     Returns:
         The steps, float32 [rows].
     """
-    scales = np.maximum(_largest(even), _largest(odd)) / np.float32(127)
+    scales = np.max([_largest(columns) for columns in parts], axis=0) / np.float32(127)
     if limit is not None:
+        even, odd = parts
         # rounding can add a half to each of the two
         np.maximum(scales, _largest(even[:, : odd.shape[1]] + odd) / np.float32(limit - 1), out=scales)
     np.maximum(scales, TINY, out=scales)
     factors = (np.float32(1) / scales)[:, None]
-    for columns in (even, odd):
+    for columns in parts:
         columns *= factors
         np.rint(columns, out=columns)
     return scales
